@@ -1,0 +1,79 @@
+"""gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks. `gymnax` itself takes seconds to import."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from purejaxppo.types import Box, ConfigError, Discrete, Env, PRNGKey, PyTree, Space, Step
+
+DOWNLOADS = ("MNISTBandit-bsuite",)  # cannot be made without fetching a data set
+
+
+def list_envs() -> list[str]:
+    """The environments that can be trained."""
+    import gymnax
+
+    return [name for name in gymnax.registered_envs if name not in DOWNLOADS]
+
+
+def make(name: str, **settings: Any) -> Env:
+    """The gymnax environment ``name``; ``settings`` are fields of its parameters or arguments of its constructor."""
+    env, params = original(name, **settings)
+
+    def reset(key: PRNGKey) -> tuple[PyTree, Array]:
+        obs, state = env.reset_env(key, params)
+        return state, obs
+
+    def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
+        key_step, key_observe = jax.random.split(key)
+        obs, state, reward, terminated, _ = env.step_env(key_step, state, action, params)
+        if name == "MemoryChain-bsuite":  # its step_env observes the state that was left, not the one reached
+            obs = env.observe(key_observe, state, action, params)
+        reward = jnp.asarray(reward, jnp.result_type(float))  # some count in integers
+        truncated = env.is_truncated(state, params) & ~terminated
+        return Step(state, obs, reward, terminated, truncated)
+
+    return Env(
+        name=name,
+        reset=reset,
+        step=step,
+        observation_space=_space(name, "observations", env.observation_space(params)),
+        action_space=_space(name, "actions", env.action_space(params)),
+        max_episode_steps=int(params.max_steps_in_episode),
+        truncates=True,
+    )
+
+
+def original(name: str, **settings: Any) -> tuple[Any, Any]:
+    """gymnax's own environment and its parameters."""
+    import gymnax
+
+    if name in DOWNLOADS:
+        raise ConfigError(f"{name} fetches a data set when it is made, which this library does not do")
+    _, params = gymnax.make(name)
+    fields = {field.name for field in dataclasses.fields(params)}
+    try:
+        env, params = gymnax.make(name, **{key: x for key, x in settings.items() if key not in fields})
+    except TypeError:
+        unknown = ", ".join(key for key in settings if key not in fields)
+        raise ConfigError(f"{name} has no setting {unknown}; it has {', '.join(sorted(fields))}") from None
+    return env, params.replace(**{key: x for key, x in settings.items() if key in fields})
+
+
+def _space(name: str, what: str, space: Any) -> Space:
+    kind = type(space).__name__
+    if kind == "Discrete":
+        return Discrete(int(space.n))
+    if kind == "Box":
+        return Box(tuple(int(n) for n in space.shape), _bound(space.low), _bound(space.high))
+    raise ConfigError(f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained")
+
+
+def _bound(x: Any) -> float | tuple[float, ...]:
+    """One number where all are equal, else all of them."""
+    values = np.unique(np.asarray(x, float))
+    return float(values[0]) if values.size == 1 else tuple(np.asarray(x, float).ravel().tolist())

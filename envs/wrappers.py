@@ -1,0 +1,69 @@
+"""Small changes to an environment: each takes an `Env` and returns one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from purejaxppo.types import Box, ConfigError, Discrete, Env, MultiDiscrete, PRNGKey, PyTree, Space, Step
+
+UNBOUNDED = 1e30  # gymnax writes the largest float32 where there is no bound
+
+
+def flatten_observations(env: Env) -> Env:
+    """Observations as one vector of features, by `into_features`."""
+    space = env.observation_space
+
+    def reset(key: PRNGKey) -> tuple[PyTree, Array]:
+        state, obs = env.reset(key)
+        return state, into_features(obs, space)
+
+    def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
+        out = env.step(key, state, action)
+        return out._replace(obs=into_features(out.obs, space))
+
+    key = jax.random.key(0)
+    size = jax.eval_shape(reset, key)[1].shape[0]
+    return env._replace(reset=reset, step=step, observation_space=Box((size,), -np.inf, np.inf))
+
+
+def into_features(obs: Shaped[Array, "..."], space: Space) -> Shaped[Array, "*batch features"]:
+    """Observations [*batch, *space.shape] as [*batch, features]: integers of a finite set as one-hot, boxes row by row."""
+    batch = obs.shape[: obs.ndim - len(space.shape)]
+    match space:
+        case Discrete(n):
+            return jax.nn.one_hot(obs, n)
+        case MultiDiscrete(sizes):
+            return jnp.concatenate([jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)], axis=-1)
+        case Box():
+            return obs.reshape((*batch, -1))
+
+
+def bound_actions(env: Env, squash: bool = False) -> Env:
+    """Continuous actions of any size, as one vector, brought into the action space by `into_box`.
+
+    An environment whose actions are not continuous is unchanged.
+    """
+    space = env.action_space
+    if not isinstance(space, Box):
+        return env
+    if squash and not all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits):
+        raise ConfigError(f"squash_actions needs bounded actions, and those of {env.name} are not; leave it off")
+
+    def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
+        return env.step(key, state, into_box(action, space, squash))
+
+    return env._replace(step=step, action_space=Box((int(np.prod(space.shape)),), -np.inf, np.inf))
+
+
+def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> Array:
+    """The action that the environment gets: clipped to the box, or low + (high − low) (1 + tanh(action)) / 2.
+
+    ``action`` is the vector that a policy has, with any leading axes; the result is [*batch, *space.shape]. The
+    log-probability belongs to ``action``, before this.
+    """
+    action = action.reshape(action.shape[:-1] + space.shape)
+    low, high = (jnp.asarray(limit, action.dtype) for limit in space.limits)
+    if squash:
+        return low + (high - low) * (jnp.tanh(action) + 1) / 2
+    return jnp.clip(action, low, high)

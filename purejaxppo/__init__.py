@@ -1,0 +1,1 @@
+"""purejaxppo: reinforcement learning as one pure JAX function, `make_train(config)`."""

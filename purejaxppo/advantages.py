@@ -1,0 +1,42 @@
+"""Advantage estimators."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def gae(
+    reward: Float[Array, "T B"],
+    value: Float[Array, "T B"],
+    next_value: Float[Array, "T B"],
+    terminated: Bool[Array, "T B"],
+    truncated: Bool[Array, "T B"],
+    gamma: Float[Array, ""] | float,
+    gae_lambda: Float[Array, ""] | float,
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), right at episode ends.
+
+        δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
+        Â_t = δ_t + γ λ (1 − terminated_t) (1 − truncated_t) Â_{t+1},     Â_T = 0
+        target_t = Â_t + V(s_t)
+
+    ``next_value[t]`` is the value of s'_t, the true successor of step t: of the final observation where an episode
+    was cut, never of the next episode's first. Only termination takes the bootstrap away; both ends cut the λ-sum.
+    Pardo et al. 2018 show what treating a time limit as a termination costs. With λ = 0 the advantage is the TD
+    error; with λ = 1 it is the Monte-Carlo return, bootstrapped where the data end, minus the value.
+
+    Returns the advantages and the value targets, both [T, B].
+    """
+    chex.assert_rank([reward, value, next_value, terminated, truncated], 2)
+    chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
+    delta = reward + gamma * jnp.where(terminated, 0, next_value) - value
+    decay = gamma * gae_lambda * jnp.where(terminated | truncated, 0, jnp.ones_like(value))
+
+    def backward(advantage: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, decay = step
+        advantage = delta + decay * advantage
+        return advantage, advantage
+
+    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
+    return advantage, advantage + value

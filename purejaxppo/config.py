@@ -1,0 +1,279 @@
+"""`Config`: what is trained, on what and how, and the checks that turn a mistake into one clear sentence."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+import jax
+import numpy as np
+
+from purejaxppo.types import ConfigError
+
+ALGORITHMS = ("ppo",)
+NETWORKS = ("mlp",)
+ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
+
+
+# Each field says what may stand in it: a predicate for one number and the words for it, or the allowed names.
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    ok: Callable[[Any], bool]
+    words: str
+
+
+_POSITIVE_INT = _Check(lambda x: x >= 1, "an integer of at least 1")
+_POSITIVE = _Check(lambda x: x > 0, "a number above 0")
+_NOT_NEGATIVE = _Check(lambda x: x >= 0, "a number of at least 0")
+_UNIT = _Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
+_CLIP = _Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+
+
+def _static(default: Any, doc: str, check: _Check | tuple[str, ...] | None = None) -> Any:
+    """A size, a name or a switch: another value is another compiled program."""
+    return dataclasses.field(default=default, metadata={"static": True, "doc": doc, "check": check})
+
+
+def _leaf(default: float, doc: str, check: _Check) -> Any:
+    """A continuous hyper-parameter: it may be traced, batched and swept within one compiled program."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a training run but its key; a frozen dataclass that is also a pytree.
+
+    Sizes, names and switches are static. The continuous hyper-parameters are leaves: ``jax.vmap`` over a `Config`
+    whose ``lr`` is an array trains every rate in one compiled program (``in_axes=config.axes("lr")``).
+    Nothing is checked here, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
+    `Config.from_dict` check. The general defaults are those of the PPO paper (Schulman et al. 2017, table 3) where
+    they carry over to many parallel environments; `Config.for_env` has tuned ones.
+    """
+
+    env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
+    algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
+    total_timesteps: int = _static(
+        1_000_000, "environment steps in all, rounded up to whole iterations", _POSITIVE_INT
+    )
+    num_envs: int = _static(64, "parallel environments (B)", _POSITIVE_INT)
+    num_steps: int = _static(128, "steps of each environment per iteration (T)", _POSITIVE_INT)
+    num_epochs: int = _static(4, "passes over each iteration's data", _POSITIVE_INT)
+    num_minibatches: int = _static(8, "gradient steps per pass; must divide num_envs * num_steps", _POSITIVE_INT)
+
+    lr: float = _leaf(3e-4, "learning rate of Adam", _NOT_NEGATIVE)
+    anneal_lr: bool = _static(True, "take the learning rate linearly to 0 over the run")
+    adam_eps: float = _leaf(1e-5, "epsilon of Adam", _POSITIVE)
+    max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", _POSITIVE)
+    gamma: float = _leaf(0.99, "discount per step", _UNIT)
+    gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", _UNIT)
+    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", _CLIP)
+    vf_coef: float = _leaf(0.5, "c1: weight of the value loss", _NOT_NEGATIVE)
+    ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", _NOT_NEGATIVE)
+    normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
+    clip_value: bool = _static(False, "clip the value's change to ± clip_eps too, as OpenAI's baselines do")
+
+    normalize_obs: bool = _static(False, "standardise observations by their running moments")
+    normalize_reward: bool = _static(False, "divide rewards by the running deviation of the discounted return")
+    squash_actions: bool = _static(False, "squash continuous actions by tanh instead of clipping them")
+
+    network: str = _static("mlp", "kind of network", NETWORKS)
+    hidden_sizes: tuple[int, ...] = _static((64, 64), "width of each hidden layer")
+    activation: str = _static("tanh", "nonlinearity of the hidden layers", ACTIVATIONS)
+    shared_trunk: bool = _static(False, "policy and value share the hidden layers")
+    debug: bool = _static(False, "print a line from inside the compiled program after every iteration")
+
+    # ------------------------------------------------------------------------------- derived numbers
+
+    @property
+    def batch_size(self) -> int:
+        """N = num_envs · num_steps: the environment steps of one iteration."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        """K = ⌈total_timesteps / N⌉."""
+        return -(-self.total_timesteps // self.batch_size)
+
+    @property
+    def actual_timesteps(self) -> int:
+        """The environment steps that will run: ``total_timesteps`` rounded up to whole iterations."""
+        return self.num_iterations * self.batch_size
+
+    # ---------------------------------------------------------------------------- making and changing
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with these fields changed."""
+        _require_known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def axes(self, *names: str) -> "Config":
+        """The ``in_axes`` of `jax.vmap` for a config that is batched in these fields: ``config.axes("lr", "gamma")``."""
+        for name in names:
+            if name not in LEAVES:
+                raise ConfigError(f"{name!r} cannot be batched{_nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}")
+        return dataclasses.replace(self, **{name: 0 if name in names else None for name in LEAVES})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: "Config | None" = None) -> "Config":
+        """A validated config from a mapping of our keys, or of PureJaxRL's upper-case ones; ``base`` fills the rest.
+
+        Raises `ConfigError` for an unknown key, a wrong type and a value out of range. The mapping is not changed.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration is a Config or a mapping, not {type(values).__name__}")
+        if any(isinstance(key, str) and key.isupper() for key in values):
+            values, base = _from_purejaxrl(values), base or cls(clip_value=True)
+        _require_known(values)
+        return validate(dataclasses.replace(base or cls(), **values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them; `from_dict` takes it back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()} | {
+            "hidden_sizes": list(self.hidden_sizes)
+        }
+
+    @classmethod
+    def for_env(cls, name: str, **changes: Any) -> "Config":
+        """The tuned settings for an environment (``purejaxppo/tuned.toml``), general ones where there are none."""
+        settings = {key: value for key, value in tuned().get(name, {}).items() if key != "result"}
+        return cls.from_dict({"env": name} | settings | changes)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+LEAVES = tuple(name for name, field in FIELDS.items() if not field.metadata.get("static"))
+
+
+def tuned() -> dict[str, dict[str, Any]]:
+    """The tuned settings by environment name, each with the result it reached under ``result``."""
+    return tomllib.loads(resources.files("purejaxppo").joinpath("tuned.toml").read_text())
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def validate(config: Config) -> Config:
+    """The config with numbers in their right types, or `ConfigError` for the first thing that cannot be.
+
+    Traced values are not looked at; batched ones are checked element by element.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
+    config = dataclasses.replace(config, **{name: _checked(name, getattr(config, name)) for name in FIELDS})
+    if config.batch_size % config.num_minibatches:
+        around = (config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1))
+        nearest = next((m for m in around if m >= 1 and config.batch_size % m == 0), 1)
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
+            f"{config.batch_size}; the nearest number that does is {nearest}"
+        )
+    return config
+
+
+def require_scalars(config: Config) -> None:
+    """One call trains one agent: batched hyper-parameters come in through `jax.vmap`."""
+    for name in LEAVES:
+        if np.ndim(getattr(config, name)):
+            raise ConfigError(
+                f"{name} is an array of shape {np.shape(getattr(config, name))}: train one agent for each element by "
+                f"jax.vmap(lambda config, key: make_train(config)(key), in_axes=(config.axes({name!r}), None))"
+            )
+
+
+def _checked(name: str, value: Any) -> Any:
+    default, check = FIELDS[name].default, FIELDS[name].metadata["check"]
+    if name in LEAVES:
+        return _checked_leaf(name, value, check)
+    if name == "hidden_sizes":
+        return _checked_sizes(name, value)
+    if isinstance(default, bool):
+        if not isinstance(value, bool | np.bool_):
+            raise _wrong(name, value, "True or False")
+        return bool(value)
+    if isinstance(default, int):
+        return _checked_int(name, value, check)
+    if not isinstance(value, str):
+        raise _wrong(name, value, "a string")
+    if check and value not in check:
+        raise _wrong(name, value, f"one of {', '.join(check)}", _nearest(value, check))
+    return value
+
+
+def _checked_int(name: str, value: Any, check: _Check) -> int:
+    integral = isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value, integral = int(value), True
+    if not integral or not check.ok(value):
+        raise _wrong(name, value, check.words)
+    if value > 2**62:
+        raise _wrong(name, value, "an integer below 2**62")
+    return int(value)
+
+
+def _checked_sizes(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(name, value, "a sequence of positive integers, such as (64, 64)")
+    return tuple(_checked_int(f"{name}[{i}]", size, _POSITIVE_INT) for i, size in enumerate(value))
+
+
+def _checked_leaf(name: str, value: Any, check: _Check) -> Any:
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+        raise _wrong(name, value, check.words)
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.number) or np.issubdtype(array.dtype, np.complexfloating):
+        raise _wrong(name, value, check.words)
+    try:
+        elements = [float(element) for element in array.ravel()]
+    except OverflowError:
+        raise _wrong(name, value, check.words) from None
+    for element in elements:
+        if not math.isfinite(element) or not check.ok(element):
+            raise _wrong(name, element, check.words)
+    return float(value) if array.ndim == 0 and not isinstance(value, jax.Array) else value
+
+
+def _wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ConfigError(f"{name} = {shown}: it must be {allowed}{hint}")
+
+
+def _nearest(word: Any, choices: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require_known(values: Mapping[str, Any]) -> None:
+    for key in values:
+        if key not in FIELDS:
+            raise ConfigError(f"{key!r} is not a setting{_nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
+
+
+# ---------------------------------------------------------------------------- PureJaxRL's upper-case keys
+
+_PUREJAXRL = {
+    "ENV_NAME": "env",
+    "UPDATE_EPOCHS": "num_epochs",
+    "DEBUG": "debug",
+} | {name.upper(): name for name in FIELDS}
+_PUREJAXRL_DERIVED = ("NUM_UPDATES", "MINIBATCH_SIZE")  # its make_train writes these into the caller's dict
+
+
+def _from_purejaxrl(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping in our names; ``NORMALIZE_ENV`` is observations and rewards both, as in its continuous script."""
+    ours: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _PUREJAXRL_DERIVED:
+            continue
+        names = ("normalize_obs", "normalize_reward") if key == "NORMALIZE_ENV" else (_PUREJAXRL.get(key, key),)
+        if names[0] not in FIELDS:
+            known = [*_PUREJAXRL, "NORMALIZE_ENV"]
+            raise ConfigError(f"{key!r} is not a setting{_nearest(key, known) or '; known: ' + ', '.join(known)}")
+        ours |= dict.fromkeys(names, value)
+    return ours

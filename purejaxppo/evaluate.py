@@ -1,0 +1,65 @@
+"""How good a policy is: whole fresh episodes, apart from training and its keys."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from purejaxppo import envs
+from purejaxppo.policy import Policy
+from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
+
+
+class EpisodeStatistics(NamedTuple):
+    returns: Float[Array, "n"]  # sum of the rewards of each episode, undiscounted
+    lengths: Int[Array, "n"]  # steps of each episode
+
+
+class _Episodes(NamedTuple):
+    key: PRNGKey
+    state: PyTree
+    obs: Array
+    carry: PyTree
+    running: Bool[Array, "n"]
+    statistics: EpisodeStatistics
+
+
+def evaluate(
+    policy: Policy, env: Env | None, key: PRNGKey, num_episodes: int, deterministic: bool = True
+) -> EpisodeStatistics:
+    """``num_episodes`` whole episodes of ``policy`` in ``env`` (None: the one it was trained in), side by side.
+
+    Deterministic takes the most probable action, else actions are sampled. The normaliser stays as training left it.
+    An episode counts once and ends by termination or by the environment's time limit, so short episodes are not
+    preferred. Can be used inside `jax.jit` and `jax.vmap`; outside of them it compiles itself.
+    """
+    if num_episodes < 1:
+        raise ConfigError(f"num_episodes = {num_episodes}: it must be an integer of at least 1")
+    env = envs.make(policy.config.env) if env is None else env
+
+    def run(key: PRNGKey) -> EpisodeStatistics:
+        key_reset, key_run = jax.random.split(key)
+        state, obs = jax.vmap(env.reset)(jax.random.split(key_reset, num_episodes))
+
+        def step(now: _Episodes) -> _Episodes:
+            key_action, key_env, key_next = jax.random.split(now.key, 3)
+            first = now.statistics.lengths == 0
+            carry, action = policy.step(now.carry, now.obs, first, None if deterministic else key_action)
+            out = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
+            returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
+            lengths = now.statistics.lengths + now.running
+            running = now.running & ~(out.terminated | out.truncated)
+            state, obs = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), (out.state, out.obs), (now.state, now.obs))
+            return _Episodes(key_next, state, obs, carry, running, EpisodeStatistics(returns, lengths))
+
+        start = _Episodes(
+            key_run,
+            *jax.tree.map(jnp.asarray, (state, obs)),
+            policy.initial_carry(num_episodes),
+            jnp.ones(num_episodes, bool),
+            EpisodeStatistics(jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)),
+        )
+        return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics
+
+    return jax.jit(run)(key)

@@ -1,0 +1,75 @@
+"""The formulas of the objective, on plain arrays. Every mean is over the entries where a mask is true."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Scalar = Float[Array, ""]
+Coefficient = Float[Array, ""] | float
+
+
+def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+    """Σ mask x / Σ mask; 0 where the mask is empty. What x is where it is masked, NaN included, has no effect."""
+    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def standardize(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, "*n"]:
+    """(x − mean) / (deviation + 1e-8), both over the mask; 0 outside of it."""
+    centred = jnp.where(mask, x - masked_mean(x, mask), 0)
+    return centred / (jnp.sqrt(masked_mean(centred**2, mask)) + 1e-8)
+
+
+def probability_ratio(
+    log_prob: Float[Array, "*n"], old_log_prob: Float[Array, "*n"], mask: Bool[Array, "*n"]
+) -> Float[Array, "*n"]:
+    """r = π(a|s) / π_old(a|s) = exp(log π − log π_old); 1 outside the mask (Schulman et al. 2017, section 3)."""
+    return jnp.exp(jnp.where(mask, log_prob - old_log_prob, 0))
+
+
+def clipped_surrogate(
+    ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
+) -> Scalar:
+    """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised (Schulman et al. 2017, eq. 7)."""
+    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    return masked_mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
+
+
+def value_loss(value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]) -> Scalar:
+    """L_VF = ½ E[(V − target)²]. The paper's eq. 9 has no ½; c1 = 0.5 there is c1 = 1 here."""
+    return 0.5 * masked_mean((value - target) ** 2, valid)
+
+
+def clipped_value_loss(
+    value: Float[Array, "*n"],
+    old_value: Float[Array, "*n"],
+    target: Float[Array, "*n"],
+    valid: Bool[Array, "*n"],
+    clip_eps: Coefficient,
+) -> Scalar:
+    """½ E[max((V − target)², (V_old + clip(V − V_old, −ε, ε) − target)²)].
+
+    From OpenAI's baselines (ppo2), not from the paper; Engstrom et al. 2020 and Andrychowicz et al. 2021 found no
+    use in it.
+    """
+    near = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+    return 0.5 * masked_mean(jnp.maximum((value - target) ** 2, (near - target) ** 2), valid)
+
+
+def approximate_kl(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+    """E[r − 1 − log r], an estimate of KL(π_old ‖ π) that is never negative (Schulman 2020, 'Approximating KL
+    divergence', k3)."""
+    return masked_mean(ratio - 1 - jnp.log(ratio), mask)
+
+
+def clip_fraction(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient) -> Scalar:
+    """The share of the samples whose ratio left [1 − ε, 1 + ε]."""
+    return masked_mean((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask)
+
+
+def explained_variance(value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]) -> Scalar:
+    """1 − Var(target − value) / Var(target): 1 is perfect, 0 no better than a constant; NaN for equal targets."""
+
+    def variance(x: Array) -> Array:
+        return masked_mean((x - masked_mean(x, valid)) ** 2, valid)
+
+    total = variance(target)
+    return jnp.where(total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), jnp.nan)

@@ -1,0 +1,139 @@
+"""Actor-critic networks, and the `Model`s made of them."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from purejaxppo.config import Config
+from purejaxppo.distributions import Categorical, DiagonalGaussian, MultiCategorical, TanhGaussian
+from purejaxppo.types import Box, ConfigError, Discrete, Distribution, Model, MultiDiscrete, PRNGKey, PyTree, Space
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": nn.tanh,
+    "relu": nn.relu,
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
+SMALL, UNIT, HIDDEN = 0.01, 1.0, float(np.sqrt(2))  # gains of the orthogonal initialisation: policy, value, hidden
+
+
+def dense(width: int, gain: float) -> nn.Dense:
+    """A layer with orthogonal weights of this gain and zero bias (Andrychowicz et al. 2021, section 3.2)."""
+    # jnp.result_type(float) is float64 where jax_enable_x64 is set, and float32 otherwise.
+    return nn.Dense(width, kernel_init=nn.initializers.orthogonal(gain), param_dtype=jnp.result_type(float))
+
+
+class MLP(nn.Module):
+    """Hidden layers: x ← activation(W x + b), once for each width."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch hidden"]:
+        x = jnp.asarray(x, jnp.result_type(float))
+        for width in self.hidden_sizes:
+            x = ACTIVATIONS[self.activation](dense(width, HIDDEN)(x))
+        return x
+
+
+class PolicyHead(nn.Module):
+    """From features to a distribution over ``action_space``.
+
+    Continuous actions have a Gaussian whose log standard deviation is one parameter per dimension, independent of
+    the observation and 0 at first, as in the PPO paper (section 6.1).
+    """
+
+    action_space: Space
+    squash: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Distribution:
+        match self.action_space:
+            case Discrete(n):
+                return Categorical(dense(n, SMALL)(x))
+            case MultiDiscrete(sizes):
+                splits = [int(i) for i in np.cumsum(sizes)[:-1]]
+                return MultiCategorical(tuple(jnp.split(dense(sum(sizes), SMALL)(x), splits, axis=-1)))
+            case Box():
+                size = int(np.prod(self.action_space.shape))
+                mean = dense(size, SMALL)(x)
+                log_std = self.param("log_std", nn.initializers.zeros, (size,), mean.dtype)
+                gaussian = TanhGaussian if self.squash else DiagonalGaussian
+                return gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
+        raise ConfigError(f"{self.action_space!r} is not a space that a policy can act in")
+
+
+class ValueHead(nn.Module):
+    """From features to one number."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch"]:
+        return dense(1, UNIT)(x)[..., 0]
+
+
+def make_model(config: Config, action_space: Space) -> Model:
+    """The network that the config names, for flat observations."""
+    return mlp_actor_critic(
+        action_space, config.hidden_sizes, config.activation, config.shared_trunk, config.squash_actions
+    )
+
+
+def mlp_actor_critic(
+    action_space: Space,
+    hidden_sizes: tuple[int, ...] = (64, 64),
+    activation: str = "tanh",
+    shared_trunk: bool = False,
+    squash: bool = False,
+) -> Model:
+    """A feed-forward `Model` over flat observations ``[..., features]``.
+
+    Policy and value have hidden layers of their own, or one ``trunk`` where ``shared_trunk`` is set, in which case
+    the two losses meet in it and c1 weighs them (Schulman et al. 2017, eq. 9).
+    """
+    body, policy, value = MLP(hidden_sizes, activation), PolicyHead(action_space, squash), ValueHead()
+    own_policy, own_value = nn.Sequential([body, policy]), nn.Sequential([body, value])
+
+    def init(key: PRNGKey, obs: Array) -> PyTree:
+        key_policy, key_value, key_trunk = jax.random.split(key, 3)
+        if not shared_trunk:
+            return {"policy": own_policy.init(key_policy, obs), "value": own_value.init(key_value, obs)}
+        trunk = body.init(key_trunk, obs)
+        features = body.apply(trunk, obs)
+        return {
+            "trunk": trunk,
+            "policy": policy.init(key_policy, features),
+            "value": value.init(key_value, features),
+        }
+
+    def forward(params: PyTree, obs: Array) -> tuple[Distribution, Array]:
+        if not shared_trunk:
+            return own_policy.apply(params["policy"], obs), own_value.apply(params["value"], obs)  # type: ignore
+        features = body.apply(params["trunk"], obs)
+        return policy.apply(params["policy"], features), value.apply(params["value"], features)  # type: ignore
+
+    return feed_forward(init, forward)
+
+
+def feed_forward(
+    init: Callable[[PRNGKey, Array], PyTree], forward: Callable[[PyTree, Array], tuple[Distribution, Array]]
+) -> Model:
+    """The `Model` of a network without memory, from ``forward(params, obs) -> (distribution, value)``."""
+
+    def initial_carry(batch_size: int) -> PyTree:
+        return ()
+
+    def step(params: PyTree, carry: PyTree, obs: Array, reset: Array) -> tuple[PyTree, Distribution, Array]:
+        return carry, *forward(params, obs)
+
+    def unroll(params: PyTree, carry: PyTree, obs: Array, reset: Array) -> tuple[Distribution, Array]:
+        # One matrix product over all N rows: XLA's CPU back end is half as fast on the gradient of a [T, B, ...] one.
+        outputs = forward(params, obs.reshape((-1,) + obs.shape[2:]))
+        return jax.tree.map(lambda x: x.reshape(obs.shape[:2] + x.shape[1:]), outputs)
+
+    return Model(init, initial_carry, step, unroll)

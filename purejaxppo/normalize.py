@@ -1,0 +1,95 @@
+"""Running moments of observations and of discounted returns (parallel Welford)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+EPSILON, LIMIT = 1e-8, 10.0  # under the root; bound on what is normalised, in standard deviations
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of what was seen so far."""
+
+    count: Float[Array, ""]
+    mean: Float[Array, "..."]
+    m2: Float[Array, "..."]
+
+    @property
+    def variance(self) -> Float[Array, "..."]:
+        """The population variance; 1 before anything was seen, which leaves what it normalises alone."""
+        return jnp.where(self.count > 0, self.m2 / jnp.maximum(self.count, 1), 1.0)
+
+
+class ReturnScale(NamedTuple):
+    """What the reward normaliser remembers."""
+
+    discounted_return: Float[Array, "B"]  # of the running episode: R ← γ R + r
+    moments: Moments  # of every R so far
+
+
+class Normalizer(NamedTuple):
+    """The normalisers of one agent; None where the config asks for none."""
+
+    obs: Moments | None
+    reward: ReturnScale | None
+
+
+def init_normalizer(obs: Shaped[Array, "B ..."], observations: bool, rewards: bool) -> Normalizer:
+    """The normalisers before anything was seen."""
+    running = jnp.zeros(obs.shape[0], jnp.result_type(float))
+    return Normalizer(
+        no_moments(obs.shape[1:]) if observations else None,
+        ReturnScale(running, no_moments(())) if rewards else None,
+    )
+
+
+def no_moments(shape: tuple[int, ...]) -> Moments:
+    dtype = jnp.result_type(float)
+    return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def moments_of(x: Float[Array, "n ..."]) -> Moments:
+    """The moments of n samples."""
+    mean = x.mean(axis=0)
+    return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean) ** 2).sum(axis=0))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both samples together (Chan, Golub and LeVeque 1979): exact, whatever the split."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    delta = b.mean - a.mean
+    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta**2 * a.count * share)
+
+
+def normalize_obs(moments: Moments | None, obs: Array) -> Array:
+    """(obs − mean) / deviation, cut at ± 10; ``obs`` itself without moments."""
+    if moments is None:
+        return obs
+    standardized = (obs - moments.mean) / jnp.sqrt(moments.variance + EPSILON)
+    return jnp.clip(standardized, -LIMIT, LIMIT)
+
+
+def normalize_reward(
+    scale: ReturnScale | None, reward: Float[Array, "T B"], done: Bool[Array, "T B"], gamma: Float[Array, ""] | float
+) -> tuple[Float[Array, "T B"], ReturnScale | None]:
+    """Rewards divided by the deviation of the discounted return R_t = γ R_{t−1} + r_t, cut at ± 10.
+
+    The last reward of an episode counts in its return, and the return is forgotten after it. This rollout's returns
+    count in the scale that it is divided by: a scale from before the first rollout would be a guess, and rewards,
+    unlike observations, enter nothing before the advantages do.
+    """
+    if scale is None:
+        return reward, None
+
+    def discount(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, done = step
+        total = gamma * running + reward
+        return jnp.where(done, 0, total), total
+
+    running, returns = jax.lax.scan(discount, scale.discounted_return, (reward, done))
+    moments = merge(scale.moments, moments_of(returns.reshape(-1)))
+    scaled = jnp.clip(reward / jnp.sqrt(moments.variance + EPSILON), -LIMIT, LIMIT)
+    return scaled, ReturnScale(running, moments)

@@ -1,0 +1,221 @@
+"""A trained policy: taken out of a run, used, saved and loaded without running code from the file."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array
+
+from purejaxppo import envs
+from purejaxppo.config import Config
+from purejaxppo.envs.wrappers import into_box, into_features
+from purejaxppo.networks import make_model
+from purejaxppo.normalize import Moments, normalize_obs
+from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, TrainState
+
+FORMAT_VERSION = 1
+SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """From the environment's own observations to its own actions, normalisation and bounds included.
+
+    One observation or any batch of them: the batch axes come before ``observation_space.shape``. It can be used inside
+    `jax.jit` and `jax.vmap`. ``flatten`` says that the model sees observations as one vector.
+    """
+
+    config: Config
+    model: Model
+    params: PyTree
+    obs_moments: Moments | None
+    observation_space: Space
+    action_space: Space
+    flatten: bool
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Config,
+        state: TrainState,
+        index: int | None = None,
+        env: Env | None = None,
+        model: Model | None = None,
+    ) -> "Policy":
+        """The policy of a training state; of a vmapped one, that of agent ``index``, which is then required."""
+        env = envs.make(config.env) if env is None else env
+        agents = np.shape(state.iteration)
+        if agents and index is None:
+            raise ConfigError(f"this state holds {agents[0]} agents: say which one by index=0 … {agents[0] - 1}")
+        if index is not None and not agents:
+            raise ConfigError("this state holds one agent: leave index out")
+        if index is not None and not 0 <= index < agents[0]:
+            raise ConfigError(f"index = {index}: this state holds {agents[0]} agents, 0 … {agents[0] - 1}")
+        params, moments = state.params, state.normalizer.obs
+        if index is not None:
+            params, moments = jax.tree.map(lambda x: x[index], (params, moments))
+        flatten = model is None
+        model = make_model(config, env.action_space) if model is None else model
+        return cls(config, model, params, moments, env.observation_space, env.action_space, flatten)
+
+    def initial_carry(self, batch_size: int) -> PyTree:
+        """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
+        return self.model.initial_carry(batch_size)
+
+    def step(self, carry: PyTree, obs: Array, reset: Array, key: PRNGKey | None = None) -> tuple[PyTree, Array]:
+        """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
+        sample."""
+        return self._step(self.params, self.obs_moments, carry, jnp.asarray(obs), jnp.asarray(reset), key)
+
+    def act(self, obs: Array, key: PRNGKey | None = None) -> Array:
+        """The action for one observation or a batch of them: the mode, or with a key a sample.
+
+        A policy with memory needs `step`.
+        """
+        if jax.tree.leaves(self.initial_carry(1)):
+            raise ConfigError("this policy has a memory: use policy.step(carry, obs, reset, key)")
+        obs, shape = jnp.asarray(obs), self.observation_space.shape
+        batch = obs.shape[: obs.ndim - len(shape)]
+        if obs.shape[len(batch) :] != shape:
+            raise ConfigError(f"an observation has shape {shape} after any batch axes; this one has {obs.shape}")
+        rows = obs.reshape((-1, *shape))
+        _, action = self.step((), rows, jnp.zeros(rows.shape[0], bool), key)
+        return action.reshape(batch + action.shape[1:])
+
+    @cached_property
+    def _step(self) -> Any:
+        def step(
+            params: PyTree, moments: Moments | None, carry: PyTree, obs: Array, reset: Array, key: PRNGKey | None
+        ) -> tuple[PyTree, Array]:
+            obs = into_features(obs, self.observation_space) if self.flatten else obs
+            carry, distribution, _ = self.model.step(params, carry, normalize_obs(moments, obs), reset)
+            action = distribution.mode() if key is None else distribution.sample(key)
+            if isinstance(self.action_space, Box):
+                action = into_box(action, self.action_space, self.config.squash_actions)
+            return carry, action
+
+        return jax.jit(step)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
+    """Write the policy as ``policy.json`` (format version, config, spaces, checksum) and ``params.npz`` (plain arrays).
+
+    The directory must not exist; it appears whole or not at all.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already; choose another directory for the policy")
+    arrays = {f"params/{name}": x for name, x in traverse_util.flatten_dict(policy.params, sep="/").items()}
+    if policy.obs_moments is not None:
+        arrays |= {f"obs_moments/{name}": x for name, x in policy.obs_moments._asdict().items()}
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
+    try:
+        np.savez(temporary / "params.npz", **{name: np.asarray(x) for name, x in arrays.items()})
+        description = {
+            "format": "purejaxppo policy",
+            "format_version": FORMAT_VERSION,
+            "config": policy.config.to_dict(),
+            "observation_space": _space_to_json(policy.observation_space),
+            "action_space": _space_to_json(policy.action_space),
+            "own_model": not policy.flatten,
+            "params_sha256": hashlib.sha256((temporary / "params.npz").read_bytes()).hexdigest(),
+        }
+        (temporary / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+        temporary.chmod(0o755)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return directory
+
+
+def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Model | None = None) -> Policy:
+    """The policy that `save_policy` wrote. A policy with a model of the caller's own needs that ``model`` again.
+
+    Nothing in the files is run. Raises `ConfigError` for a directory that is no policy, is damaged, comes from a newer
+    version or does not fit ``env``.
+    """
+    directory = Path(directory)
+    description, arrays = _read(directory)
+    config = Config.from_dict(description["config"])
+    observation_space = _space_from_json(description["observation_space"])
+    action_space = _space_from_json(description["action_space"])
+    if env is not None and (env.observation_space, env.action_space) != (observation_space, action_space):
+        raise ConfigError(f"the policy in {directory} was not trained for the spaces of {env.name}")
+    if description["own_model"] and model is None:
+        raise ConfigError(f"the policy in {directory} has a model of its own: load_policy(directory, model=...)")
+
+    model, flatten = (make_model(config, action_space), True) if model is None else (model, False)
+    params, moments = _in_place(directory, arrays, model, observation_space, flatten)
+    return Policy(config, model, params, moments, observation_space, action_space, flatten)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays, checked to be ours, whole and of a version that is known."""
+    not_ours = ConfigError(f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own")
+    try:
+        description = json.loads((directory / "policy.json").read_text())
+        packed = (directory / "params.npz").read_bytes()
+    except (OSError, ValueError):
+        raise not_ours from None
+    if not isinstance(description, dict) or description.get("format") != "purejaxppo policy":
+        raise not_ours
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{directory} has format version {description.get('format_version')}, and this version of purejaxppo reads "
+            f"{FORMAT_VERSION}: load it with the version that wrote it"
+        )
+    missing = {"config", "observation_space", "action_space", "own_model", "params_sha256"} - description.keys()
+    if missing:
+        raise ConfigError(f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+    if hashlib.sha256(packed).hexdigest() != description["params_sha256"]:
+        raise ConfigError(f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved")
+    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+        return description, dict(file)
+
+
+def _in_place(
+    directory: Path, arrays: dict[str, np.ndarray], model: Model, space: Space, flatten: bool
+) -> tuple[PyTree, Moments | None]:
+    """The arrays as the parameters and the observation moments that this model needs."""
+    obs = jax.ShapeDtypeStruct((1, *space.shape), jnp.int32 if not isinstance(space, Box) else jnp.result_type(float))
+    if flatten:
+        obs = jax.eval_shape(lambda x: into_features(x, space), obs)
+    expected = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), obs), sep="/")
+    params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
+    if {name: x.shape for name, x in params.items()} != {name: x.shape for name, x in expected.items()}:
+        raise ConfigError(f"the parameters in {directory} do not fit the model: another network or other sizes made them")
+    moments = {name: jnp.asarray(arrays[f"obs_moments/{name}"]) for name in Moments._fields if f"obs_moments/{name}" in arrays}
+    nested = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in params.items()}, sep="/")
+    return nested, Moments(**moments) if moments else None
+
+
+def _space_to_json(space: Space) -> dict[str, Any]:
+    name = next(name for name, kind in SPACES.items() if isinstance(space, kind))
+    return {"kind": name} | dataclasses.asdict(space)
+
+
+def _space_from_json(values: dict[str, Any]) -> Space:
+    try:
+        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items() if key != "kind"}
+        return SPACES[values["kind"]](**fields)
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{values!r} is not a space that this version knows") from None

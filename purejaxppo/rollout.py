@@ -1,0 +1,93 @@
+"""Policy × environments → transitions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs
+from purejaxppo.types import Env, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
+
+Rollout = Callable[
+    [PRNGKey, PyTree, Moments | None, VectorState, PyTree], tuple[Transition, VectorState, PyTree, Moments | None]
+]
+
+
+def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) -> Rollout:
+    """``rollout(key, params, obs_moments, env_state, carry) -> (transitions, env_state, carry, seen)``.
+
+    Every environment takes ``num_steps`` steps under the policy. Observations are normalised by ``obs_moments``, which
+    stays as it is; ``seen`` are the moments of the raw observations met, for the caller to merge after the update.
+
+    ``next_value[t]`` is the value of the true successor of step t. That is the value of obs[t + 1], known from the next
+    step, but where time cut the episode. Cuts come ``max_episode_steps`` apart, so a rollout that is no longer has at
+    most one per environment: its carry and final observation are kept aside and evaluated once. In a longer rollout,
+    or where cuts have no bound, every successor is evaluated.
+    """
+    bound = env.max_episode_steps
+    one_cut_at_most = env.truncates and bound is not None and num_steps <= bound
+    many_cuts = env.truncates and not one_cut_at_most
+
+    def rollout(
+        key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
+    ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
+        key_pool, key_steps = jax.random.split(key)
+        env_state = vector_env.refill(key_pool, env_state)
+        no_reset = jnp.zeros_like(env_state.reset)
+
+        def step(loop: tuple, key: PRNGKey) -> tuple[tuple, Transition]:
+            env_state, carry, cut, seen = loop
+            key_action, key_env = jax.random.split(key)
+            obs = normalize_obs(obs_moments, env_state.obs)
+            carry, distribution, value = model.step(params, carry, obs, env_state.reset)
+            action = distribution.sample(key_action)
+            next_env_state, out = vector_env.step(key_env, env_state, action)
+
+            truncated, next_value = out.truncated & ~out.terminated, jnp.zeros_like(value)
+            successor = (carry, normalize_obs(obs_moments, out.obs))
+            if many_cuts:
+                _, _, next_value = model.step(params, *successor, no_reset)
+            if one_cut_at_most:
+                cut = _where(truncated, successor, cut)
+            if seen is not None:
+                seen = merge(seen, moments_of(env_state.obs))
+
+            transition = Transition(
+                obs=obs,
+                action=action,
+                log_prob=distribution.log_prob(action),
+                value=value,
+                next_value=next_value,
+                reward=out.reward,
+                terminated=out.terminated,
+                truncated=truncated,
+                reset=env_state.reset,
+                mask=jnp.asarray(out.mask),
+                valid=jnp.ones_like(truncated),
+            )
+            return (next_env_state, carry, cut, seen), transition
+
+        cut = (carry, normalize_obs(obs_moments, env_state.obs)) if one_cut_at_most else ()
+        seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
+        (env_state, carry, cut, seen), transitions = jax.lax.scan(
+            step, (env_state, carry, cut, seen), jax.random.split(key_steps, num_steps)
+        )
+        if many_cuts:
+            return transitions, env_state, carry, seen
+
+        # The memory that these two evaluations return is dropped: the next rollout goes on from `carry`.
+        last_obs = normalize_obs(obs_moments, env_state.obs)
+        _, _, last_value = model.step(params, carry, last_obs, env_state.reset)
+        next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
+        if one_cut_at_most:
+            _, _, cut_value = model.step(params, *cut, no_reset)
+            next_value = jnp.where(transitions.truncated, cut_value, next_value)
+        return transitions._replace(next_value=next_value), env_state, carry, seen
+
+    return rollout
+
+
+def _where(condition: Any, new: PyTree, old: PyTree) -> PyTree:
+    """Row by row: ``condition`` is [B], the leaves are [B, ...]."""
+    return jax.tree.map(lambda n, o: jnp.where(condition.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)

@@ -1,0 +1,195 @@
+"""`make_train`: a whole training run as one pure function of a key."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from purejaxppo import advantages, envs
+from purejaxppo.config import Config, require_scalars, validate
+from purejaxppo.envs.vector import vectorize
+from purejaxppo.envs.wrappers import bound_actions, flatten_observations
+from purejaxppo.metrics import iteration_metrics
+from purejaxppo.networks import make_model
+from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
+from purejaxppo.rollout import make_rollout
+from purejaxppo.types import (
+    Batch,
+    ConfigError,
+    Env,
+    Metrics,
+    Model,
+    PRNGKey,
+    PyTree,
+    Result,
+    Reward,
+    Trainer,
+    TrainState,
+    Transition,
+)
+from purejaxppo.updates import UPDATES
+
+
+def make_train(
+    config: Config | Mapping[str, Any],
+    env: Env | None = None,
+    model: Model | None = None,
+    reward_fn: Callable | Reward | None = None,
+) -> Callable[..., Result]:
+    """``train(key, params=None, frozen=None) -> Result(state, metrics)``, a pure function to jit and vmap.
+
+    ``config`` is a `Config` or a mapping, PureJaxRL's upper-case keys included. ``env`` and ``model`` replace what the
+    config names. ``reward_fn`` makes the rewards: see `make_trainer`. ``params`` starts from given parameters, and
+    ``frozen`` is handed to ``reward_fn`` (a reference model, say). Raises `ConfigError` for what cannot run.
+    """
+    trainer = make_trainer(config, env, model, reward_fn)
+    config = _checked(config)
+
+    def train(key: PRNGKey, params: PyTree = None, frozen: PyTree = None) -> Result:
+        def iteration(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+            return trainer.step(state, frozen)
+
+        return Result(*jax.lax.scan(iteration, trainer.init(key, params), None, config.num_iterations))
+
+    return train
+
+
+def make_trainer(
+    config: Config | Mapping[str, Any],
+    env: Env | None = None,
+    model: Model | None = None,
+    reward_fn: Callable | Reward | None = None,
+) -> Trainer:
+    """The same run in pieces: ``init(key, params=None) -> state`` and ``step(state, frozen=None) -> (state, metrics)``.
+
+    One step is one iteration of Algorithm 1 of the PPO paper. A ``reward_fn`` is a function ``(transitions, config,
+    frozen) -> rewards [T, B]``, or a `Reward` where it needs memory; episode returns stay the environment's. Jit
+    ``init`` as well as ``step``: state that is not on the device cannot be donated.
+    """
+    config = _checked(config)
+    env, model = resolve(config, env, model)
+    vector_env = vectorize(env, config.num_envs)
+    rollout = make_rollout(env, vector_env, model, config.num_steps)
+    update = UPDATES[config.algorithm](config, model, make_optimizer(config))
+    reward = _reward(reward_fn)
+
+    def init(key: PRNGKey, params: PyTree = None) -> TrainState:
+        key_params, key_env, key_run = jax.random.split(key, 3)
+        env_state = vector_env.reset(key_env)
+        params = model.init(key_params, env_state.obs) if params is None else params
+        state = TrainState(
+            params=params,
+            update=update.init(params),
+            normalizer=init_normalizer(env_state.obs, config.normalize_obs, config.normalize_reward),
+            env=env_state,
+            carry=model.initial_carry(config.num_envs),
+            reward=reward.init(config),
+            key=key_run,
+            iteration=jnp.zeros((), jnp.int32),
+        )
+        return _tied(state, (key, config))
+
+    def step(state: TrainState, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
+        key_rollout, key_update, key_next = jax.random.split(state.key, 3)
+        obs_moments = state.normalizer.obs
+
+        # Run policy π_old in the environments for T steps.
+        transitions, env_state, carry, seen = rollout(key_rollout, state.params, obs_moments, state.env, state.carry)
+        rewards, reward_state, reward_metrics = reward.step(state.reward, transitions, config, frozen)
+        done = transitions.terminated | transitions.truncated
+        rewards, reward_scale = normalize_reward(state.normalizer.reward, rewards, done, config.gamma)
+
+        # Compute advantage estimates Â_1, …, Â_T.
+        advantage, target = advantages.gae(
+            rewards,
+            transitions.value,
+            transitions.next_value,
+            transitions.terminated,
+            transitions.truncated,
+            config.gamma,
+            config.gae_lambda,
+        )
+
+        # Optimise the surrogate with respect to θ, for K epochs of minibatches.
+        shared = {name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields}
+        batch = Batch(**shared, advantage=advantage, target=target, carry=state.carry)
+        params, update_state, measured = update.step(key_update, state.params, state.update, batch)
+
+        # The observations of this rollout count from the next one on, or its ratios would not start at 1.
+        obs_moments = None if seen is None else merge(obs_moments, seen)
+        iteration = state.iteration + 1
+        metrics = iteration_metrics(config, iteration, env_state.finished, batch, measured | reward_metrics)
+        if config.debug:
+            message = "timesteps {}: episode return {}"
+            jax.debug.print(message, metrics.timesteps, metrics.episode_return)
+        normalizer = Normalizer(obs_moments, reward_scale)
+        state = TrainState(params, update_state, normalizer, env_state, carry, reward_state, key_next, iteration)
+        return state, metrics
+
+    return Trainer(init, step)
+
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+def resolve(config: Config, env: Env | None = None, model: Model | None = None) -> tuple[Env, Model]:
+    """The environment as the model sees it, and the model: those that the config names where none is given.
+
+    A model of the caller's own sees the environment's observations as they are; the MLP sees them as one vector.
+    """
+    env = envs.make(config.env) if env is None else env
+    if env.action_mask is not None:
+        raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")
+    env = bound_actions(env, config.squash_actions)
+    if model is not None:
+        return env, model
+    env = flatten_observations(env)
+    return env, make_model(config, env.action_space)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam after clipping the gradient's global norm; annealed, iteration k of K has lr · max(0, 1 − k / K)."""
+    steps_per_iteration = config.num_epochs * config.num_minibatches
+
+    def annealed(count: Array) -> Array:
+        iteration = count // steps_per_iteration
+        return config.lr * jnp.maximum(0.0, 1 - iteration / config.num_iterations)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adam(annealed if config.anneal_lr else config.lr, eps=config.adam_eps),
+    )
+
+
+def _checked(config: Config | Mapping[str, Any]) -> Config:
+    config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
+    require_scalars(config)
+    return config
+
+
+def _reward(reward_fn: Callable | Reward | None) -> Reward:
+    """A plain function, or none, as a `Reward` without memory."""
+    if isinstance(reward_fn, Reward):
+        return reward_fn
+
+    def step(state: PyTree, transitions: Transition, config: Config, frozen: PyTree) -> tuple[Array, PyTree, dict]:
+        return transitions.reward if reward_fn is None else reward_fn(transitions, config, frozen), state, {}
+
+    return Reward(lambda config: (), step)
+
+
+def _tied(state: TrainState, sources: PyTree) -> TrainState:
+    """The same state, each leaf of which depends on every source, so that `vmap` batches them all.
+
+    Otherwise a leaf such as Adam's count is unbatched in the one-shot program and batched between chunks, XLA makes
+    two different programs of one step, and chunks no longer equal the one-shot run bit for bit.
+    """
+    always = jnp.asarray(True)
+    for leaf in jax.tree.leaves(sources):
+        leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
+        first = jnp.ravel(leaf)[0]
+        always &= first == first
+    return jax.tree.map(lambda x: jnp.where(always, x, x), state)

@@ -1,0 +1,5 @@
+"""The algorithms, each a ``make_update(config, model, optimizer) -> Update`` of one signature."""
+
+from purejaxppo.updates import ppo
+
+UPDATES = {"ppo": ppo.make_update}
