@@ -15,7 +15,7 @@ _registered: dict[str, Callable[..., Env]] = {}
 
 
 def register(name: str, factory: Callable[..., Env]) -> None:
-    """Let ``make(name, **settings)`` return ``factory(**settings)``; an earlier environment of that name is replaced."""
+    """Let ``make(name, **settings)`` return ``factory(**settings)``; an earlier one of that name is replaced."""
     if not name or not callable(factory):
         raise ConfigError("register takes a name and a function that returns an Env")
     _registered[name] = factory
@@ -27,8 +27,8 @@ def list_envs(suite: str | None = None) -> list[str]:
         raise ConfigError(f"{suite!r} is not a suite; there is {', '.join(SUITES)}")
     if suite is not None:
         return _suite(suite).list_envs()
-    rest = [f"{other}/{name}" for other in SUITES[1:] for name in _suite(other).list_envs()]
-    return [*_registered, *_suite(SUITES[0]).list_envs(), *rest]
+    names = [name if i == 0 else f"{suite}/{name}" for i, suite in enumerate(SUITES) for name in list_envs(suite)]
+    return [*_registered, *names]
 
 
 def make(name: str, **settings: Any) -> Env:

@@ -61,7 +61,7 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
         finished = EpisodeSums(
             returns=state.finished.returns + jnp.where(done, episode_return, 0).sum(),
             lengths=state.finished.lengths + jnp.where(done, episode_length, 0).sum(),
-            count=state.finished.count + done.sum(dtype=jnp.int32),
+            episodes=state.finished.episodes + done.sum(dtype=jnp.int32),
         )
         return VectorState(
             env=states,

@@ -28,7 +28,7 @@ def flatten_observations(env: Env) -> Env:
 
 
 def into_features(obs: Shaped[Array, "..."], space: Space) -> Shaped[Array, "*batch features"]:
-    """Observations [*batch, *space.shape] as [*batch, features]: integers of a finite set as one-hot, boxes row by row."""
+    """Observations [*batch, *space.shape] as [*batch, features]: finite sets as one-hot, boxes row by row."""
     batch = obs.shape[: obs.ndim - len(space.shape)]
     match space:
         case Discrete(n):

@@ -56,9 +56,7 @@ class Config:
 
     env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
     algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
-    total_timesteps: int = _static(
-        1_000_000, "environment steps in all, rounded up to whole iterations", _POSITIVE_INT
-    )
+    total_timesteps: int = _static(1_000_000, "environment steps in all, rounded up to whole iterations", _POSITIVE_INT)
     num_envs: int = _static(64, "parallel environments (B)", _POSITIVE_INT)
     num_steps: int = _static(128, "steps of each environment per iteration (T)", _POSITIVE_INT)
     num_epochs: int = _static(4, "passes over each iteration's data", _POSITIVE_INT)
@@ -111,11 +109,12 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def axes(self, *names: str) -> "Config":
-        """The ``in_axes`` of `jax.vmap` for a config that is batched in these fields: ``config.axes("lr", "gamma")``."""
+        """The ``in_axes`` of `jax.vmap` for a config batched in these fields: ``config.axes("lr", "gamma")``."""
         for name in names:
             if name not in LEAVES:
                 raise ConfigError(f"{name!r} cannot be batched{_nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}")
-        return dataclasses.replace(self, **{name: 0 if name in names else None for name in LEAVES})
+        axes: dict[str, Any] = {name: 0 if name in names else None for name in LEAVES}
+        return dataclasses.replace(self, **axes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: "Config | None" = None) -> "Config":

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-
 LOG_2PI = float(np.log(2 * np.pi))
 
 
@@ -134,8 +133,8 @@ class TanhGaussian(NamedTuple):
         It has no closed form. The quadrature needs no key and is differentiable; its error is below 1e-3 nats for
         standard deviations up to 2.
         """
-        nodes, weights = np.polynomial.hermite_e.hermegauss(32)
-        nodes, weights = (jnp.asarray(x, self.mean.dtype) for x in (nodes, weights / weights.sum()))
+        points, mass = np.polynomial.hermite_e.hermegauss(32)
+        nodes, weights = jnp.asarray(points, self.mean.dtype), jnp.asarray(mass / mass.sum(), self.mean.dtype)
         u = self.mean[..., None] + jnp.exp(self.log_std)[..., None] * nodes
         return self.gaussian.entropy() + (_log_tanh_derivative(u) @ weights).sum(-1)
 

@@ -19,9 +19,9 @@ def iteration_metrics(
     exact = jnp.int32 if config.actual_timesteps < 2**31 else jnp.float32
     common = {
         "timesteps": iterations_done.astype(exact) * config.batch_size,
-        "episode_return": finished.returns / finished.count,  # 0 / 0 is NaN, as it should be
-        "episode_length": finished.lengths / finished.count,
-        "episodes": finished.count,
+        "episode_return": finished.returns / finished.episodes,  # 0 / 0 is NaN, as it should be
+        "episode_length": finished.lengths / finished.episodes,
+        "episodes": finished.episodes,
         "explained_variance": losses.explained_variance(batch.value, batch.target, batch.valid),
     }
     own = {name: measured.get(name, jnp.asarray(jnp.nan)) for name in Metrics._fields if name not in {*common, "extra"}}

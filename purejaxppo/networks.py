@@ -133,7 +133,7 @@ def feed_forward(
 
     def unroll(params: PyTree, carry: PyTree, obs: Array, reset: Array) -> tuple[Distribution, Array]:
         # One matrix product over all N rows: XLA's CPU back end is half as fast on the gradient of a [T, B, ...] one.
-        outputs = forward(params, obs.reshape((-1,) + obs.shape[2:]))
+        outputs = forward(params, obs.reshape((-1, *obs.shape[2:])))
         return jax.tree.map(lambda x: x.reshape(obs.shape[:2] + x.shape[1:]), outputs)
 
     return Model(init, initial_carry, step, unroll)

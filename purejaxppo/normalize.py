@@ -10,16 +10,16 @@ EPSILON, LIMIT = 1e-8, 10.0  # under the root; bound on what is normalised, in s
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of what was seen so far."""
+    """Number, mean and sum of squared deviations of what was seen so far."""
 
-    count: Float[Array, ""]
+    samples: Float[Array, ""]  # how many
     mean: Float[Array, "..."]
     m2: Float[Array, "..."]
 
     @property
     def variance(self) -> Float[Array, "..."]:
         """The population variance; 1 before anything was seen, which leaves what it normalises alone."""
-        return jnp.where(self.count > 0, self.m2 / jnp.maximum(self.count, 1), 1.0)
+        return jnp.where(self.samples > 0, self.m2 / jnp.maximum(self.samples, 1), 1.0)
 
 
 class ReturnScale(NamedTuple):
@@ -46,6 +46,7 @@ def init_normalizer(obs: Shaped[Array, "B ..."], observations: bool, rewards: bo
 
 
 def no_moments(shape: tuple[int, ...]) -> Moments:
+    """The moments of nothing yet."""
     dtype = jnp.result_type(float)
     return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -58,10 +59,10 @@ def moments_of(x: Float[Array, "n ..."]) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both samples together (Chan, Golub and LeVeque 1979): exact, whatever the split."""
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
+    samples = a.samples + b.samples
+    share = b.samples / jnp.maximum(samples, 1)
     delta = b.mean - a.mean
-    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta**2 * a.count * share)
+    return Moments(samples, a.mean + delta * share, a.m2 + b.m2 + delta**2 * a.samples * share)
 
 
 def normalize_obs(moments: Moments | None, obs: Array) -> Array:

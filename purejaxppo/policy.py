@@ -128,7 +128,7 @@ def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
     try:
-        np.savez(temporary / "params.npz", **{name: np.asarray(x) for name, x in arrays.items()})
+        np.savez(temporary / "params.npz", **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
         description = {
             "format": "purejaxppo policy",
             "format_version": FORMAT_VERSION,
@@ -170,7 +170,9 @@ def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Mod
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The description and the arrays, checked to be ours, whole and of a version that is known."""
-    not_ours = ConfigError(f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own")
+    not_ours = ConfigError(
+        f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
+    )
     try:
         description = json.loads((directory / "policy.json").read_text())
         packed = (directory / "params.npz").read_bytes()
@@ -202,8 +204,12 @@ def _in_place(
     expected = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), obs), sep="/")
     params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
     if {name: x.shape for name, x in params.items()} != {name: x.shape for name, x in expected.items()}:
-        raise ConfigError(f"the parameters in {directory} do not fit the model: another network or other sizes made them")
-    moments = {name: jnp.asarray(arrays[f"obs_moments/{name}"]) for name in Moments._fields if f"obs_moments/{name}" in arrays}
+        raise ConfigError(
+            f"the parameters in {directory} do not fit the model: another network or other sizes made them"
+        )
+    moments = {
+        name: jnp.asarray(arrays[f"obs_moments/{name}"]) for name in Moments._fields if f"obs_moments/{name}" in arrays
+    }
     nested = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in params.items()}, sep="/")
     return nested, Moments(**moments) if moments else None
 

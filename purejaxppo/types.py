@@ -60,8 +60,10 @@ class Box:
     @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         """``low`` and ``high`` as arrays of ``shape``."""
-        low, high = (np.asarray(bound, float) for bound in (self.low, self.high))
-        return tuple(np.broadcast_to(x.reshape(self.shape) if x.ndim else x, self.shape) for x in (low, high))
+        return self._as_array(self.low), self._as_array(self.high)
+
+    def _as_array(self, bound: float | tuple[float, ...]) -> np.ndarray:
+        return np.full(self.shape, np.reshape(bound, self.shape) if isinstance(bound, tuple) else bound, float)
 
 
 Space = Discrete | MultiDiscrete | Box
@@ -103,7 +105,7 @@ class EpisodeSums(NamedTuple):
 
     returns: Float[Array, ""]
     lengths: Float[Array, ""]
-    count: Int[Array, ""]
+    episodes: Int[Array, ""]
 
 
 class VectorState(NamedTuple):
@@ -245,5 +247,7 @@ class Trainer(NamedTuple):
 
 
 class Result(NamedTuple):
+    """What a whole run returns."""
+
     state: TrainState
     metrics: Metrics  # each field [num_iterations]

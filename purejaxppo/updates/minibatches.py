@@ -14,11 +14,11 @@ def as_sequences(batch: Batch) -> Batch:
     """
     if jax.tree.leaves(batch.carry):
         return batch
-    return jax.tree.map(lambda x: x.reshape((1, -1) + x.shape[2:]), batch)
+    return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[2:])), batch)
 
 
 def shuffled_minibatches(key: PRNGKey, batch: Batch, num_minibatches: int) -> Batch:
-    """A random partition of the sequences: each leaf [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...]."""
+    """A random partition of the sequences: [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...]."""
     order = jax.random.permutation(key, batch.mask.shape[1]).reshape(num_minibatches, -1)
     minibatches = jax.tree.map(lambda x: jnp.moveaxis(x[:, order], 1, 0), batch._replace(carry=()))
     return minibatches._replace(carry=jax.tree.map(lambda x: x[order], batch.carry))

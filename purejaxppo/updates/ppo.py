@@ -63,9 +63,14 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         (params, update_state), metrics = jax.lax.scan(epoch, (params, update_state), keys)  # [epochs, minibatches]
         deviation = metrics.pop("ratio_deviation")
         metrics = jax.tree.map(jnp.mean, metrics)
-        return params, update_state, metrics | {
-            "first_ratio_deviation": deviation[0, 0],
-            "largest_ratio_deviation": deviation.max(),
-        }
+        return (
+            params,
+            update_state,
+            metrics
+            | {
+                "first_ratio_deviation": deviation[0, 0],
+                "largest_ratio_deviation": deviation.max(),
+            },
+        )
 
     return Update(optimizer.init, step)

@@ -12,6 +12,8 @@ from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
 
 
 class EpisodeStatistics(NamedTuple):
+    """One entry for each of n episodes."""
+
     returns: Float[Array, "n"]  # sum of the rewards of each episode, undiscounted
     lengths: Int[Array, "n"]  # steps of each episode
 
@@ -50,15 +52,20 @@ def evaluate(
             returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
             lengths = now.statistics.lengths + now.running
             running = now.running & ~(out.terminated | out.truncated)
-            state, obs = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), (out.state, out.obs), (now.state, now.obs))
+            state, obs = jax.tree.map(
+                lambda new, old: jnp.asarray(new, old.dtype), (out.state, out.obs), (now.state, now.obs)
+            )
             return _Episodes(key_next, state, obs, carry, running, EpisodeStatistics(returns, lengths))
 
         start = _Episodes(
-            key_run,
-            *jax.tree.map(jnp.asarray, (state, obs)),
-            policy.initial_carry(num_episodes),
-            jnp.ones(num_episodes, bool),
-            EpisodeStatistics(jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)),
+            key=key_run,
+            state=jax.tree.map(jnp.asarray, state),
+            obs=obs,
+            carry=policy.initial_carry(num_episodes),
+            running=jnp.ones(num_episodes, bool),
+            statistics=EpisodeStatistics(
+                jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)
+            ),
         )
         return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics
 
