@@ -52,3 +52,11 @@ def make(name: str, **settings: Any) -> Env:
 
 def _suite(name: str) -> Any:
     return import_module(f"purejaxppo.envs.{name}")
+
+
+def drawing(name: str) -> Callable[[list[Any], list[Any], Any], None]:
+    """``draw(states, returns, path)``, which writes a GIF of an episode; `ConfigError` where the suite has none."""
+    suite, _, short = name.rpartition("/")
+    if name in _registered or not hasattr(_suite(suite or SUITES[0]), "drawing"):
+        raise ConfigError(f"{name} cannot be drawn: its suite brings no pictures")
+    return _suite(suite or SUITES[0]).drawing(short)

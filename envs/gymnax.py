@@ -1,6 +1,7 @@
 """gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks. `gymnax` itself takes seconds to import."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,3 +78,25 @@ def _bound(x: Any) -> float | tuple[float, ...]:
     """One number where all are equal, else all of them."""
     values = np.unique(np.asarray(x, float))
     return float(values[0]) if values.size == 1 else tuple(np.asarray(x, float).ravel().tolist())
+
+
+def drawing(name: str) -> Callable[[list[Any], list[Any], Any], None]:
+    """``draw(states, returns, path)`` by gymnax's visualiser; returns are those up to each state."""
+    from gymnax.visualize import Visualizer, vis_gym
+
+    env, params = original(name)
+    drawn = (
+        *vis_gym.SUPPORTED_GYM_ENVS,
+        "Catch-bsuite",
+        "PointRobot-misc",
+        "MetaMaze-misc",
+        "FourRooms-misc",
+        "Pong-misc",
+    )
+    if name not in drawn and not name.endswith("-MinAtar"):
+        raise ConfigError(f"{name} cannot be drawn: gymnax's visualiser has no picture of it")
+
+    def draw(states: list[Any], returns: list[Any], path: Any) -> None:
+        Visualizer(env, params, states, returns).animate(str(path))
+
+    return draw

@@ -19,14 +19,9 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
     the final observation of an episode that ended.
     """
     B, pool_size = num_envs, max(num_envs, SMALLEST_POOL)
-    dtypes = _dtypes_after_a_step(env)
-
-    def fresh(key: PRNGKey, count: int) -> PyTree:
-        starts = jax.vmap(env.reset)(jax.random.split(key, count))
-        return jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), starts, dtypes)
 
     def reset(key: PRNGKey) -> VectorState:
-        pool = fresh(key, pool_size)  # a rollout draws another one before any of it is used again
+        pool = fresh_starts(env, key, pool_size)  # a rollout draws another one before any of it is used again
         states, obs = jax.tree.map(lambda x: x[:B], pool)
         return VectorState(
             env=states,
@@ -39,7 +34,7 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
         )
 
     def refill(key: PRNGKey, state: VectorState) -> VectorState:
-        return state._replace(pool=fresh(key, pool_size), finished=_nothing_finished())
+        return state._replace(pool=fresh_starts(env, key, pool_size), finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
         key_step, key_pool = jax.random.split(key)
@@ -81,11 +76,11 @@ def _nothing_finished() -> EpisodeSums:
     return EpisodeSums(zero, zero, jnp.zeros((), jnp.int32))
 
 
-def _dtypes_after_a_step(env: Env) -> PyTree:
-    """The types of (state, obs) that a step leads to: a loop needs a reset to have the same."""
-    key = jax.random.key(0)
-    state, _ = jax.eval_shape(env.reset, key)
+def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, Array]:
+    """``count`` initial (state, obs), in the types that a step has: a loop over steps needs them to be the same."""
+    states, obs = jax.vmap(env.reset)(jax.random.split(key, count))
+    state = jax.tree.map(lambda x: x[0], states)
     dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
     action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
     out = jax.eval_shape(env.step, key, state, action)
-    return jax.tree.map(lambda x: x.dtype, (out.state, out.obs))
+    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), (states, obs), (out.state, out.obs))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo import envs
+from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.policy import Policy
 from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
 
@@ -42,7 +43,7 @@ def evaluate(
 
     def run(key: PRNGKey) -> EpisodeStatistics:
         key_reset, key_run = jax.random.split(key)
-        state, obs = jax.vmap(env.reset)(jax.random.split(key_reset, num_episodes))
+        state, obs = fresh_starts(env, key_reset, num_episodes)
 
         def step(now: _Episodes) -> _Episodes:
             key_action, key_env, key_next = jax.random.split(now.key, 3)
@@ -52,14 +53,11 @@ def evaluate(
             returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
             lengths = now.statistics.lengths + now.running
             running = now.running & ~(out.terminated | out.truncated)
-            state, obs = jax.tree.map(
-                lambda new, old: jnp.asarray(new, old.dtype), (out.state, out.obs), (now.state, now.obs)
-            )
-            return _Episodes(key_next, state, obs, carry, running, EpisodeStatistics(returns, lengths))
+            return _Episodes(key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths))
 
         start = _Episodes(
             key=key_run,
-            state=jax.tree.map(jnp.asarray, state),
+            state=state,
             obs=obs,
             carry=policy.initial_carry(num_episodes),
             running=jnp.ones(num_episodes, bool),

@@ -1,7 +1,9 @@
 """From one iteration's data to one number per field of `Metrics`."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+from numpy.typing import NDArray
 
 from purejaxppo import losses
 from purejaxppo.config import Config
@@ -27,3 +29,9 @@ def iteration_metrics(
     own = {name: measured.get(name, jnp.asarray(jnp.nan)) for name in Metrics._fields if name not in {*common, "extra"}}
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
     return Metrics(**common, **own, extra=extra)
+
+
+def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:
+    """[..., iterations] whether the losses and the gradient were finite up to and with this iteration."""
+    fine = np.isfinite([metrics.policy_loss, metrics.value_loss, metrics.grad_norm]).all(axis=0)
+    return np.logical_and.accumulate(fine, axis=-1)

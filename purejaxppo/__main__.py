@@ -1,0 +1,171 @@
+"""The command line: ``purejaxppo train | evaluate | render | envs``, a thin layer on the Python functions."""
+
+import time
+
+STARTED = time.perf_counter()  # before anything heavy is imported
+
+# ruff: noqa: E402
+import argparse
+import dataclasses
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from purejaxppo.config import FIELDS, Config, tuned
+from purejaxppo.types import ConfigError
+
+DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a wrong input is one sentence on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        commands: dict[str, Any] = {
+            "train": _train_options(arguments),
+            "evaluate": evaluate,
+            "render": render,
+            "envs": envs,
+        }
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
+        )
+        if dataclasses.is_dataclass(chosen):
+            train(**vars(chosen))
+    except ConfigError as error:
+        print(f"purejaxppo: {error}", file=sys.stderr)
+        raise SystemExit(WRONG_INPUT) from None
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+def train(seeds: int, key: int, directory: Path | None, eval_episodes: int, tuned: bool, **settings: Any) -> None:
+    """Train, show what happens, and leave a run directory."""
+    from purejaxppo import console as show
+    from purejaxppo.fitting import fit
+
+    config = Config.from_dict(settings)
+    if directory is None:
+        directory = Path("runs") / f"{config.env.replace('/', '_')}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    from purejaxppo import envs as environments
+
+    env = environments.make(config.env)
+    screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
+    with screen.live():
+        run = fit(
+            config,
+            seeds=seeds,
+            key=key,
+            env=env,
+            directory=directory,
+            on_start=screen.on_start,
+            on_progress=screen.on_progress,
+        )
+    show.show_result(console, run)
+    alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
+    if eval_episodes and alive and not run.interrupted:
+        show.show_evaluation(console, [run.policy(seed) for seed in alive], eval_episodes)
+    console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/")
+    if not alive or run.interrupted:
+        raise SystemExit(INTERRUPTED if run.interrupted else DIVERGED)
+
+
+def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0) -> None:
+    """Play fresh episodes with the policies of a run.
+
+    Args:
+        run: directory that train left
+        episodes: how many for each policy
+        key: number that the random key is made of
+    """
+    from purejaxppo import console as show
+    from purejaxppo.run_directory import load_policies
+
+    show.show_evaluation(console, load_policies(run), episodes, key)
+
+
+def render(
+    run: tyro.conf.Positional[Path], out: Path | None = None, seed: int = 0, key: int = 0, max_steps: int = 500
+) -> None:
+    """Make a GIF of one episode of a trained policy.
+
+    Args:
+        run: directory that train left
+        out: file to write; RUN/policy.gif if not given
+        seed: which agent, of a run with several
+        key: number that the random key is made of
+        max_steps: longest episode to show
+    """
+    from purejaxppo.rendering import animate
+    from purejaxppo.run_directory import load_policies
+
+    policies = load_policies(run)
+    if not 0 <= seed < len(policies):
+        raise ConfigError(f"seed = {seed}: this run has the seeds 0 … {len(policies) - 1}")
+    path, episode_return = animate(policies[seed], out or run / "policy.gif", key, max_steps)
+    console.print(f"{path}: one episode, return {episode_return:.1f}")
+
+
+def envs(suite: str | None = None) -> None:
+    """List what can be trained.
+
+    Args:
+        suite: only the environments of this suite
+    """
+    from purejaxppo import envs as environments
+
+    with_settings = tuned()
+    for name in environments.list_envs(suite):
+        console.print(name + ("  (tuned settings)" if name in with_settings else ""))
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def _train_options(arguments: Sequence[str]) -> type:
+    """A dataclass with an option for each field of `Config`, defaulting to what is tuned for the environment asked for."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", default=Config.env)
+    first.add_argument("--no-tuned", dest="tuned", action="store_false")
+    asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
+    defaults = Config.for_env(asked.env) if asked.tuned else Config(env=asked.env)
+
+    options: list[tuple[str, Any, Any]] = [
+        _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
+        for name, field in FIELDS.items()
+    ]
+    options += [
+        _option("seeds", 1, "agents to train at once"),
+        _option("key", 0, "number that the random key is made of"),
+        (
+            "directory",
+            Annotated[Path | None, tyro.conf.arg(help="where the run goes; must be new (default: runs/...)")],
+            None,
+        ),
+        _option("eval_episodes", 128, "episodes to evaluate the final policy in; 0 for none"),
+        _option("tuned", asked.tuned, "start from the settings that are tuned for the environment"),
+    ]
+    return dataclasses.make_dataclass(
+        "train", options, namespace={"__doc__": "Train agents; without options, PPO on CartPole-v1."}, frozen=True
+    )
+
+
+def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
+    """One option. Counts may be written as 5e7; names are checked by `Config`, which knows the nearest one."""
+    if isinstance(check, tuple):
+        doc = f"{doc}: {', '.join(check)}"
+    kind: Any = int | float if type(default) is int and check else type(default)
+    kind = tuple[int, ...] if isinstance(default, tuple) else kind
+    metavar = "INT" if kind == int | float else None
+    return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the command line shows: the plan of a run, its progress and its result."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from purejaxppo import fitting
+from purejaxppo.evaluation import EpisodeStatistics, evaluate
+from purejaxppo.policy import Policy
+from purejaxppo.statistics import estimate
+
+LINES = 10  # progress lines of a run where the output is not a terminal
+
+
+class Screen:
+    """Shows one run of `fit`: give ``on_start`` and ``on_progress`` to it, inside ``with screen.live():``."""
+
+    def __init__(self, console: Console, import_seconds: float):
+        self.console = console
+        self.import_seconds = import_seconds
+        self.bar = Progress(
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.next_line = 1
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        with self.bar:
+            yield
+
+    def on_start(self, plan: fitting.Plan) -> None:
+        """What exactly will run, and what it took to get here."""
+        config = plan.config
+        agents = "1 agent" if plan.seeds == 1 else f"{plan.seeds} agents at once"
+        rows = {
+            "environment": f"{config.env}, {config.num_envs} copies per agent",
+            "algorithm": f"{config.algorithm.upper()}, {config.num_epochs} epochs of {config.num_minibatches} "
+            f"minibatches on {config.num_steps} × {config.num_envs} steps",
+            "steps": f"{config.actual_timesteps:,} per agent in {config.num_iterations:,} iterations"
+            + (
+                f" ({config.total_timesteps:,} rounded up)" if config.actual_timesteps != config.total_timesteps else ""
+            ),
+            "agents": agents,
+            "device": plan.device,
+            "memory": f"{plan.memory_bytes / 2**20:,.0f} MiB, as compiled",
+            "start-up": f"imports {self.import_seconds:.1f} s, compilation {plan.compile_seconds:.1f} s",
+        }
+        table = Table.grid(padding=(0, 2))
+        for name, text in rows.items():
+            table.add_row(f"[bold]{name}", text)
+        self.console.print(table)
+        self.task = self.bar.add_task("", total=config.num_iterations, text="")
+        self.total = config.num_iterations
+
+    def on_progress(self, now: fitting.Progress) -> None:
+        """The bar of a terminal; elsewhere a line now and then."""
+        text = f"return {_number(now.episode_return)}  {_rate(now.steps_per_second)}"
+        self.bar.update(self.task, completed=now.iterations, text=text)
+        if not self.console.is_terminal and now.iterations * LINES >= self.next_line * self.total:
+            self.next_line = now.iterations * LINES // self.total + 1
+            self.console.print(f"{now.timesteps:>12,} steps  {text}")
+
+
+def show_result(console: Console, run: fitting.Run) -> None:
+    """A table of how the run ended; a run that diverged says so."""
+    steps = run.metrics.timesteps.shape[1] * run.config.batch_size * run.seeds
+    console.print(
+        f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
+        + (" (interrupted)" if run.interrupted else "")
+    )
+    for seed, iteration in enumerate(run.diverged_at):
+        if iteration is not None:
+            console.print(
+                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration {iteration} of "
+                f"{run.config.num_iterations}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
+            )
+
+
+def show_evaluation(console: Console, policies: list[Policy], num_episodes: int, key: int = 0) -> None:
+    """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
+    table = Table(title=f"{policies[0].config.env}: return over {num_episodes} fresh episodes of the final policy")
+    for column in ("", "deterministic", "sampled", "mean length"):
+        table.add_column(column, justify="left" if not column else "right")
+    keys = jax.random.split(jax.random.key(key), len(policies))
+    env = None
+    scores = []
+    for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
+        both = [evaluate(policy, env, one, num_episodes, deterministic) for deterministic in (True, False)]
+        scores.append([float(result.returns.mean()) for result in both])
+        name = "policy" if len(policies) == 1 else f"seed {seed}"
+        table.add_row(name, *(_spread(result) for result in both), f"{float(both[0].lengths.mean()):.0f}")
+    if len(policies) > 1:
+        middle = estimate(np.asarray(scores))
+        table.add_section()
+        cells = [f"{p:.1f} \\[{low:.1f}, {high:.1f}]" for p, low, high in zip(*middle, strict=True)]
+        table.add_row("interquartile mean, 95 % interval", *cells, "")
+    console.print(table)
+
+
+def _spread(result: EpisodeStatistics) -> str:
+    returns = np.asarray(result.returns)
+    return f"{returns.mean():.1f} ± {returns.std():.1f}"
+
+
+def _number(x: float) -> str:
+    return "–" if np.isnan(x) else f"{x:.1f}"
+
+
+def _rate(steps_per_second: float) -> str:
+    return f"{steps_per_second:,.0f} steps/s"
