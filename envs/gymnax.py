@@ -1,6 +1,7 @@
 """gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks. `gymnax` itself takes seconds to import."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxtyping import Array
 from purejaxppo.types import Box, ConfigError, Discrete, Env, PRNGKey, PyTree, Space, Step
 
 DOWNLOADS = ("MNISTBandit-bsuite",)  # cannot be made without fetching a data set
+
+DRAWN = ("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc")  # besides the well-known
 
 
 def list_envs() -> list[str]:
@@ -82,21 +85,41 @@ def _bound(x: Any) -> float | tuple[float, ...]:
 
 def drawing(name: str) -> Callable[[list[Any], list[Any], Any], None]:
     """``draw(states, returns, path)`` by gymnax's visualiser; returns are those up to each state."""
+    for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # classic control is drawn by a game library
+        os.environ.setdefault(variable, "dummy")
     from gymnax.visualize import Visualizer, vis_gym
 
     env, params = original(name)
-    drawn = (
-        *vis_gym.SUPPORTED_GYM_ENVS,
-        "Catch-bsuite",
-        "PointRobot-misc",
-        "MetaMaze-misc",
-        "FourRooms-misc",
-        "Pong-misc",
-    )
-    if name not in drawn and not name.endswith("-MinAtar"):
+    classic = name in vis_gym.SUPPORTED_GYM_ENVS
+    if not classic and name not in DRAWN and not name.endswith("-MinAtar"):
         raise ConfigError(f"{name} cannot be drawn: gymnax's visualiser has no picture of it")
 
     def draw(states: list[Any], returns: list[Any], path: Any) -> None:
-        Visualizer(env, params, states, returns).animate(str(path))
+        if classic:
+            _draw_classic(name, states, params, path)
+        else:
+            Visualizer(env, params, states, returns).animate(str(path))
 
     return draw
+
+
+def _draw_classic(name: str, states: list[Any], params: Any, path: Any) -> None:
+    """Every second state as a frame. gymnax's own loop opens and closes a renderer for each, 0.3 s apiece."""
+    import gymnasium
+    from gymnax.visualize import vis_gym
+    from PIL import Image
+
+    screen = gymnasium.make(name, render_mode="rgb_array")
+    screen.reset()
+    world: Any = screen.unwrapped
+    vis_gym.set_gym_params(world, name, params)
+    frames = []
+    for state in states[::2]:
+        world.state = vis_gym.get_gym_state(state, name)
+        if name == "Pendulum-v1":
+            world.last_u = np.asarray(state.last_u, float)
+        frame = Image.fromarray(np.asarray(world.render()))
+        frame.thumbnail((300, 300))
+        frames.append(frame.quantize(32))
+    screen.close()
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)

@@ -130,7 +130,7 @@ def envs(suite: str | None = None) -> None:
 
 
 def _train_options(arguments: Sequence[str]) -> type:
-    """A dataclass with an option for each field of `Config`, defaulting to what is tuned for the environment asked for."""
+    """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", default=Config.env)
     first.add_argument("--no-tuned", dest="tuned", action="store_false")
@@ -144,11 +144,7 @@ def _train_options(arguments: Sequence[str]) -> type:
     options += [
         _option("seeds", 1, "agents to train at once"),
         _option("key", 0, "number that the random key is made of"),
-        (
-            "directory",
-            Annotated[Path | None, tyro.conf.arg(help="where the run goes; must be new (default: runs/...)")],
-            None,
-        ),
+        ("directory", Annotated[Path | None, tyro.conf.arg(help="where the run goes; must be new")], None),
         _option("eval_episodes", 128, "episodes to evaluate the final policy in; 0 for none"),
         _option("tuned", asked.tuned, "start from the settings that are tuned for the environment"),
     ]

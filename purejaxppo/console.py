@@ -43,7 +43,7 @@ class Screen:
     def on_start(self, plan: fitting.Plan) -> None:
         """What exactly will run, and what it took to get here."""
         config = plan.config
-        agents = "1 agent" if plan.seeds == 1 else f"{plan.seeds} agents at once"
+        rounded = config.actual_timesteps != config.total_timesteps
         rows = {
             "environment": f"{config.env}, {config.num_envs} copies per agent",
             "algorithm": f"{config.algorithm.upper()}, {config.num_epochs} epochs of {config.num_minibatches} "
@@ -52,7 +52,7 @@ class Screen:
             + (
                 f" ({config.total_timesteps:,} rounded up)" if config.actual_timesteps != config.total_timesteps else ""
             ),
-            "agents": agents,
+            "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
             "memory": f"{plan.memory_bytes / 2**20:,.0f} MiB, as compiled",
             "start-up": f"imports {self.import_seconds:.1f} s, compilation {plan.compile_seconds:.1f} s",
@@ -83,8 +83,8 @@ def show_result(console: Console, run: fitting.Run) -> None:
     for seed, iteration in enumerate(run.diverged_at):
         if iteration is not None:
             console.print(
-                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration {iteration} of "
-                f"{run.config.num_iterations}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
+                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration {iteration} "
+                f"of {run.config.num_iterations}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
             )
 
 

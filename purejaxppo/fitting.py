@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `fit` returns. The metrics are NumPy arrays [seeds, iterations]; the state has the seeds first if several."""
+    """What `fit` returns. The metrics are NumPy arrays [seeds, iterations]; of several seeds the state has them first."""
 
     config: Config
     seeds: int
@@ -87,8 +87,8 @@ def fit(
     """Train ``seeds`` agents at once, in chunks between which ``on_progress`` is called.
 
     The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. It
-    stops early when every agent has diverged, and with what there is at Ctrl-C. ``directory``, which must not exist, gets
-    what `run_directory` describes.
+    stops early when every agent has diverged, and with what there is at Ctrl-C. ``directory``, which must not exist,
+    gets what `run_directory` describes.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
@@ -139,7 +139,7 @@ def fit(
 def _run_chunks(
     chunk: Callable, state: TrainState, rows: Metrics, plan: Plan, on_progress: Callable[[Progress], None] | None
 ) -> tuple[TrainState, Metrics, bool]:
-    """All iterations, `CHUNK_SECONDS` at a time: the last state, the metrics [seeds, iterations], whether interrupted."""
+    """All iterations, `CHUNK_SECONDS` at a time; returns state, metrics [seeds, iterations], whether interrupted."""
     config, capacity = plan.config, len(rows.timesteps)
     done, count, collected = 0, 1, []
     with _interruptible() as interrupted:
@@ -171,7 +171,7 @@ def _progress(new: Metrics, iterations: int, steps_per_second: float) -> Progres
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C takes effect between chunks, where the state is whole; a second one at once."""
-    pressed = []
+    pressed: list[int] = []
 
     def note(signal_number: int, frame: Any) -> None:
         if pressed:
