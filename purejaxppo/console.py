@@ -49,9 +49,7 @@ class Screen:
             "algorithm": f"{config.algorithm.upper()}, {config.num_epochs} epochs of {config.num_minibatches} "
             f"minibatches on {config.num_steps} × {config.num_envs} steps",
             "steps": f"{config.actual_timesteps:,} per agent in {config.num_iterations:,} iterations"
-            + (
-                f" ({config.total_timesteps:,} rounded up)" if config.actual_timesteps != config.total_timesteps else ""
-            ),
+            + (f" ({config.total_timesteps:,} rounded up)" if rounded else ""),
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
             "memory": f"{plan.memory_bytes / 2**20:,.0f} MiB, as compiled",

@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `fit` returns. The metrics are NumPy arrays [seeds, iterations]; of several seeds the state has them first."""
+    """What `fit` returns: metrics as NumPy arrays [seeds, iterations]; of several seeds the state has them first."""
 
     config: Config
     seeds: int
