@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ GOALS = {
 }
 
 
-def score(config: Config, keys: jax.Array, goal: Goal) -> np.ndarray:
-    """The mean return of each key's final policy; all of them trained in one compiled function."""
+def scorer(config: Config, goal: Goal) -> Callable[[jax.Array], jax.Array]:
+    """From keys to the mean return of each one's final policy; all of them trained in one compiled function."""
     env = envs.make(config.env)
 
     def one(key: jax.Array) -> jax.Array:
@@ -45,7 +46,7 @@ def score(config: Config, keys: jax.Array, goal: Goal) -> np.ndarray:
         policy = Policy.from_state(config, result.state, env=env)
         return evaluate(policy, env, key_evaluate, goal.episodes, goal.deterministic).returns.mean()
 
-    return np.asarray(jax.jit(jax.vmap(one))(keys), float)
+    return jax.jit(jax.vmap(one))
 
 
 def run(names: list[str], seeds: int, at_once: int | None) -> None:
@@ -55,10 +56,10 @@ def run(names: list[str], seeds: int, at_once: int | None) -> None:
         config = Config.for_env(name)
         assert config.actual_timesteps <= goal.timesteps, f"{name} is tuned for more steps than the goal allows"
         keys = jax.random.split(jax.random.key(SCORING_KEY), seeds)
-        scores: list[float] = []
+        score, scores = scorer(config, goal), []
         started = time.perf_counter()
         for group in np.split(np.arange(seeds), range(at_once or seeds, seeds, at_once or seeds)):
-            scores += score(config, keys[group], goal).tolist()
+            scores += score(keys[group]).tolist()
             store(name, config, goal, scores, time.perf_counter() - started)
             print(row(read(name)), flush=True)
 

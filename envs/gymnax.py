@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -33,10 +32,9 @@ def make(name: str, **settings: Any) -> Env:
         return state, obs
 
     def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
-        key_step, key_observe = jax.random.split(key)
-        obs, state, reward, terminated, _ = env.step_env(key_step, state, action, params)
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
         if name == "MemoryChain-bsuite":  # its step_env observes the state that was left, not the one reached
-            obs = env.observe(key_observe, state, action, params)
+            obs = env.get_obs(state, params)
         reward = jnp.asarray(reward, jnp.result_type(float))  # some count in integers
         truncated = env.is_truncated(state, params) & ~terminated
         return Step(state, obs, reward, terminated, truncated)

@@ -37,14 +37,14 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
         return state._replace(pool=fresh_starts(env, key, pool_size), finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
-        key_step, key_pool = jax.random.split(key)
-        out = jax.vmap(env.step)(jax.random.split(key_step, B), state.env, action)
+        keys = jax.random.split(key, B + 1)
+        out = jax.vmap(env.step)(keys[1:], state.env, action)
         reward = jnp.asarray(out.reward, jnp.result_type(float))
         out = out._replace(reward=reward, mask=jnp.broadcast_to(out.mask, (B,)))
         done = out.terminated | out.truncated
 
-        first_row = jax.random.randint(key_pool, (), 0, pool_size)
-        rows = (first_row + jnp.arange(B)) % pool_size
+        first_row = jax.random.bits(keys[0], (), jnp.uint32) % pool_size
+        rows = (first_row.astype(jnp.int32) + jnp.arange(B)) % pool_size
         starts = jax.tree.map(lambda x: x[rows], state.pool)
         states, obs = jax.tree.map(
             lambda new, old: jnp.where(done.reshape((B,) + (1,) * (old.ndim - 1)), new, old),

@@ -6,6 +6,7 @@ STARTED = time.perf_counter()  # before anything heavy is imported
 
 # ruff: noqa: E402
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -46,23 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # --------------------------------------------------------------------------------------- commands
 
 
-def train(seeds: int, key: int, directory: Path | None, eval_episodes: int, tuned: bool, **settings: Any) -> None:
+def train(seeds: str, key: str, directory: Path | None, eval_episodes: str, tuned: bool, **settings: Any) -> None:
     """Train, show what happens, and leave a run directory."""
     from purejaxppo import console as show
+    from purejaxppo import envs as environments
     from purejaxppo.fitting import fit
 
-    config = Config.from_dict(settings)
+    config = Config.from_dict(_numbers(settings))
+    num_seeds, num_episodes = _count("seeds", seeds, 1), _count("eval_episodes", eval_episodes, 0)
     if directory is None:
         directory = Path("runs") / f"{config.env.replace('/', '_')}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    from purejaxppo import envs as environments
-
     env = environments.make(config.env)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
         run = fit(
             config,
-            seeds=seeds,
-            key=key,
+            seeds=num_seeds,
+            key=_count("key", key, 0),
             env=env,
             directory=directory,
             on_start=screen.on_start,
@@ -70,8 +71,8 @@ def train(seeds: int, key: int, directory: Path | None, eval_episodes: int, tune
         )
     show.show_result(console, run)
     alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
-    if eval_episodes and alive and not run.interrupted:
-        show.show_evaluation(console, [run.policy(seed) for seed in alive], eval_episodes)
+    if num_episodes and alive and not run.interrupted:
+        show.show_evaluation(console, [run.policy(seed) for seed in alive], num_episodes)
     console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/")
     if not alive or run.interrupted:
         raise SystemExit(INTERRUPTED if run.interrupted else DIVERGED)
@@ -154,13 +155,34 @@ def _train_options(arguments: Sequence[str]) -> type:
 
 
 def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
-    """One option. Counts may be written as 5e7; names are checked by `Config`, which knows the nearest one."""
+    """One option. Numbers come as text, so that `Config`, which knows what is allowed, says what is wrong with them."""
     if isinstance(check, tuple):
         doc = f"{doc}: {', '.join(check)}"
-    kind: Any = int | float if type(default) is int and check else type(default)
-    kind = tuple[int, ...] if isinstance(default, tuple) else kind
-    metavar = "INT" if kind == int | float else None
+    number = type(default) in (int, float)
+    metavar = type(default).__name__.upper() if number else None
+    kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
+    default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
     return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
+
+
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with text turned into numbers where it is one and a number is meant."""
+    values = {name: x if isinstance(FIELDS[name].default, str) else _number(x) for name, x in settings.items()}
+    return values | {"hidden_sizes": tuple(_number(x) for x in settings["hidden_sizes"])}
+
+
+def _number(text: Any) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return text if isinstance(text, bool) else kind(text)
+    return text
+
+
+def _count(name: str, text: str, least: int) -> int:
+    value = _number(text)
+    if not isinstance(value, int) or not least <= value < 2**32:
+        raise ConfigError(f"{name} = {text}: it must be an integer of at least {least} and below 2**32")
+    return value
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
     def rollout(
         key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
-        key_pool, key_steps = jax.random.split(key)
-        env_state = vector_env.refill(key_pool, env_state)
+        keys = jax.random.split(key, num_steps + 1)
+        env_state = vector_env.refill(keys[0], env_state)
         no_reset = jnp.zeros_like(env_state.reset)
 
         def step(loop: tuple, key: PRNGKey) -> tuple[tuple, Transition]:
@@ -70,9 +70,7 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
 
         cut = (carry, normalize_obs(obs_moments, env_state.obs)) if one_cut_at_most else ()
         seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
-        (env_state, carry, cut, seen), transitions = jax.lax.scan(
-            step, (env_state, carry, cut, seen), jax.random.split(key_steps, num_steps)
-        )
+        (env_state, carry, cut, seen), transitions = jax.lax.scan(step, (env_state, carry, cut, seen), keys[1:])
         if many_cuts:
             return transitions, env_state, carry, seen
 

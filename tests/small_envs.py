@@ -1,0 +1,112 @@
+"""Small environments of which everything is known, and a model whose memory can be followed by hand."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.distributions import Categorical, DiagonalGaussian
+from purejaxppo.types import Box, Discrete, Env, Model, MultiDiscrete, Step
+
+DISCRETE, MULTI, BOX = Discrete(3), MultiDiscrete((2, 3, 4)), Box((2,), -1.0, 0.5)
+
+
+class CounterState(NamedTuple):
+    start: Any  # a number in [0, 1) that no other episode has
+    length: Any  # the episode terminates after this many steps
+    t: Any  # steps taken
+
+
+def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
+    """Observations [start, t, received action ...] tell every state of every episode apart; the reward is t.
+
+    An episode terminates after 1 … ``longest`` steps and is cut after ``limit``: ``longest`` above ``limit`` mixes both
+    ends, and ``longest=0`` never terminates.
+    """
+    width = int(np.prod(action_space.shape))
+
+    def observe(state, action):
+        return jnp.concatenate([jnp.stack([state.start, 1.0 * state.t]), 1.0 * jnp.reshape(action, width)])
+
+    def reset(key):
+        key_start, key_length = jax.random.split(key)
+        length = jax.random.randint(key_length, (), 1, longest + 1, jnp.int32) if longest else jnp.int32(2**30)
+        state = CounterState(jax.random.uniform(key_start), length, jnp.int32(0))
+        return state, observe(state, jnp.zeros(width))
+
+    def step(key, state, action):
+        state = state._replace(t=state.t + 1)
+        terminated = state.t >= state.length
+        return Step(state, observe(state, action), 1.0 * state.t, terminated, state.t >= limit)
+
+    space = Box((2 + width,), -np.inf, np.inf)
+    return Env("counter", reset, step, space, action_space, limit, True)
+
+
+def clock(limit=10, terminates=False) -> Env:
+    """Reward 1 at every step and an end after ``limit``: a cut, or a termination where ``terminates`` (may be traced).
+
+    The observation is one-hot in the time. Cut, every state is worth 1 / (1 − γ); terminated, state t is worth
+    (1 − γ^(limit − t)) / (1 − γ).
+    """
+
+    def reset(key):
+        return jnp.int32(0), jax.nn.one_hot(0, limit + 1)
+
+    def step(key, t, action):
+        t, end = t + 1, t + 1 >= limit
+        return Step(t, jax.nn.one_hot(t, limit + 1), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates))
+
+    return Env("clock", reset, step, Box((limit + 1,), 0.0, 1.0), Discrete(2), limit, True)
+
+
+def memory_model(features: int, decay: float = 0.5) -> Model:
+    """Memory h ← decay · h + Σ obs, forgotten at a reset; V = h; the logits are h · params."""
+
+    def init(key, obs):
+        return {"policy": jax.random.normal(key, (3,)), "value": jnp.ones(())}
+
+    def initial_carry(batch_size):
+        return (jnp.zeros(batch_size),)
+
+    def step(params, carry, obs, reset):
+        h = decay * jnp.where(reset, 0, carry[0]) + obs.sum(-1)
+        return (h,), Categorical(0.1 * jnp.multiply.outer(h, params["policy"])), params["value"] * h
+
+    def unroll(params, carry, obs, reset):
+        def body(carry, inputs):
+            carry, distribution, value = step(params, carry, *inputs)
+            return carry, (distribution, value)
+
+        return jax.lax.scan(body, carry, (obs, reset))[1]
+
+    return Model(init, initial_carry, step, unroll)
+
+
+def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
+    """Policy and value linear in the observation: a NumPy version takes two lines."""
+
+    def init(key, obs):
+        key_policy, key_value = jax.random.split(key)
+        policy = {"w": jax.random.normal(key_policy, (obs.shape[-1], actions)), "b": 0.1 * jnp.arange(actions)}
+        value = {"w": jax.random.normal(key_value, (obs.shape[-1],)), "b": jnp.asarray(0.3)}
+        return {"policy": policy | ({"log_std": jnp.full(actions, 0.2)} if gaussian else {}), "value": value}
+
+    def forward(params, obs):
+        policy, value = params["policy"], params["value"]
+        out = obs @ policy["w"]
+        out = out + jnp.broadcast_to(policy["b"], out.shape)
+        if gaussian:
+            distribution = DiagonalGaussian(out, jnp.broadcast_to(policy["log_std"], out.shape))
+        else:
+            distribution = Categorical(out)
+        return distribution, obs @ value["w"] + value["b"]
+
+    def step(params, carry, obs, reset):
+        return carry, *forward(params, obs)
+
+    def unroll(params, carry, obs, reset):
+        return forward(params, obs)
+
+    return Model(init, lambda batch_size: (), step, unroll)

@@ -1,0 +1,512 @@
+"""`Config`: derived numbers, round trips, what is a leaf, PureJaxRL's keys, and one sentence for every mistake."""
+
+import dataclasses
+import json
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purejaxppo import Config, ConfigError, envs, make_train
+from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, tuned, validate
+
+CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
+SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
+SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
+
+# The dictionaries of PureJaxRL's ppo.py and, but for the environment's name, ppo_continuous_action.py.
+PPO = {
+    "LR": 2.5e-4,
+    "NUM_ENVS": 4,
+    "NUM_STEPS": 128,
+    "TOTAL_TIMESTEPS": 5e5,
+    "UPDATE_EPOCHS": 4,
+    "NUM_MINIBATCHES": 4,
+    "GAMMA": 0.99,
+    "GAE_LAMBDA": 0.95,
+    "CLIP_EPS": 0.2,
+    "ENT_COEF": 0.01,
+    "VF_COEF": 0.5,
+    "MAX_GRAD_NORM": 0.5,
+    "ACTIVATION": "tanh",
+    "ENV_NAME": "CartPole-v1",
+    "ANNEAL_LR": True,
+    "DEBUG": True,
+}
+PPO_CONTINUOUS = PPO | {
+    "LR": 3e-4,
+    "NUM_ENVS": 2048,
+    "NUM_STEPS": 10,
+    "TOTAL_TIMESTEPS": 5e7,
+    "NUM_MINIBATCHES": 32,
+    "ENT_COEF": 0.0,
+    "ENV_NAME": "Pendulum-v1",
+    "ANNEAL_LR": False,
+    "NORMALIZE_ENV": True,
+}
+
+
+def sentence_of(make):
+    """The message of the `ConfigError` that ``make()`` raises; it must be one line."""
+    with pytest.raises(ConfigError) as error:
+        make()
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------- derived numbers
+
+
+def test_the_defaults_are_valid_and_stay_as_they_are():
+    assert validate(Config()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("total", "iterations", "actual"), [(1, 1, 24), (24, 1, 24), (25, 2, 48), (48, 2, 48), (1000, 42, 1008)]
+)
+def test_timesteps_are_rounded_up_to_whole_iterations(total, iterations, actual):
+    config = Config(num_envs=3, num_steps=8, total_timesteps=total)
+    assert (config.batch_size, config.num_iterations, config.actual_timesteps) == (24, iterations, actual)
+
+
+# ----------------------------------------------------------------------------------- round trips
+
+
+def test_replace_changes_a_copy():
+    config = Config()
+    changed = config.replace(lr=1e-2, num_envs=7)
+    assert (changed.lr, changed.num_envs) == (1e-2, 7)
+    assert changed.replace(lr=config.lr, num_envs=config.num_envs) == config == Config()
+    assert sentence_of(lambda: config.replace(num_env=3)) == "'num_env' is not a setting; did you mean 'num_envs'?"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+
+
+def test_to_dict_goes_through_json_and_from_dict():
+    config = Config(env="Pendulum-v1", lr=np.float32(1e-3), hidden_sizes=(32, 16, 8), normalize_obs=True, gamma=1)
+    config = validate(config)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert set(values) == set(FIELDS) and values["hidden_sizes"] == [32, 16, 8]
+    assert Config.from_dict(values) == config
+
+
+def test_to_dict_of_a_batched_config_comes_back_too():
+    config = Config(lr=np.array([1e-3, 2e-3]))
+    back = Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    np.testing.assert_array_equal(back.lr, [1e-3, 2e-3])
+
+
+def test_from_dict_fills_the_rest_from_base():
+    base = Config(num_envs=8, lr=0.1)
+    assert Config.from_dict({"lr": 0.2}, base) == Config(num_envs=8, lr=0.2)
+    assert Config.from_dict({}) == Config()
+
+
+def test_axes_are_0_for_the_named_fields_and_none_for_the_others():
+    axes = Config().axes("lr", "gamma")
+    assert {name: getattr(axes, name) for name in LEAVES} == dict.fromkeys(LEAVES) | {"lr": 0, "gamma": 0}
+    batched = Config(lr=jnp.arange(3.0), gamma=jnp.array([0.1, 0.2, 0.3]))
+    got = jax.vmap(lambda c: c.lr + c.gamma + c.gae_lambda, (axes,))(batched)
+    np.testing.assert_allclose(got, [0.1 + 0.95, 1.2 + 0.95, 2.3 + 0.95], rtol=1e-6)
+
+
+def test_axes_of_what_cannot_be_batched_is_an_error():
+    message = sentence_of(lambda: Config().axes("num_envs"))
+    assert message.startswith("'num_envs' cannot be batched") and "lr" in message
+    assert "did you mean 'gamma'?" in sentence_of(lambda: Config().axes("gama"))
+
+
+# ----------------------------------------------------------------------------------------- pytree
+
+
+def test_the_leaves_are_exactly_the_continuous_fields():
+    assert set(LEAVES) == CONTINUOUS
+    marked = Config(**{name: float(i) for i, name in enumerate(LEAVES)})
+    assert jax.tree.leaves(marked) == [float(i) for i in range(len(CONTINUOUS))]
+
+
+def test_sizes_names_and_switches_are_part_of_the_tree_structure():
+    structure = jax.tree.structure(Config())
+    assert jax.tree.structure(Config(lr=1.0, gamma=0.5)) == structure
+    for change in ({"num_envs": 3}, {"env": "Pendulum-v1"}, {"anneal_lr": False}, {"hidden_sizes": (8,)}):
+        assert jax.tree.structure(Config(**change)) != structure
+
+
+def test_rebuilding_with_tracers_and_other_objects_checks_nothing():
+    marks = jax.tree.map(lambda _: object(), Config())
+    assert isinstance(marks, Config) and type(marks.lr) is object and marks.num_envs == 64
+    assert jax.jit(lambda config: config.replace(lr=2 * config.lr).lr)(Config(lr=-3.0)) == -6.0
+
+
+def test_traced_values_are_not_checked_and_static_ones_are():
+    assert jax.eval_shape(lambda config: validate(config).lr, Config(lr=-1.0)).shape == ()
+    jax.eval_shape(jax.vmap(lambda config: validate(config).gamma, (Config().axes("gamma"),)), Config(gamma=np.ones(4)))
+    message = sentence_of(lambda: jax.eval_shape(lambda config: validate(config).lr, Config(num_envs=0)))
+    assert message == "num_envs = 0: it must be an integer of at least 1"
+
+
+def test_batched_values_are_checked_element_by_element():
+    good = validate(Config(lr=np.array([1e-4, 1e-3]), gamma=jnp.array([0.0, 1.0])))
+    np.testing.assert_array_equal(good.lr, [1e-4, 1e-3])
+    wrong = {
+        "lr": (np.array([1e-3, -1e-3, 1.0]), "lr = -0.001: it must be a number of at least 0"),
+        "gamma": (np.array([[0.5, 0.9], [1.0, 1.5]]), "gamma = 1.5: it must be a number between 0 and 1"),
+        "clip_eps": (jnp.array([0.5, 1.0]), "clip_eps = 1.0: it must be a number between 0 and 1, both excluded"),
+        "ent_coef": (np.array([0.1, np.nan]), "ent_coef = nan: it must be a number of at least 0"),
+    }
+    for name, (values, message) in wrong.items():
+        assert sentence_of(lambda values=values, name=name: validate(Config(**{name: values}))) == message
+
+
+# ----------------------------------------------------------------------------- accepted spellings
+
+
+def test_integers_for_continuous_fields_become_floats():
+    config = Config.from_dict(
+        {"gamma": 1, "lr": np.int32(0), "vf_coef": np.float32(0.5), "max_grad_norm": np.array(10)}
+    )
+    assert (config.gamma, config.lr, config.vf_coef, config.max_grad_norm) == (1.0, 0.0, 0.5, 10.0)
+    assert {type(getattr(config, name)) for name in LEAVES} == {float}
+
+
+@pytest.mark.parametrize("count", [5e7, 50_000_000, np.int64(50_000_000), np.float32(5e7), np.float64(5e7)])
+def test_integral_floats_count_as_integers(count):
+    config = Config.from_dict({"total_timesteps": count})
+    assert config.total_timesteps == 50_000_000 and type(config.total_timesteps) is int
+
+
+def test_hidden_sizes_may_be_a_list_and_switches_numpy_booleans():
+    config = Config.from_dict({"hidden_sizes": [32.0, np.int64(16)], "normalize_obs": np.True_})
+    assert config.hidden_sizes == (32, 16) and config.normalize_obs is True
+    assert Config.from_dict({"hidden_sizes": []}).hidden_sizes == ()
+
+
+def test_the_dictionary_of_purejaxrl_ppo_runs_unchanged():
+    before = dict(PPO)
+    config = Config.from_dict(PPO)
+    expected = Config(
+        env="CartPole-v1",
+        lr=2.5e-4,
+        num_envs=4,
+        num_steps=128,
+        total_timesteps=500_000,
+        num_epochs=4,
+        num_minibatches=4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_eps=0.2,
+        ent_coef=0.01,
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+        activation="tanh",
+        anneal_lr=True,
+        debug=True,
+        clip_value=True,  # PureJaxRL always does
+    )
+    assert config == expected
+    assert before == PPO
+
+
+def test_normalize_env_of_purejaxrl_is_observations_and_rewards():
+    before = dict(PPO_CONTINUOUS)
+    config = Config.from_dict(PPO_CONTINUOUS)
+    assert (config.normalize_obs, config.normalize_reward, config.anneal_lr) == (True, True, False)
+    assert (config.env, config.total_timesteps, config.num_envs) == ("Pendulum-v1", 50_000_000, 2048)
+    assert before == PPO_CONTINUOUS
+    off = Config.from_dict(PPO_CONTINUOUS | {"NORMALIZE_ENV": False})
+    assert (off.normalize_obs, off.normalize_reward) == (False, False)
+
+
+def test_what_purejaxrl_writes_into_its_dictionary_is_passed_over():
+    assert Config.from_dict(PPO | {"NUM_UPDATES": 976.0, "MINIBATCH_SIZE": 128}) == Config.from_dict(PPO)
+
+
+@pytest.mark.parametrize("values", [PPO, PPO_CONTINUOUS, {"num_envs": 4.0, "hidden_sizes": [8]}])
+def test_make_train_takes_mappings_and_does_not_change_them(values):
+    before = json.dumps(values)
+    make_train(values)
+    assert json.dumps(values) == before
+
+
+# -------------------------------------------------------------------------------- wrong and told so
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rte": 1.0}, "'learning_rte' is not a setting"),
+        ({"num_minibatch": 4}, "'num_minibatch' is not a setting; did you mean 'num_minibatches'?"),
+        ({"Gamma": 0.9}, "'Gamma' is not a setting; did you mean 'gamma'?"),
+        (PPO | {"NUM_ENV": 4}, "'NUM_ENV' is not a setting; did you mean 'NUM_ENVS'?"),
+        (PPO | {"UPDATE_EPOCH": 4}, "'UPDATE_EPOCH' is not a setting; did you mean 'UPDATE_EPOCHS'?"),
+        ({"num_envs": "64"}, "num_envs = '64': it must be an integer of at least 1"),
+        ({"num_envs": 2.5}, "num_envs = 2.5: it must be an integer of at least 1"),
+        ({"num_envs": True}, "num_envs = True: it must be an integer of at least 1"),
+        ({"num_steps": 0}, "num_steps = 0: it must be an integer of at least 1"),
+        ({"num_epochs": -3}, "num_epochs = -3: it must be an integer of at least 1"),
+        ({"total_timesteps": math.inf}, "total_timesteps = inf: it must be an integer of at least 1"),
+        ({"total_timesteps": math.nan}, "total_timesteps = nan: it must be an integer of at least 1"),
+        ({"num_envs": 2**63}, "num_envs = 9223372036854775808: it must be an integer below 2**62"),
+        ({"lr": True}, "lr = True: it must be a number of at least 0"),
+        ({"lr": "3e-4"}, "lr = '3e-4': it must be a number of at least 0"),
+        ({"lr": None}, "lr = None: it must be a number of at least 0"),
+        ({"lr": -1e-3}, "lr = -0.001: it must be a number of at least 0"),
+        ({"lr": math.nan}, "lr = nan: it must be a number of at least 0"),
+        ({"lr": math.inf}, "lr = inf: it must be a number of at least 0"),
+        ({"lr": 1j}, "lr = 1j: it must be a number of at least 0"),
+        ({"gamma": 1.01}, "gamma = 1.01: it must be a number between 0 and 1"),
+        ({"gae_lambda": -0.1}, "gae_lambda = -0.1: it must be a number between 0 and 1"),
+        ({"clip_eps": 0}, "clip_eps = 0.0: it must be a number between 0 and 1, both excluded"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0: it must be a number above 0"),
+        ({"adam_eps": 0.0}, "adam_eps = 0.0: it must be a number above 0"),
+        ({"anneal_lr": 1}, "anneal_lr = 1: it must be True or False"),
+        ({"debug": "yes"}, "debug = 'yes': it must be True or False"),
+        ({"env": 3}, "env = 3: it must be a string"),
+        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo; did you mean 'ppo'?"),
+        ({"network": "transformer"}, "network = 'transformer': it must be one of mlp"),
+        (
+            {"activation": "rellu"},
+            "activation = 'rellu': it must be one of tanh, relu, elu, gelu, silu; did you mean 'relu'?",
+        ),
+        ({"hidden_sizes": 64}, "hidden_sizes = 64: it must be a sequence of positive integers, such as (64, 64)"),
+        ({"hidden_sizes": "64"}, "hidden_sizes = '64': it must be a sequence of positive integers, such as (64, 64)"),
+        ({"hidden_sizes": [64, 0]}, "hidden_sizes[1] = 0: it must be an integer of at least 1"),
+        (
+            {"num_envs": 4, "num_steps": 8, "num_minibatches": 5},
+            "num_minibatches = 5 does not divide num_envs * num_steps = 32; the nearest number that does is 4",
+        ),
+        (
+            {"num_envs": 5, "num_steps": 7, "num_minibatches": 33},
+            "num_minibatches = 33 does not divide num_envs * num_steps = 35; the nearest number that does is 35",
+        ),
+    ],
+    ids=lambda x: next(reversed(x)) if isinstance(x, dict) else "",
+)
+def test_a_mistake_is_one_sentence_with_field_value_and_what_is_allowed(values, message):
+    got = sentence_of(lambda: Config.from_dict(values))
+    assert got == message if "not a setting" not in message else got.startswith(message)
+    unknown = [key for key in values if key not in FIELDS]
+    if not unknown:
+        assert sentence_of(lambda: validate(Config(**values))) == got
+        assert sentence_of(lambda: make_train(Config(**values))) == got
+
+
+def test_an_unknown_key_without_a_near_one_lists_all():
+    message = sentence_of(lambda: Config.from_dict({"zzz": 1}))
+    assert message == f"'zzz' is not a setting; known: {', '.join(FIELDS)}"
+
+
+@pytest.mark.parametrize("value", [None, 3, "lr", [("lr", 1.0)], {"lr"}])
+def test_a_configuration_is_a_config_or_a_mapping(value):
+    expected = f"a configuration is a Config or a mapping, not {type(value).__name__}"
+    assert sentence_of(lambda: Config.from_dict(value)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("CartPole-v0", "; did you mean 'CartPole-v1'?"),
+        ("cartpole", ""),
+        ("gymnax/Pendulum", "; did you mean 'Pendulum-v1'?"),
+        ("brix/ant", ": there is no suite 'brix', only gymnax"),
+    ],
+)
+def test_an_unknown_environment_is_named_with_the_nearest_one(name, hint):
+    assert sentence_of(lambda: make_train(Config(env=name))).startswith(f"{name!r} is not an environment{hint}")
+    assert sentence_of(lambda: make_train({"ENV_NAME": name})).startswith(f"{name!r} is not an environment{hint}")
+
+
+def test_an_environment_that_needs_a_download_is_refused():
+    message = sentence_of(lambda: make_train(Config(env="MNISTBandit-bsuite")))
+    assert message == "MNISTBandit-bsuite fetches a data set when it is made, which this library does not do"
+
+
+@pytest.mark.parametrize("values", [np.array([1e-3, 1e-4]), jnp.ones(1), np.ones((2, 3))])
+def test_a_batched_value_without_vmap_is_refused(values):
+    message = sentence_of(lambda: make_train(Config(lr=values)))
+    assert message.startswith(f"lr is an array of shape {values.shape}: ") and "jax.vmap" in message
+
+
+# ---------------------------------------------------------------------------------- tuned settings
+
+BUDGETS = {
+    "CartPole-v1": 100_000,
+    "Acrobot-v1": 1_000_000,
+    "MountainCar-v0": 1_000_000,
+    "MountainCarContinuous-v0": 100_000,
+    "Pendulum-v1": 1_000_000,
+    "Breakout-MinAtar": 10_000_000,
+    "Freeway-MinAtar": 10_000_000,
+    "SpaceInvaders-MinAtar": 10_000_000,
+}
+
+
+def test_tuned_settings_are_there_for_existing_environments_only():
+    assert set(BUDGETS) <= set(tuned()) <= set(envs.list_envs())
+
+
+@pytest.mark.parametrize("name", sorted(tuned()))
+def test_tuned_settings_are_valid_and_stay_within_the_budget(name):
+    config = Config.for_env(name)
+    assert validate(config) == config and config.env == name
+    assert config.actual_timesteps <= BUDGETS.get(name, 10_000_000)
+    assert config != Config(env=name)
+    for key, value in tuned()[name].items():
+        assert key == "result" or getattr(config, key) == value
+
+
+def test_every_tuned_environment_says_what_it_reached():
+    assert [name for name, settings in tuned().items() if "result" not in settings] == []
+
+
+def test_for_env_takes_changes_and_general_settings_elsewhere():
+    assert Config.for_env("CartPole-v1", lr=1).lr == 1.0
+    assert Config.for_env("CartPole-v1", lr=1) == Config.for_env("CartPole-v1").replace(lr=1.0)
+    assert Config.for_env("Catch-bsuite", num_envs=8) == Config(env="Catch-bsuite", num_envs=8)
+    assert sentence_of(lambda: Config.for_env("CartPole-v1", num_env=1)).startswith("'num_env' is not a setting")
+    assert "num_minibatches = 7 does not divide" in sentence_of(
+        lambda: Config.for_env("CartPole-v1", num_minibatches=7)
+    )
+
+
+# ------------------------------------------------------------------- any malformed configuration
+
+NUMPY_THINGS = [
+    np.float32(0.5),
+    np.float64("nan"),
+    np.float16(2),
+    np.longdouble(0.25),
+    np.int8(-1),
+    np.int64(2**62),
+    np.uint64(2**64 - 1),
+    np.bool_(True),
+    np.str_("tanh"),
+    np.bytes_(b"tanh"),
+    np.complex64(1j),
+    np.datetime64("2020-01-01"),
+    np.timedelta64(3, "s"),
+    np.array(0.5),
+    np.array(4),
+    np.array([0.5, 0.25]),
+    np.array([1, 2]),
+    np.array([]),
+    np.zeros((2, 0)),
+    np.array([0.5, np.inf]),
+    np.array([True]),
+    np.array(["a"]),
+    np.array([None, 1.0], object),
+    np.array([10**400], object),
+    np.array([1j]),
+    jnp.float32(0.5),
+    jnp.int32(4),
+    jnp.array([0.1, 0.2]),
+    jnp.array([True]),
+    jax.random.key(0),
+    jax.random.split(jax.random.key(0)),
+]
+PLAIN_THINGS = [
+    None, "", (), [], {}, set(), object(), Config, Config(), math, len, Decimal("0.5"), Fraction(1, 2), range(3),
+    10**400, -(10**400), 1e308, -0.0, 5e-324, NotImplemented, ..., jax.ShapeDtypeStruct((), np.float32),
+]  # fmt: skip
+GOOD_NAMES = ["tanh", "ppo", "mlp", "CartPole-v1", "NoSuch-v0", "relu "]
+
+scalars = st.one_of(
+    st.sampled_from(PLAIN_THINGS + NUMPY_THINGS + GOOD_NAMES),
+    st.integers(-3, 80),
+    st.integers(),
+    st.floats(),
+    st.floats(0, 1),
+    st.booleans(),
+    st.text(max_size=8),
+    st.binary(max_size=4),
+    st.complex_numbers(),
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.tuples(inner),
+        st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        st.frozensets(st.integers(), max_size=2),
+    ),
+    max_leaves=4,
+)
+known = st.sampled_from(sorted(FIELDS))
+upper_case = st.sampled_from(sorted({*PPO_CONTINUOUS, *(name.upper() for name in FIELDS), "NUM_UPDATES"}))
+strange = st.one_of(
+    st.text(max_size=12), st.integers(), st.none(), st.binary(max_size=3), known.map(lambda name: name[:-1])
+)
+
+
+def assert_valid(config):
+    """Every field has the type and the range that its documentation says."""
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name in CONTINUOUS:
+            array = np.asarray(value, np.float64)
+            assert type(value) is float or isinstance(value, np.ndarray | jax.Array)
+            assert np.asarray(value).dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
+            lowest = 0 if name in {"lr", "vf_coef", "ent_coef", "gamma", "gae_lambda"} else np.nextafter(0, 1)
+            highest = {"gamma": 1, "gae_lambda": 1, "clip_eps": np.nextafter(1, 0)}.get(name, np.inf)
+            assert (array >= lowest).all() and (array <= highest).all()
+        elif name in SWITCHES:
+            assert type(value) is bool
+        elif name in SIZES:
+            assert type(value) is int and 1 <= value <= 2**62
+        elif name == "hidden_sizes":
+            assert type(value) is tuple and all(type(size) is int and size >= 1 for size in value)
+        else:
+            assert isinstance(value, str)
+    assert config.algorithm in ALGORITHMS and config.network in NETWORKS and config.activation in ACTIVATIONS
+    assert config.batch_size % config.num_minibatches == 0
+    json.dumps(config.to_dict())
+
+
+def refused_or_valid(make):
+    """Whether ``make()`` raised `ConfigError`; anything else that it does not return whole fails the test."""
+    try:
+        config = make()
+    except ConfigError as error:
+        assert str(error) and "Traceback" not in str(error) and len(str(error)) < 1500
+        return True
+    assert_valid(config)
+    return False
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.dictionaries(st.one_of(known, known, upper_case, strange), anything, max_size=4))
+def test_from_dict_of_anything_is_a_config_error_or_a_valid_config(values):
+    refused = refused_or_valid(lambda: Config.from_dict(values))
+    derived = {"NUM_UPDATES", "MINIBATCH_SIZE", "NORMALIZE_ENV", *PPO, *(name.upper() for name in FIELDS), *FIELDS}
+    assert refused or values.keys() <= derived
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.dictionaries(known, anything, min_size=1, max_size=4))
+def test_validate_of_any_fields_is_a_config_error_or_a_valid_config(fields):
+    refused_or_valid(lambda: validate(Config(**fields)))
+
+
+def test_each_strange_value_in_each_field_is_a_config_error_or_a_valid_config():
+    failures = []
+    for name in FIELDS:
+        for value in PLAIN_THINGS + NUMPY_THINGS:
+            try:
+                refused_or_valid(lambda name=name, value=value: Config.from_dict({name: value}))
+            except Exception as error:
+                failures.append(f"{name} = {value!r}: {type(error).__name__}")
+    assert failures == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(anything)
+def test_what_is_no_mapping_is_refused(value):
+    if not isinstance(value, dict):
+        assert refused_or_valid(lambda: Config.from_dict(value))

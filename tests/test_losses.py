@@ -1,0 +1,128 @@
+"""The formulas of the objective against NumPy loops over the entries that count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purejaxppo import losses
+
+shapes = st.sampled_from([(6,), (1, 5), (4, 3)])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_batch(seed, shape):
+    """value, old_value, target, advantage, log-ratio [*shape] and a mask with at least one entry."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape) < rng.choice([0.3, 0.8, 1.0])
+    mask.flat[0] = True
+    return *rng.normal(size=(4, *shape)), 0.4 * rng.normal(size=shape), mask
+
+
+def over(mask, function, *arrays):
+    """Mean of function(entry, entry, ...) over the entries where the mask is true."""
+    return np.mean([function(*(x[i] for x in arrays)) for i in np.ndindex(mask.shape) if mask[i]])
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+@jax.jit
+def every_formula(value, old_value, target, advantage, ratio, mask):
+    return {
+        "masked_mean": losses.masked_mean(value, mask),
+        "surrogate": losses.clipped_surrogate(ratio, advantage, mask, 0.2),
+        "value_loss": losses.value_loss(value, target, mask),
+        "clipped_value_loss": losses.clipped_value_loss(value, old_value, target, mask, 0.2),
+        "kl": losses.approximate_kl(ratio, mask),
+        "clip_fraction": losses.clip_fraction(ratio, mask, 0.2),
+    }
+
+
+@given(seeds, shapes)
+def test_every_formula_equals_a_loop_over_the_entries_of_the_mask(seed, shape):
+    value, old_value, target, advantage, log_ratio, mask = random_batch(seed, shape)
+    eps, ratio = 0.2, np.exp(log_ratio)
+    expected = {
+        "masked_mean": over(mask, lambda x: x, value),
+        "surrogate": over(mask, lambda r, a: min(r * a, clip(r, 1 - eps, 1 + eps) * a), ratio, advantage),
+        "value_loss": over(mask, lambda v, g: 0.5 * (v - g) ** 2, value, target),
+        "clipped_value_loss": over(
+            mask,
+            lambda v, o, g: 0.5 * max((v - g) ** 2, (o + clip(v - o, -eps, eps) - g) ** 2),
+            value,
+            old_value,
+            target,
+        ),
+        "kl": over(mask, lambda x: np.exp(x) - 1 - x, log_ratio),
+        "clip_fraction": over(mask, lambda r: float(not 1 - eps <= r <= 1 + eps), ratio),
+    }
+    with jax.enable_x64(True):
+        got = every_formula(value, old_value, target, advantage, ratio, mask)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+@given(seeds, shapes)
+def test_standardized_advantages_have_mean_0_and_deviation_1_over_the_mask(seed, shape):
+    *_, advantage, _, mask = random_batch(seed, shape)
+    with jax.enable_x64(True):
+        out = np.asarray(jax.jit(losses.standardize)(advantage, mask))
+    chosen = advantage[mask]
+    np.testing.assert_allclose(out[mask], (chosen - chosen.mean()) / (chosen.std() + 1e-8), rtol=1e-9, atol=1e-12)
+    assert (out[~mask] == 0).all()
+
+
+@given(seeds, shapes)
+def test_explained_variance_equals_numpys(seed, shape):
+    value, _, target, _, _, mask = random_batch(seed, shape)
+    mask.flat[1] = True
+    with jax.enable_x64(True):
+        got = jax.jit(losses.explained_variance)(value, target, mask)
+    expected = 1 - np.var(target[mask] - value[mask]) / np.var(target[mask])
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_explained_variance_in_the_known_cases():
+    target, mask = jnp.asarray([1.0, 2.0, 4.0]), jnp.ones(3, bool)
+    assert losses.explained_variance(target, target, mask) == 1
+    assert losses.explained_variance(jnp.full(3, 7.0), target, mask) == pytest.approx(0, abs=1e-6)
+    assert np.isnan(losses.explained_variance(target, jnp.full(3, 7.0), mask))
+
+
+def test_the_ratio_is_1_where_masked_and_exponential_elsewhere():
+    log_prob, old = jnp.asarray([-1.0, jnp.nan, 500.0]), jnp.asarray([-1.5, 0.0, 0.0])
+    got = losses.probability_ratio(log_prob, old, jnp.asarray([True, False, False]))
+    np.testing.assert_allclose(got, [np.exp(0.5), 1, 1], rtol=1e-6)
+
+
+def test_a_mean_over_an_empty_mask_is_0_and_has_gradient_0():
+    value, gradient = jax.value_and_grad(losses.masked_mean)(jnp.ones(3), jnp.zeros(3, bool))
+    assert value == 0 and (gradient == 0).all()
+
+
+def test_what_is_masked_changes_neither_the_losses_nor_their_gradients():
+    """Also where it is NaN: 0 · NaN would be NaN in the gradient."""
+    value, old_value, target, advantage, log_ratio, mask = map(jnp.asarray, random_batch(5, (4, 3)))
+    assert 0 < mask.sum() < mask.size
+
+    def total(value, fill):
+        old, goal, adv, old_log_prob = (jnp.where(mask, x, fill) for x in (old_value, target, advantage, log_ratio))
+        ratio = losses.probability_ratio(value, old_log_prob, mask)
+        return (
+            losses.value_loss(value, goal, mask)
+            + losses.clipped_value_loss(value, old, goal, mask, 0.2)
+            + losses.clipped_surrogate(ratio, losses.standardize(adv, mask), mask, 0.2)
+            + losses.clipped_surrogate(ratio, adv, mask, 0.2)
+            + losses.approximate_kl(ratio, mask)
+        )
+
+    for fill in (1e6, jnp.nan, jnp.inf):
+        expected, expected_gradient = jax.value_and_grad(total)(value, 0.0)
+        loss, gradient = jax.value_and_grad(total)(value, fill)
+        np.testing.assert_array_equal(loss, expected)
+        np.testing.assert_array_equal(gradient, expected_gradient)
+        assert np.isfinite(gradient).all() and (gradient[~mask] == 0).all()

@@ -1,0 +1,219 @@
+"""Rollouts against what can be followed by hand: true successors, resets, clipped actions, episode statistics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_envs import BOX, DISCRETE, counter, linear_model, memory_model
+
+from purejaxppo import Config
+from purejaxppo.envs.vector import vectorize
+from purejaxppo.envs.wrappers import bound_actions
+from purejaxppo.metrics import iteration_metrics
+from purejaxppo.normalize import Moments, normalize_obs
+from purejaxppo.rollout import make_rollout
+from purejaxppo.types import Batch, EpisodeSums
+
+T, B = 8, 4
+COUNTERS = {"one cut": (10, 16), "many cuts": (3, 6), "only cuts": (2, 0), "cuts at the end": (T, 0)}
+MOMENTS = Moments(jnp.asarray(100.0), jnp.asarray([0.5, 2.0, 1.0]), jnp.asarray([40.0, 400.0, 100.0]))
+
+
+@functools.cache
+def two_rollouts(name, memory=False, space=DISCRETE):
+    """Two rollouts in a row, of which the second starts inside of episodes; and everything they were made of."""
+    limit, longest = COUNTERS[name]
+    env = bound_actions(counter(space, limit, longest))
+    model = memory_model(3) if memory else linear_model(gaussian=space == BOX, actions=2 if space == BOX else 3)
+    moments = MOMENTS if space == DISCRETE else None
+    vector_env = vectorize(env, B)
+    rollout = make_rollout(env, vector_env, model, T)
+
+    def begin(key):
+        key_env, key_params = jax.random.split(key)
+        start = vector_env.reset(key_env)
+        return start, model.init(key_params, start.obs)
+
+    def run(key, params, env_state, carry):
+        return rollout(key, params, moments, env_state, carry)
+
+    begin, run = (jax.jit(f, compiler_options={"xla_backend_optimization_level": 0}) for f in (begin, run))
+    start, params = begin(jax.random.key(5))
+    first, middle, carry, _ = run(jax.random.key(6), params, start, model.initial_carry(B))
+    second, end, _, _ = run(jax.random.key(7), params, middle, carry)
+    everything = params, start, first, middle, second, end
+    params, *rest = jax.tree.map(np.asarray, everything)
+    return (model, params), moments, (limit, longest), *rest
+
+
+def raw(obs, moments):
+    """The observation behind a normalised one."""
+    if moments is None:
+        return obs
+    return obs * np.sqrt(np.asarray(moments.variance) + 1e-8) + np.asarray(moments.mean)
+
+
+def joined(first, second):
+    """Both rollouts as one of 2 T steps."""
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+
+
+# ----------------------------------------------------------------------- value of the true successor
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_next_value_is_the_value_of_the_true_successor(name):
+    """At a cut that is the final observation (start, t + 1, action), which no `Transition.obs` contains."""
+    (model, params), moments, _, _, first, _, second, _ = two_rollouts(name)
+    cuts = 0
+    for rollout in (first, second):
+        obs = raw(rollout.obs, moments)
+        successor = np.stack([obs[..., 0], np.round(obs[..., 1]) + 1, rollout.action], axis=-1)
+        normalised = normalize_obs(moments, jnp.asarray(successor.reshape(-1, 3), jnp.float32))
+        _, _, value = model.step(params, (), normalised, jnp.zeros(T * B, bool))
+        alive = ~rollout.terminated
+        np.testing.assert_allclose(rollout.next_value[alive], np.reshape(value, (T, B))[alive], rtol=2e-4, atol=2e-4)
+        inner = rollout.truncated[:-1]
+        cuts += inner.sum()
+        if inner.any():  # the value of the next episode's first observation is another one
+            assert np.abs(rollout.next_value[:-1] - rollout.value[1:])[inner].max() > 0.05
+    assert cuts > 0 or name == "cuts at the end"
+
+
+@pytest.mark.parametrize("name", ["one cut", "many cuts"])
+def test_next_value_with_memory_is_that_of_the_carry_after_the_step(name):
+    """V = h with h ← ½ h + Σ obs: followed by hand through resets, cuts and the border of the two rollouts."""
+    (_, params), moments, _, _, first, _, second, _ = two_rollouts(name, memory=True)
+    h = np.zeros(B)
+    for rollout in (first, second):
+        obs = raw(rollout.obs, moments)
+        for t in range(T):
+            h = 0.5 * np.where(rollout.reset[t], 0, h) + rollout.obs[t].sum(-1)
+            np.testing.assert_allclose(rollout.value[t], params["value"] * h, rtol=1e-4, atol=1e-5)
+            successor = np.stack([obs[t, :, 0], obs[t, :, 1] + 1, rollout.action[t]], axis=-1)
+            successor = np.asarray(normalize_obs(moments, jnp.asarray(successor)))
+            alive = ~rollout.terminated[t]
+            expected = params["value"] * (0.5 * h + successor.sum(-1))
+            np.testing.assert_allclose(rollout.next_value[t][alive], expected[alive], rtol=1e-3, atol=1e-3)
+    assert first.truncated.any() or second.truncated.any()
+
+
+# ------------------------------------------------------------------------------------ ends and resets
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_terminations_truncations_and_resets_are_where_the_episodes_end(name):
+    _, moments, (limit, longest), _, first, _, second, _ = two_rollouts(name)
+    both = joined(first, second)
+    obs = raw(both.obs, moments)
+    t = np.round(obs[..., 1])
+    assert not (both.terminated & both.truncated).any()
+    np.testing.assert_array_equal(both.truncated, (t + 1 == limit) & ~both.terminated)
+    done = both.terminated | both.truncated
+    np.testing.assert_array_equal(both.reset[0], np.ones(B, bool))
+    np.testing.assert_array_equal(both.reset[1:], done[:-1])
+    np.testing.assert_allclose(t, np.where(both.reset, 0, t))  # the first observation of an episode is that of a reset
+    same = np.isclose(obs[1:, :, 0], obs[:-1, :, 0], atol=1e-6)
+    np.testing.assert_array_equal(same, ~done[:-1])
+    np.testing.assert_allclose(both.reward, t + 1)
+    assert both.terminated.any() == (longest > 0)
+    assert both.mask.all() and both.valid.all()
+
+
+def test_initial_states_differ_over_time_and_across_environments():
+    """Brax issue 167 and Playground issue 179: every reset was the first one again."""
+    _, moments, _, start, first, _, second, _ = two_rollouts("only cuts")
+    starts = [np.where(x.reset, raw(x.obs, moments)[..., 0], np.nan) for x in (first, second)]
+    for rows in starts:
+        rows = rows[::2]  # every environment starts again every two steps, together with the others
+        assert not np.isnan(rows).any()
+        assert all(len(np.unique(np.round(row, 5))) == B for row in rows)
+        assert len(np.unique(np.round(rows, 5))) >= 0.6 * rows.size
+        assert all(len(np.unique(np.round(rows[:, b], 5))) > 1 for b in range(B))
+    # Another pool, but for the episodes that began at the last step of the first rollout.
+    assert not np.isin(np.round(starts[0], 5), np.round(starts[1][1:], 5)).any()
+    later = np.concatenate(starts)[1:]
+    assert not np.isin(np.round(later, 5), np.round(start.obs[:, 0], 5)).any()
+
+
+def test_the_final_observation_is_not_lost():
+    """Playground issue 305. The vectoriser hands out the step from before the reset, and goes on from the reset."""
+    env = counter(DISCRETE, 1, 0)  # every step ends an episode
+    vector_env = vectorize(env, B)
+    state = vector_env.reset(jax.random.key(0))
+    after, out = jax.jit(vector_env.step)(jax.random.key(1), state, jnp.full(B, 2))
+    np.testing.assert_array_equal(out.obs, np.stack([state.obs[:, 0], np.full(B, 1.0), np.full(B, 2.0)], -1))
+    assert out.truncated.all() and after.reset.all()
+    np.testing.assert_array_equal(after.obs[:, 1:], np.zeros((B, 2)))
+    assert (after.obs[:, 0] != state.obs[:, 0]).all()
+    np.testing.assert_array_equal(after.env.start, after.obs[:, 0])
+
+
+# ---------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_episode_statistics_equal_a_loop(name):
+    _, _, _, _, first, middle, second, end = two_rollouts(name)
+    running, length = np.zeros(B), np.zeros(B, int)
+    for rollout, state in ((first, middle), (second, end)):
+        returns, lengths, episodes = 0.0, 0, 0
+        for t in range(T):
+            for b in range(B):
+                running[b] += rollout.reward[t, b]
+                length[b] += 1
+                if rollout.terminated[t, b] or rollout.truncated[t, b]:
+                    returns, lengths, episodes = returns + running[b], lengths + length[b], episodes + 1
+                    running[b], length[b] = 0.0, 0
+        np.testing.assert_allclose(state.finished.returns, returns, rtol=1e-6)
+        assert (state.finished.lengths, state.finished.episodes) == (lengths, episodes)
+        np.testing.assert_allclose(state.episode_return, running, rtol=1e-6)
+        np.testing.assert_array_equal(state.episode_length, length)
+    assert episodes > 0
+
+
+# ------------------------------------------------------------------------------------------- actions
+
+
+def test_log_prob_is_of_the_sampled_action_and_the_environment_gets_the_clipped_one():
+    (_, params), _, _, _, first, _, _, _ = two_rollouts("one cut", space=BOX)
+    low, high = BOX.limits
+    action, policy = first.action, params["policy"]
+    assert (action < low).any() and (action > high).any()
+    mean, log_std = first.obs @ policy["w"] + policy["b"], policy["log_std"]
+    z = (action - mean) / np.exp(log_std)
+    expected = (-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+    np.testing.assert_allclose(first.log_prob, expected, rtol=1e-4, atol=1e-4)
+    received = first.obs[1:, :, 2:]  # of the step before, shown by the next observation
+    goes_on = ~first.reset[1:]
+    np.testing.assert_allclose(received[goes_on], np.clip(action, low, high)[:-1][goes_on], rtol=1e-6)
+
+
+def test_a_squashed_action_fills_the_box():
+    env = bound_actions(counter(BOX, 5, 0), squash=True)
+    state, _ = env.reset(jax.random.key(0))
+    for u, fraction in ((-50.0, 0.0), (0.0, 0.5), (50.0, 1.0), (0.7, (1 + np.tanh(0.7)) / 2)):
+        out = env.step(jax.random.key(1), state, jnp.full(2, u))
+        np.testing.assert_allclose(out.obs[2:], BOX.low + (BOX.high - BOX.low) * fraction, rtol=1e-6, atol=1e-7)
+
+
+def test_unroll_gives_the_log_probabilities_and_values_of_the_rollout():
+    for memory in (False, True):
+        (model, params), _, _, start, first, *_ = two_rollouts("many cuts", memory)
+        carry = model.initial_carry(B)
+        distribution, value = model.unroll(params, carry, jnp.asarray(first.obs), jnp.asarray(first.reset))
+        np.testing.assert_allclose(distribution.log_prob(jnp.asarray(first.action)), first.log_prob, atol=1e-5)
+        np.testing.assert_allclose(value, first.value, rtol=1e-5, atol=1e-5)
+        assert start.reset.all()
+
+
+def test_a_mean_over_no_finished_episode_is_nan():
+    """gymnax issue 62: 0 before any episode has finished. The function that makes the metrics, on sums of nothing."""
+    plane = jnp.zeros((T, B))
+    batch = Batch(*[plane] * 6, plane > 0, plane == 0, plane == 0, ())
+    nothing = EpisodeSums(jnp.zeros(()), jnp.zeros(()), jnp.int32(0))
+    metrics = iteration_metrics(Config(num_envs=B, num_steps=T), jnp.int32(3), nothing, batch, {})
+    assert np.isnan(metrics.episode_return) and np.isnan(metrics.episode_length)
+    assert (metrics.episodes, metrics.timesteps) == (0, 3 * T * B)
