@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from purejaxppo import fitting
+from purejaxppo import envs, fitting
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
 from purejaxppo.statistics import estimate
@@ -52,7 +53,7 @@ class Screen:
             + (f" ({config.total_timesteps:,} rounded up)" if rounded else ""),
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
-            "memory": f"{plan.memory_bytes / 2**20:,.0f} MiB, as compiled",
+            "memory": f"{decimal(plan.memory_bytes)}, as compiled",
             "start-up": f"imports {self.import_seconds:.1f} s, compilation {plan.compile_seconds:.1f} s",
         }
         table = Table.grid(padding=(0, 2))
@@ -92,8 +93,7 @@ def show_evaluation(console: Console, policies: list[Policy], num_episodes: int,
     for column in ("", "deterministic", "sampled", "mean length"):
         table.add_column(column, justify="left" if not column else "right")
     keys = jax.random.split(jax.random.key(key), len(policies))
-    env = None
-    scores = []
+    env, scores = envs.make(policies[0].config.env), []
     for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
         both = [evaluate(policy, env, one, num_episodes, deterministic) for deterministic in (True, False)]
         scores.append([float(result.returns.mean()) for result in both])

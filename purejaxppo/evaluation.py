@@ -1,5 +1,6 @@
 """How good a policy is: whole fresh episodes, apart from training and its keys."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,36 +36,28 @@ def evaluate(
 
     Deterministic takes the most probable action, else actions are sampled. The normaliser stays as training left it.
     An episode counts once and ends by termination or by the environment's time limit, so short episodes are not
-    preferred. Can be used inside `jax.jit` and `jax.vmap`; outside of them it compiles itself.
+    preferred. It compiles itself, and can be used inside `jax.jit` and `jax.vmap`.
     """
     if num_episodes < 1:
         raise ConfigError(f"num_episodes = {num_episodes}: it must be an integer of at least 1")
     env = envs.make(policy.config.env) if env is None else env
+    return _evaluate(policy, env, key, num_episodes, deterministic)
 
-    def run(key: PRNGKey) -> EpisodeStatistics:
-        key_reset, key_run = jax.random.split(key)
-        state, obs = fresh_starts(env, key_reset, num_episodes)
 
-        def step(now: _Episodes) -> _Episodes:
-            key_action, key_env, key_next = jax.random.split(now.key, 3)
-            first = now.statistics.lengths == 0
-            carry, action = policy.step(now.carry, now.obs, first, None if deterministic else key_action)
-            out = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
-            returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
-            lengths = now.statistics.lengths + now.running
-            running = now.running & ~(out.terminated | out.truncated)
-            return _Episodes(key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths))
+@partial(jax.jit, static_argnames=("env", "num_episodes", "deterministic"))
+def _evaluate(policy: Policy, env: Env, key: PRNGKey, num_episodes: int, deterministic: bool) -> EpisodeStatistics:
+    def step(now: _Episodes) -> _Episodes:
+        key_action, key_env, key_next = jax.random.split(now.key, 3)
+        first = now.statistics.lengths == 0
+        carry, action = policy.step(now.carry, now.obs, first, None if deterministic else key_action)
+        out = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
+        returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
+        lengths = now.statistics.lengths + now.running
+        running = now.running & ~(out.terminated | out.truncated)
+        return _Episodes(key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths))
 
-        start = _Episodes(
-            key=key_run,
-            state=state,
-            obs=obs,
-            carry=policy.initial_carry(num_episodes),
-            running=jnp.ones(num_episodes, bool),
-            statistics=EpisodeStatistics(
-                jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)
-            ),
-        )
-        return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics
-
-    return jax.jit(run)(key)
+    key_reset, key_run = jax.random.split(key)
+    state, obs = fresh_starts(env, key_reset, num_episodes)
+    nothing = EpisodeStatistics(jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32))
+    start = _Episodes(key_run, state, obs, policy.initial_carry(num_episodes), jnp.ones(num_episodes, bool), nothing)
+    return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,11 +120,14 @@ def fit(
 
     started = time.perf_counter()
     keys = jax.random.split(key, seeds) if seeds > 1 else key
-    state = jax.jit(init)(keys)
-    shapes = jax.eval_shape(step, state, frozen)[1]
+    shapes = jax.eval_shape(init, keys)
     capacity = min(CHUNK_ITERATIONS, config.num_iterations)
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-    compiled = jax.jit(chunk, donate_argnums=(1, 2)).lower(frozen, state, rows, 1).compile()
+    row = jax.eval_shape(step, shapes, frozen)[1]
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
+    programs = jax.jit(init).lower(keys), jax.jit(chunk, donate_argnums=(1, 2)).lower(frozen, shapes, rows, 1)
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
+    state = compiled_init(keys)
     plan = Plan(config, seeds, _device(), _memory(compiled), time.perf_counter() - started)
     if on_start:
         on_start(plan)

@@ -1,6 +1,7 @@
 """Actor-critic networks, and the `Model`s made of them."""
 
 from collections.abc import Callable
+from functools import cache
 
 import flax.linen as nn
 import jax
@@ -78,12 +79,16 @@ class ValueHead(nn.Module):
 
 
 def make_model(config: Config, action_space: Space) -> Model:
-    """The network that the config names, for flat observations."""
+    """The network that the config names, for flat observations.
+
+    Asked twice it is the same object, so that what was compiled for one policy serves the next.
+    """
     return mlp_actor_critic(
         action_space, config.hidden_sizes, config.activation, config.shared_trunk, config.squash_actions
     )
 
 
+@cache
 def mlp_actor_critic(
     action_space: Space,
     hidden_sizes: tuple[int, ...] = (64, 64),

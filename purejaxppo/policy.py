@@ -28,21 +28,27 @@ FORMAT_VERSION = 1
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
 
 
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """From the environment's own observations to its own actions, normalisation and bounds included.
 
-    One observation or any batch of them: the batch axes come before ``observation_space.shape``. It can be used inside
-    `jax.jit` and `jax.vmap`. ``flatten`` says that the model sees observations as one vector.
+    One observation or any batch of them: the batch axes come before ``observation_space.shape``. It is a pytree of its
+    parameters, so it can be used inside `jax.jit` and `jax.vmap` and passed through them. ``flatten`` says that the
+    model sees observations as one vector.
     """
 
     config: Config
-    model: Model
     params: PyTree
     obs_moments: Moments | None
-    observation_space: Space
-    action_space: Space
-    flatten: bool
+    model: Model = _static()
+    observation_space: Space = _static()
+    action_space: Space = _static()
+    flatten: bool = _static()
 
     @classmethod
     def from_state(
@@ -67,7 +73,7 @@ class Policy:
             params, moments = jax.tree.map(lambda x: x[index], (params, moments))
         flatten = model is None
         model = make_model(config, env.action_space) if model is None else model
-        return cls(config, model, params, moments, env.observation_space, env.action_space, flatten)
+        return cls(config, params, moments, model, env.observation_space, env.action_space, flatten)
 
     def initial_carry(self, batch_size: int) -> PyTree:
         """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
@@ -165,7 +171,7 @@ def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Mod
 
     model, flatten = (make_model(config, action_space), True) if model is None else (model, False)
     params, moments = _in_place(directory, arrays, model, observation_space, flatten)
-    return Policy(config, model, params, moments, observation_space, action_space, flatten)
+    return Policy(config, params, moments, model, observation_space, action_space, flatten)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -44,21 +44,26 @@ def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
     return Env("counter", reset, step, space, action_space, limit, True)
 
 
-def clock(limit=10, terminates=False) -> Env:
+def clock(limit=10, terminates=False, phases=5) -> Env:
     """Reward 1 at every step and an end after ``limit``: a cut, or a termination where ``terminates`` (may be traced).
 
-    The observation is one-hot in the time. Cut, every state is worth 1 / (1 − γ); terminated, state t is worth
-    (1 − γ^(limit − t)) / (1 − γ).
+    The observation is one-hot in a phase that starts anywhere and goes round, so it does not tell when the end comes,
+    and a final observation is one that other episodes pass through. Cut, every state is worth 1 / (1 − γ).
     """
 
+    def observe(state):
+        return jax.nn.one_hot(state[1] % phases, phases)
+
     def reset(key):
-        return jnp.int32(0), jax.nn.one_hot(0, limit + 1)
+        state = jnp.int32(0), jax.random.randint(key, (), 0, phases, jnp.int32)
+        return state, observe(state)
 
-    def step(key, t, action):
-        t, end = t + 1, t + 1 >= limit
-        return Step(t, jax.nn.one_hot(t, limit + 1), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates))
+    def step(key, state, action):
+        state = state[0] + 1, state[1] + 1
+        end = state[0] >= limit
+        return Step(state, observe(state), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates))
 
-    return Env("clock", reset, step, Box((limit + 1,), 0.0, 1.0), Discrete(2), limit, True)
+    return Env("clock", reset, step, Box((phases,), 0.0, 1.0), Discrete(2), limit, True)
 
 
 def memory_model(features: int, decay: float = 0.5) -> Model:

@@ -51,6 +51,12 @@ def test_every_environment_trains_under_jit_and_vmap(name):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 
+def test_integer_observations_can_be_normalised():
+    config = Config(env="FourRooms-misc", num_envs=2, num_steps=8, num_minibatches=2, normalize_obs=True)
+    shapes = jax.eval_shape(make_train(config), jax.random.key(0))
+    assert shapes.state.normalizer.obs.mean.dtype == np.float32
+
+
 # ---------------------------------------------------------------------------------------- by name
 
 
@@ -68,9 +74,9 @@ def test_settings_reach_the_environment():
     assert env.max_episode_steps == 50
     state, _ = env.reset(jax.random.key(0))
     at_the_end = state.replace(time=49, x=0.0, theta=0.0, x_dot=0.0, theta_dot=0.0)
-    out = env.step(jax.random.key(1), at_the_end, 0)
+    out = env.step(jax.random.key(1), at_the_end, jnp.int32(0))
     assert out.truncated and not out.terminated
-    assert not env.step(jax.random.key(1), at_the_end.replace(time=48), 0).truncated
+    assert not env.step(jax.random.key(1), at_the_end.replace(time=48), jnp.int32(0)).truncated
     with pytest.raises(ConfigError, match="max_steps_in_episode"):
         envs.make("CartPole-v1", max_steps=50)
 
@@ -93,7 +99,7 @@ def test_an_unknown_name_gives_the_nearest_one(name, near):
 
 
 def test_an_environment_that_needs_a_download_says_so():
-    with pytest.raises(ConfigError, match="MNISTBandit-bsuite.*data set"):
+    with pytest.raises(ConfigError, match=r"MNISTBandit-bsuite.*data set"):
         envs.make("MNISTBandit-bsuite")
     assert "MNISTBandit-bsuite" not in envs.list_envs()
 

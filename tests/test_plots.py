@@ -1,0 +1,151 @@
+"""Learning curves weigh episodes and hide nothing; the interquartile mean and its interval against hand calculations."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from purejaxppo.plots import learning_curve, windowed
+from purejaxppo.statistics import estimate, interquartile_mean
+from purejaxppo.types import Metrics
+
+NAN = np.nan
+
+
+def metrics(returns, episodes, loss=None):
+    """Metrics of which only what a curve needs is real; 10 steps an iteration."""
+    returns, episodes = np.asarray(returns, float), np.asarray(episodes)
+    ones = np.ones(returns.shape)
+    loss = ones if loss is None else np.asarray(loss, float)
+    fields = dict.fromkeys(Metrics._fields, ones) | {
+        "timesteps": np.broadcast_to(10 * np.arange(1, returns.shape[-1] + 1), returns.shape),
+        "episode_return": returns,
+        "episodes": episodes,
+        "value_loss": loss,
+        "extra": {},
+    }
+    return Metrics(**fields)
+
+
+def test_windowed_means_weigh_by_the_number_of_episodes():
+    curve = windowed(metrics([1.0, 5.0, NAN, 2.0, 8.0, 8.0], [3, 1, 0, 4, 0, 2]), num_windows=2)
+    np.testing.assert_array_equal(curve.timesteps, [30, 60])
+    np.testing.assert_allclose(curve.returns, [[(3 * 1 + 1 * 5) / 4, (4 * 2 + 2 * 8) / 6]], rtol=1e-12)
+
+
+def test_a_window_in_which_no_episode_finished_is_nan_and_never_0():
+    curve = windowed(metrics([NAN, NAN, 4.0, NAN], [0, 0, 1, 0]), num_windows=4)
+    np.testing.assert_array_equal(curve.returns, [[NAN, NAN, 4.0, NAN]])
+
+
+def test_fewer_iterations_than_windows_give_one_point_each():
+    curve = windowed(metrics([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.ones((2, 3), int)))
+    np.testing.assert_array_equal(curve.timesteps, [10, 20, 30])
+    np.testing.assert_array_equal(curve.returns, [[1, 2, 3], [4, 5, 6]])
+
+
+def test_windows_do_not_overlap_and_leave_nothing_out():
+    rng = np.random.default_rng(0)
+    returns, episodes = rng.normal(size=101), rng.integers(0, 4, 101)
+    curve = windowed(metrics(returns, episodes), num_windows=7)
+    ends = (curve.timesteps / 10).astype(int)
+    assert len(ends) == 7 and ends[-1] == 101
+    for start, end, got in zip([0, *ends[:-1]], ends, curve.returns[0], strict=True):
+        expected = np.average(returns[start:end], weights=episodes[start:end])
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [NAN, np.inf])
+def test_an_agent_has_no_return_from_its_divergence_on(bad):
+    loss = [[1.0, 1, 1, 1], [1, bad, 1, 1]]
+    curve = windowed(metrics([[1.0, 2, 3, 4], [5, 0, 0, 0]], np.ones((2, 4), int), loss), num_windows=4)
+    np.testing.assert_array_equal(curve.returns, [[1, 2, 3, 4], [5, NAN, NAN, NAN]])
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12)])
+def test_a_learning_curve_is_a_figure_with_labelled_axes(shape):
+    rng = np.random.default_rng(0)
+    figure = learning_curve(metrics(rng.normal(size=shape), np.ones(shape, int)), "PPO on an environment")
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("environment steps", "episode return")
+    assert axes.get_title() == "PPO on an environment"
+    agents = shape[0] if len(shape) == 2 else 1
+    (legend,) = [text.get_text() for text in axes.get_legend().get_texts()]
+    expected = "one seed" if agents == 1 else "interquartile mean of 5 seeds, 95 % interval"
+    assert legend.startswith(expected)
+    assert len(axes.lines) == (1 if agents == 1 else agents + 1)
+    figure.canvas.draw()
+
+
+def test_the_drawn_line_is_the_interquartile_mean_of_the_seeds():
+    returns = np.array([[0.0, 10], [1, 11], [2, 12], [300, -500]])
+    (axes,) = learning_curve(metrics(returns, np.ones((4, 2), int))).axes
+    np.testing.assert_array_equal(axes.lines[-1].get_xdata(), [10, 20])
+    np.testing.assert_allclose(axes.lines[-1].get_ydata(), [1.5, 10.5])
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6)])
+def test_a_learning_curve_without_a_finished_episode_can_be_drawn(shape):
+    figure = learning_curve(metrics(np.full(shape, NAN), np.zeros(shape, int)))
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "environment steps"
+    assert all(np.isnan(line.get_ydata()).all() for line in axes.lines)
+    figure.canvas.draw()
+
+
+def test_a_seed_without_episodes_does_not_hide_the_others():
+    """The mean over seeds that have a return is shown, or the run looks as if nothing had been learnt."""
+    returns, episodes = np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]), np.array([[1] * 3, [1] * 3, [0] * 3])
+    (axes,) = learning_curve(metrics(returns, episodes)).axes
+    assert any(np.isfinite(line.get_ydata()).any() for line in axes.lines)
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        ([7.0], 7.0),
+        ([1.0, 2.0], 1.5),
+        ([3.0, 1.0, 2.0], 2.0),
+        ([100.0, 1.0, 2.0, -100.0], 1.5),
+        ([9.0, 1, 2, 3, 4, 5, 6, 7], (3 + 4 + 5 + 6) / 4),
+        ([0.0, 1, 2, 3, 50], (1 + 2 + 3) / 3),
+    ],
+)
+def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end(x, expected):
+    assert interquartile_mean(x) == pytest.approx(expected, rel=1e-15)
+
+
+def test_the_interquartile_mean_is_taken_along_an_axis():
+    x = np.array([[0.0, 1, 2, 30], [4, 3, 2, 1]])
+    np.testing.assert_allclose(interquartile_mean(x, axis=1), [1.5, 2.5])
+    np.testing.assert_allclose(interquartile_mean(x), [2, 2, 2, 15.5])
+    assert np.isnan(interquartile_mean([1.0, NAN, 3.0]))
+
+
+def test_the_interval_of_two_values_is_their_range():
+    """A resample is (a, a), (a, b) or (b, b), each end with a chance of a quarter."""
+    got = estimate([[1.0, 10.0], [3.0, 10.0]])
+    np.testing.assert_array_equal(got.point, [2, 10])
+    np.testing.assert_array_equal(got.low, [1, 10])
+    np.testing.assert_array_equal(got.high, [3, 10])
+
+
+def test_the_interval_covers_the_mean_of_normal_numbers_as_theory_says():
+    """Of 400 standard normal numbers: the standard error of a 25 % trimmed mean is about 1.09 / 20."""
+    x = np.random.default_rng(1).normal(size=400)
+    got = estimate(x)
+    width = float(got.high - got.low)
+    assert width == pytest.approx(2 * 1.96 * 1.09 / 20, rel=0.15)
+    assert got.low < got.point < got.high
+    assert got.point == interquartile_mean(x)
+    again = estimate(x)
+    assert (again.low, again.high) == (got.low, got.high)
+
+
+def test_a_nan_is_not_averaged_away():
+    got = estimate([[1.0, 1.0], [2.0, NAN], [3.0, 3.0]])
+    assert np.isfinite([got.point[0], got.low[0], got.high[0]]).all()
+    assert np.isnan(got.point[1])

@@ -1,0 +1,442 @@
+"""Policies: taken from a state, acting on any batch, and saved and loaded whole or refused in one sentence."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
+
+from purejaxppo import Config, ConfigError, Policy, load_policy, make_trainer, save_policy
+from purejaxppo.envs.wrappers import into_features
+from purejaxppo.normalize import Moments
+from purejaxppo.types import Box, Discrete, Env, Step
+
+TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=64, hidden_sizes=(4,))
+FAR = Box((2,), -0.1, 0.05)  # sampled actions leave it nearly always
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def grid(action_space=DISCRETE) -> Env:
+    """Observations [2, 3] and nothing else of interest."""
+
+    def reset(key):
+        return jnp.int32(0), jax.random.uniform(key, (2, 3))
+
+    def step(key, t, action):
+        return Step(t + 1, jax.random.uniform(key, (2, 3)), jnp.ones(()), t >= 3, jnp.asarray(False))
+
+    return Env("grid", reset, step, Box((2, 3), 0.0, 1.0), action_space, 4, False)
+
+
+def state_of(config, env, model=None, agents=None):
+    """The state before training, with observation moments as if something had been seen."""
+    init = make_trainer(config, env, model).init
+    key = jax.random.key(0)
+    state = jax.jit(jax.vmap(init) if agents else init)(jax.random.split(key, agents) if agents else key)
+    if config.normalize_obs:
+        moments = state.normalizer.obs
+        mean = 0.3 * jnp.arange(moments.mean.size, dtype=float).reshape(moments.mean.shape)
+        moments = Moments(moments.samples + 4, mean, jnp.full_like(moments.m2, 16.0))
+        state = state._replace(normalizer=state.normalizer._replace(obs=moments))
+    return state
+
+
+@pytest.fixture(scope="module")
+def policies():
+    """One of each kind, by name: (policy, environment, the caller's own model)."""
+    made = {}
+    for name, config, env, model in [
+        ("discrete", TINY, grid(), None),
+        ("multi-discrete", TINY, grid(MULTI), None),
+        ("continuous", TINY, grid(FAR), None),
+        ("squashed", TINY.replace(squash_actions=True), grid(FAR), None),
+        ("normalised", TINY.replace(normalize_obs=True), grid(BOX), None),
+        ("own model", TINY, counter(), linear_model()),
+    ]:
+        state = state_of(config, env, model)
+        made[name] = Policy.from_state(config, state, env=env, model=model), env, model
+    config, env = TINY.replace(normalize_obs=True, shared_trunk=True), grid()
+    state = state_of(config, env, agents=3)
+    made["one of three"] = Policy.from_state(config, state, 2, env), env, None
+    made["three"] = config, env, state
+    return made
+
+
+KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised", "own model", "one of three"]
+
+
+def sentence_of(make):
+    with pytest.raises(ConfigError) as error:
+        make()
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def observations(policy, *batch):
+    shape = (*batch, *policy.observation_space.shape)
+    return jnp.asarray(np.random.default_rng(0).uniform(0, 3, shape), jnp.float32)
+
+
+# ----------------------------------------------------------------------------------- from a state
+
+
+def test_the_policy_of_a_vmapped_state_is_that_agents_own(policies):
+    config, env, state = policies["three"]
+    seen = []
+    for index in range(3):
+        policy = Policy.from_state(config, state, index, env)
+        jax.tree.map(
+            lambda got, all_, i=index: np.testing.assert_array_equal(got, all_[i]), policy.params, state.params
+        )
+        np.testing.assert_array_equal(policy.obs_moments.mean, state.normalizer.obs.mean[index])
+        seen.append(np.asarray(policy.params["trunk"]["params"]["Dense_0"]["kernel"]))
+    assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "this state holds 3 agents: say which one by index=0 … 2"),
+        (3, "index = 3: this state holds 3 agents, 0 … 2"),
+        (-1, "index = -1: this state holds 3 agents, 0 … 2"),
+    ],
+)
+def test_a_vmapped_state_needs_an_index_within_it(policies, index, message):
+    config, env, state = policies["three"]
+    assert sentence_of(lambda: Policy.from_state(config, state, index, env)) == message
+
+
+def test_a_state_of_one_agent_forbids_an_index(policies):
+    config, env, state = policies["three"]
+    one = jax.tree.map(lambda x: x[0], state)
+    assert sentence_of(lambda: Policy.from_state(config, one, 0, env)) == "this state holds one agent: leave index out"
+
+
+# ---------------------------------------------------------------------------------------- acting
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_batch_of_observations_gives_that_batch_of_actions(policies, kind):
+    policy, env, _ = policies[kind]
+    obs = observations(policy, 2, 3)
+    together = policy.act(obs)
+    assert together.shape == (2, 3, *env.action_space.shape)
+    for i in np.ndindex(2, 3):
+        np.testing.assert_allclose(policy.act(obs[i]), together[i], rtol=1e-6, atol=1e-7)
+    assert policy.act(obs[0, 0]).shape == env.action_space.shape
+    assert policy.act(obs[:, :0]).shape == (2, 0, *env.action_space.shape)
+    assert jnp.issubdtype(together.dtype, jnp.floating if isinstance(env.action_space, Box) else jnp.integer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
+    policy, env, model = policies[kind]
+    obs = observations(policy, 5)
+    features = np.asarray(obs if model is not None else into_features(obs, env.observation_space))
+    moments = policy.obs_moments
+    assert (moments is not None) == (kind in {"normalised", "one of three"})
+    if moments is not None:
+        deviation = np.sqrt(np.asarray(moments.m2) / float(moments.samples) + 1e-8)
+        features = np.clip((features - np.asarray(moments.mean)[None]) / deviation[None], -10, 10)
+    _, distribution, _ = policy.model.step(policy.params, (), jnp.asarray(features), jnp.zeros(5, bool))
+    if not isinstance(env.action_space, Box):
+        expected = distribution.mode()
+    elif kind == "squashed":
+        expected = -0.1 + 0.15 * (np.tanh(distribution.mean) + 1) / 2
+    else:
+        expected = np.clip(distribution.mean, env.action_space.low, env.action_space.high)
+    np.testing.assert_allclose(policy.act(obs), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_without_a_key_the_mode_and_with_one_a_sample(policies):
+    policy = policies["discrete"][0]
+    obs = jnp.repeat(observations(policy, 1), 3000, axis=0)
+    mode = np.asarray(policy.act(obs))
+    assert (mode == mode[0]).all()
+    sampled = np.asarray(policy.act(obs, jax.random.key(0)))
+    np.testing.assert_array_equal(sampled, policy.act(obs, jax.random.key(0)))
+    assert (sampled != np.asarray(policy.act(obs, jax.random.key(1)))).any()
+    _, distribution, _ = policy.model.step(policy.params, (), obs[:1].reshape(1, -1), jnp.zeros(1, bool))
+    expected = np.asarray(jax.nn.softmax(distribution.logits[0]))
+    np.testing.assert_allclose(np.bincount(sampled, minlength=3) / 3000, expected, atol=0.04)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "squashed", "normalised"])
+def test_sampled_actions_are_within_the_box(policies, kind):
+    policy, env, _ = policies[kind]
+    actions = np.asarray(policy.act(observations(policy, 200), jax.random.key(0)))
+    low, high = np.float32(env.action_space.low), np.float32(env.action_space.high)
+    assert (actions >= low).all() and (actions <= high).all()
+    inside = ((actions > low) & (actions < high)).mean()
+    assert inside > 0.9 if kind == "squashed" else 0 < inside < 0.9
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_actions_for_pendulum_are_torques_within_its_limits(squash):
+    config = TINY.replace(env="Pendulum-v1", squash_actions=squash)
+    policy = Policy.from_state(config, state_of(config, None))
+    assert policy.action_space == Box((1,), -2.0, 2.0)
+    actions = np.asarray(policy.act(observations(policy, 500), jax.random.key(0)))
+    assert actions.shape == (500, 1) and np.abs(actions).max() <= 2 and np.abs(actions).max() > 1.5
+    assert (np.abs(actions) == 2).any() != squash
+
+
+def test_act_works_inside_jit_and_vmap(policies):
+    policy = policies["normalised"][0]
+    obs = observations(policy, 4)
+    np.testing.assert_allclose(jax.jit(policy.act)(obs), policy.act(obs), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(policy.act)(obs), policy.act(obs), rtol=1e-6)
+
+
+def test_observations_may_be_numpy_arrays(policies):
+    policy = policies["discrete"][0]
+    obs = observations(policy, 4)
+    np.testing.assert_array_equal(policy.act(np.asarray(obs)), policy.act(obs))
+    np.testing.assert_array_equal(policy.act(np.asarray(obs, np.float64)), policy.act(obs))
+
+
+def test_an_observation_of_another_shape_is_refused(policies):
+    policy = policies["discrete"][0]
+    expected = "an observation has shape (2, 3) after any batch axes; this one has (4, 2)"
+    assert sentence_of(lambda: policy.act(jnp.zeros((4, 2)))) == expected
+    assert sentence_of(lambda: policy.act(jnp.zeros(3))).endswith("this one has (3,)")
+
+
+# ------------------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_policy_comes_back_bit_for_bit(policies, kind, tmp_path):
+    policy, env, model = policies[kind]
+    where = save_policy(tmp_path / "a" / "policy", policy)
+    assert sorted(path.name for path in where.iterdir()) == ["params.npz", "policy.json"]
+    back = load_policy(where, env, model)
+    assert (back.config, back.observation_space, back.action_space, back.flatten) == (
+        policy.config,
+        policy.observation_space,
+        policy.action_space,
+        policy.flatten,
+    )
+    assert jax.tree.structure(back.params) == jax.tree.structure(policy.params)
+    pairs = zip(
+        jax.tree.leaves((back.params, back.obs_moments)),
+        jax.tree.leaves((policy.params, policy.obs_moments)),
+        strict=True,
+    )
+    for got, expected in pairs:
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    obs = observations(policy, 7)
+    np.testing.assert_array_equal(back.act(obs), policy.act(obs))
+    np.testing.assert_array_equal(back.act(obs, jax.random.key(3)), policy.act(obs, jax.random.key(3)))
+
+
+@pytest.fixture
+def saved(policies, tmp_path):
+    return save_policy(tmp_path / "policy", policies["discrete"][0])
+
+
+def rewrite(directory, **changes):
+    """``policy.json`` with these entries changed; None takes one out."""
+    path = directory / "policy.json"
+    description = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: x for key, x in description.items() if x is not None}))
+
+
+def repack(directory, **arrays):
+    """``params.npz`` with other contents, and a checksum that agrees."""
+    import hashlib
+
+    np.savez(directory / "params.npz", **arrays)
+    rewrite(directory, params_sha256=hashlib.sha256((directory / "params.npz").read_bytes()).hexdigest())
+
+
+def not_ours(directory):
+    return f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_loading_never_unpickles(saved, tmp_path):
+    repack(saved, **{"params/policy": np.array([Trap(tmp_path / "sprung")], object)})
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_in_place_of_the_arrays_is_refused(saved, tmp_path):
+    import hashlib
+    import pickle
+
+    packed = pickle.dumps(Trap(tmp_path / "sprung"))
+    (saved / "params.npz").write_bytes(packed)
+    rewrite(saved, params_sha256=hashlib.sha256(packed).hexdigest())
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_truncated_parameters_are_refused(saved):
+    packed = (saved / "params.npz").read_bytes()
+    expected = f"{saved / 'params.npz'} is damaged: its checksum is not the one that was saved"
+    for size in (0, 1, len(packed) // 2, len(packed) - 1):
+        (saved / "params.npz").write_bytes(packed[:size])
+        assert sentence_of(lambda: load_policy(saved)) == expected
+
+
+@pytest.mark.parametrize("size", [0, 10, 200])
+def test_a_truncated_description_is_refused(saved, size):
+    text = (saved / "policy.json").read_text()
+    (saved / "policy.json").write_text(text[:size])
+    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+
+
+@pytest.mark.parametrize("name", ["policy.json", "params.npz"])
+def test_a_missing_file_is_told(saved, name):
+    (saved / name).unlink()
+    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+
+
+def test_a_missing_or_foreign_directory_is_told(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for directory in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
+        assert sentence_of(lambda directory=directory: load_policy(directory)) == not_ours(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", '"policy"', "null", "{}", '{"format": "another"}', "\udcff", "[" * 10**5],
+    ids=lambda text: text[:10].encode("ascii", "replace").decode(),
+)
+def test_a_description_of_other_json_is_refused(saved, content):
+    (saved / "policy.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+
+
+def test_a_newer_format_is_told_with_its_version(saved):
+    rewrite(saved, format_version=2)
+    message = sentence_of(lambda: load_policy(saved))
+    assert message.startswith(f"{saved} has format version 2, and this version of purejaxppo reads 1")
+
+
+@pytest.mark.parametrize("name", ["config", "observation_space", "action_space", "own_model", "params_sha256"])
+def test_a_description_that_lacks_an_entry_names_it(saved, name):
+    rewrite(saved, **{name: None})
+    assert sentence_of(lambda: load_policy(saved)) == f"{saved / 'policy.json'} is damaged: it lacks {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("config", {"activation": "rellu"}, "did you mean 'relu'?"),
+        ("config", {"new_field": 1}, "'new_field' is not a setting"),
+        ("config", 3, "a configuration is a Config or a mapping, not int"),
+        ("action_space", {"kind": "graph"}, "is not a space that this version knows"),
+        ("action_space", {"kind": "discrete"}, "is not a space that this version knows"),
+        ("action_space", {"kind": "discrete", "n": 3, "m": 4}, "is not a space that this version knows"),
+        ("action_space", 7, "is not a space that this version knows"),
+        ("action_space", {"kind": "discrete", "n": "three"}, ""),
+        ("action_space", {"kind": ["discrete"], "n": 3}, "is not a space that this version knows"),
+        ("observation_space", {"kind": "box", "shape": 6, "low": 0, "high": 1}, ""),
+        ("observation_space", {"kind": "box", "shape": [2, 4], "low": 0.0, "high": 1.0}, "do not fit the model"),
+        ("action_space", {"kind": "discrete", "n": 4}, "do not fit the model"),
+    ],
+)
+def test_a_description_with_a_wrong_entry_is_refused(saved, name, value, part):
+    rewrite(saved, **{name: value})
+    assert part in sentence_of(lambda: load_policy(saved))
+
+
+def test_parameters_of_other_sizes_or_none_are_refused(policies, saved):
+    expected = f"the parameters in {saved} do not fit the model: another network or other sizes made them"
+    config = json.loads((saved / "policy.json").read_text())["config"]
+    rewrite(saved, config=config | {"hidden_sizes": [5]})
+    assert sentence_of(lambda: load_policy(saved)) == expected
+    rewrite(saved, config=config)
+    repack(saved, other=np.zeros(3))
+    assert sentence_of(lambda: load_policy(saved)) == expected
+
+
+def test_parameters_that_are_no_numbers_are_refused(saved):
+    arrays = dict(np.load(saved / "params.npz"))
+    repack(saved, **{name: np.full(x.shape, "x") for name, x in arrays.items()})
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+
+
+def test_moments_that_are_incomplete_or_missing_are_refused(policies, tmp_path):
+    saved = save_policy(tmp_path / "policy", policies["normalised"][0])
+    arrays = dict(np.load(saved / "params.npz"))
+    del arrays["obs_moments/m2"]
+    repack(saved, **arrays)
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+    repack(saved, **{name: x for name, x in arrays.items() if not name.startswith("obs_moments")})
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+
+
+def test_an_environment_of_other_spaces_is_refused(saved):
+    other = grid(Discrete(4))
+    expected = f"the policy in {saved} was not trained for the spaces of grid"
+    assert sentence_of(lambda: load_policy(saved, env=other)) == expected
+    assert load_policy(saved, env=grid()).action_space == DISCRETE
+
+
+def test_a_model_of_ones_own_is_needed_again(policies, tmp_path):
+    where = save_policy(tmp_path / "policy", policies["own model"][0])
+    message = sentence_of(lambda: load_policy(where))
+    assert message == f"the policy in {where} has a model of its own: load_policy(directory, model=...)"
+    assert "do not fit the model" in sentence_of(lambda: load_policy(where, model=linear_model(actions=4)))
+
+
+def contents(directory):
+    """Every file below a directory with its bytes, and every directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
+
+
+def test_an_existing_directory_is_refused_and_left_alone(policies, tmp_path):
+    policy = policies["discrete"][0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine too")
+    before = contents(tmp_path)
+    for name in ("mine", "empty", "file"):
+        expected = f"{tmp_path / name} exists already; choose another directory for the policy"
+        assert sentence_of(lambda name=name: save_policy(tmp_path / name, policy)) == expected
+    assert contents(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(policies, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    message = sentence_of(lambda: save_policy(tmp_path / "file" / "below" / "policy", policies["discrete"][0]))
+    assert message.startswith(f"cannot write to {tmp_path / 'file' / 'below'}: ")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_nothing_is_left_half_written(policies, tmp_path, monkeypatch, error):
+    def fail(path, **arrays):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(type(error)):
+        save_policy(tmp_path / "policy", policies["discrete"][0])
+    assert list(tmp_path.iterdir()) == []
