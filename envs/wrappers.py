@@ -63,7 +63,7 @@ def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> A
     log-probability belongs to ``action``, before this.
     """
     action = action.reshape(action.shape[:-1] + space.shape)
-    low, high = (jnp.asarray(limit, action.dtype) for limit in space.limits)
+    low, high = (jnp.broadcast_to(jnp.asarray(limit, action.dtype), action.shape) for limit in space.limits)
     if squash:
         return low + (high - low) * (jnp.tanh(action) + 1) / 2
     return jnp.clip(action, low, high)

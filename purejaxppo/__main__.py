@@ -107,6 +107,8 @@ def render(
     from purejaxppo.rendering import animate
     from purejaxppo.run_directory import load_policies
 
+    if max_steps < 1:
+        raise ConfigError(f"max_steps = {max_steps}: it must be an integer of at least 1")
     policies = load_policies(run)
     if not 0 <= seed < len(policies):
         raise ConfigError(f"seed = {seed}: this run has the seeds 0 … {len(policies) - 1}")
@@ -133,7 +135,7 @@ def envs(suite: str | None = None) -> None:
 def _train_options(arguments: Sequence[str]) -> type:
     """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", default=Config.env)
+    first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
     first.add_argument("--no-tuned", dest="tuned", action="store_false")
     asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
     defaults = Config.for_env(asked.env) if asked.tuned else Config(env=asked.env)

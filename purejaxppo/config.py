@@ -26,8 +26,8 @@ class _Check:
 
 
 _POSITIVE_INT = _Check(lambda x: x >= 1, "an integer of at least 1")
-_POSITIVE = _Check(lambda x: x > 0, "a number above 0")
-_NOT_NEGATIVE = _Check(lambda x: x >= 0, "a number of at least 0")
+_POSITIVE = _Check(lambda x: x > 0, "a finite number above 0")
+_NOT_NEGATIVE = _Check(lambda x: x >= 0, "a finite number of at least 0")
 _UNIT = _Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
 _CLIP = _Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
 
@@ -130,7 +130,7 @@ class Config:
         return validate(dataclasses.replace(base or cls(), **values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; `from_dict` takes it back."""
+        """The fields as JSON has them; `from_dict` takes those of an unbatched config back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()} | {
             "hidden_sizes": list(self.hidden_sizes)
@@ -163,6 +163,8 @@ def validate(config: Config) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
     config = dataclasses.replace(config, **{name: _checked(name, getattr(config, name)) for name in FIELDS})
+    if config.batch_size >= 2**31:
+        raise ConfigError(f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps")
     if config.batch_size % config.num_minibatches:
         around = (config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1))
         nearest = next((m for m in around if m >= 1 and config.batch_size % m == 0), 1)
@@ -208,7 +210,7 @@ def _checked_int(name: str, value: Any, check: _Check) -> int:
         value, integral = int(value), True
     if not integral or not check.ok(value):
         raise _wrong(name, value, check.words)
-    if value > 2**62:
+    if value >= 2**62:
         raise _wrong(name, value, "an integer below 2**62")
     return int(value)
 
@@ -224,9 +226,9 @@ def _checked_leaf(name: str, value: Any, check: _Check) -> Any:
         return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
         raise _wrong(name, value, check.words)
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.number) or np.issubdtype(array.dtype, np.complexfloating):
+    if not np.size(value) or getattr(getattr(value, "dtype", None), "kind", "f") not in "iuf":
         raise _wrong(name, value, check.words)
+    array = np.asarray(value)
     try:
         elements = [float(element) for element in array.ravel()]
     except OverflowError:
@@ -274,5 +276,7 @@ def _from_purejaxrl(values: Mapping[str, Any]) -> dict[str, Any]:
         if names[0] not in FIELDS:
             known = [*_PUREJAXRL, "NORMALIZE_ENV"]
             raise ConfigError(f"{key!r} is not a setting{_nearest(key, known) or '; known: ' + ', '.join(known)}")
+        if repeated := [name for name in names if name in ours]:
+            raise ConfigError(f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out")
         ours |= dict.fromkeys(names, value)
     return ours

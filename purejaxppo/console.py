@@ -98,11 +98,13 @@ def show_evaluation(console: Console, policies: list[Policy], num_episodes: int,
         both = [evaluate(policy, env, one, num_episodes, deterministic) for deterministic in (True, False)]
         scores.append([float(result.returns.mean()) for result in both])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):
+            name += " (diverged: its parameters are not numbers)"
         table.add_row(name, *(_spread(result) for result in both), f"{float(both[0].lengths.mean()):.0f}")
     if len(policies) > 1:
         middle = estimate(np.asarray(scores))
         table.add_section()
-        cells = [f"{p:.1f} \\[{low:.1f}, {high:.1f}]" for p, low, high in zip(*middle, strict=True)]
+        cells = [f"{p:.1f} \\[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
         table.add_row("interquartile mean, 95 % interval", *cells, "")
     console.print(table)
 

@@ -28,7 +28,7 @@ class Categorical(NamedTuple):
     def log_prob(self, action: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
         """log p(a) = logits_a − log Σ exp(logits)."""
         # Selecting by comparison and not by indexing: the gradient of indexing is a scatter, slow everywhere.
-        chosen = action[..., None] == jnp.arange(self.logits.shape[-1])
+        chosen = jax.nn.one_hot(action, self.logits.shape[-1], dtype=bool)
         return jnp.where(chosen, jax.nn.log_softmax(self.logits), 0).sum(-1)
 
     def entropy(self) -> Float[Array, "*batch"]:
@@ -135,7 +135,7 @@ class TanhGaussian(NamedTuple):
         """
         points, mass = np.polynomial.hermite_e.hermegauss(32)
         nodes, weights = jnp.asarray(points, self.mean.dtype), jnp.asarray(mass / mass.sum(), self.mean.dtype)
-        u = self.mean[..., None] + jnp.exp(self.log_std)[..., None] * nodes
+        u = self.mean[..., None] + jnp.tensordot(jnp.exp(self.log_std), nodes, axes=0)  # [..., k, nodes]
         return self.gaussian.entropy() + (_log_tanh_derivative(u) @ weights).sum(-1)
 
     def kl(self, other: "TanhGaussian") -> Float[Array, "*batch"]:

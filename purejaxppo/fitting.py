@@ -95,10 +95,11 @@ def fit(
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ConfigError(f"seeds = {seeds!r}: it must be an integer of at least 1")
     env = envs.make(config.env) if env is None else env
-    if directory is not None:
-        directory = run_directory.reserve(directory, config, seeds, key)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    config = dataclasses.replace(config, env=env.name)
+    named_key, key = key, jax.random.key(key) if isinstance(key, int) else key
     trainer = make_trainer(config, env, model, reward_fn)
+    if directory is not None:
+        directory = run_directory.reserve(directory, config, seeds, named_key)
 
     def init(keys: PRNGKey) -> TrainState:
         def one(key: PRNGKey) -> TrainState:

@@ -1,4 +1,8 @@
-"""The formulas of the objective, on plain arrays. Every mean is over the entries where a mask is true."""
+"""The formulas of the objective, on plain arrays. Every mean is over the entries where a mask is true.
+
+What stands where the mask is false has no effect on a loss or its gradient, not even NaN: it is taken out before the
+arithmetic and not only after it, because the gradient of ``where`` multiplies by 0, and 0 · NaN is NaN.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -8,7 +12,7 @@ Coefficient = Float[Array, ""] | float
 
 
 def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
-    """Σ mask x / Σ mask; 0 where the mask is empty. What x is where it is masked, NaN included, has no effect."""
+    """Σ mask x / Σ mask; 0 where the mask is empty."""
     return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
@@ -29,13 +33,14 @@ def clipped_surrogate(
     ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
 ) -> Scalar:
     """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised (Schulman et al. 2017, eq. 7)."""
+    advantage = jnp.where(mask, advantage, 0)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
     return masked_mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
 
 
 def value_loss(value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]) -> Scalar:
     """L_VF = ½ E[(V − target)²]. The paper's eq. 9 has no ½; c1 = 0.5 there is c1 = 1 here."""
-    return 0.5 * masked_mean((value - target) ** 2, valid)
+    return 0.5 * masked_mean(jnp.where(valid, value - target, 0) ** 2, valid)
 
 
 def clipped_value_loss(
@@ -50,8 +55,10 @@ def clipped_value_loss(
     From OpenAI's baselines (ppo2), not from the paper; Engstrom et al. 2020 and Andrychowicz et al. 2021 found no
     use in it.
     """
-    near = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
-    return 0.5 * masked_mean(jnp.maximum((value - target) ** 2, (near - target) ** 2), valid)
+    change = jnp.where(valid, value - old_value, 0)
+    error = jnp.where(valid, value - target, 0)
+    near = error - change + jnp.clip(change, -clip_eps, clip_eps)
+    return 0.5 * masked_mean(jnp.maximum(error**2, near**2), valid)
 
 
 def approximate_kl(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:

@@ -84,7 +84,7 @@ def make_model(config: Config, action_space: Space) -> Model:
     Asked twice it is the same object, so that what was compiled for one policy serves the next.
     """
     return mlp_actor_critic(
-        action_space, config.hidden_sizes, config.activation, config.shared_trunk, config.squash_actions
+        action_space, tuple(config.hidden_sizes), config.activation, config.shared_trunk, config.squash_actions
     )
 
 

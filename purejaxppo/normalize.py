@@ -54,7 +54,7 @@ def no_moments(shape: tuple[int, ...]) -> Moments:
 def moments_of(x: Float[Array, "n ..."]) -> Moments:
     """The moments of n samples."""
     mean = x.mean(axis=0)
-    return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean) ** 2).sum(axis=0))
+    return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -69,7 +69,8 @@ def normalize_obs(moments: Moments | None, obs: Array) -> Array:
     """(obs − mean) / deviation, cut at ± 10; ``obs`` itself without moments."""
     if moments is None:
         return obs
-    standardized = (obs - moments.mean) / jnp.sqrt(moments.variance + EPSILON)
+    mean, variance = (jnp.broadcast_to(x, obs.shape) for x in (moments.mean, moments.variance))
+    standardized = (obs - mean) / jnp.sqrt(variance + EPSILON)
     return jnp.clip(standardized, -LIMIT, LIMIT)
 
 

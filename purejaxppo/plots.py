@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from purejaxppo.metrics import finite_so_far
-from purejaxppo.statistics import estimate
+from purejaxppo.statistics import Estimate, estimate
 from purejaxppo.types import Metrics
 
 BLUE = "#1f6fb4"
@@ -47,11 +47,12 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
     agents = len(curve.returns)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    seen = np.isfinite(curve.returns).all(axis=0)
+    seen = np.isfinite(curve.returns).any(axis=0)
     steps, returns = curve.timesteps[seen], curve.returns[:, seen]
     if agents > 1 and returns.size:
         axes.plot(steps, returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6)
-        middle = estimate(returns)
+        windows = [estimate(window[np.isfinite(window)]) for window in returns.T]  # over the agents that have a return
+        middle = Estimate(*np.transpose(windows))
         label = f"interquartile mean of {agents} seeds, 95 % interval"
         axes.fill_between(steps, middle.low, middle.high, color=BLUE, alpha=0.25, linewidth=0)
         axes.plot(steps, middle.point, color=BLUE, linewidth=1.8, label=label)

@@ -1,9 +1,11 @@
 """A trained policy: taken out of a run, used, saved and loaded without running code from the file."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from purejaxppo import envs
 from purejaxppo.config import Config
 from purejaxppo.envs.wrappers import into_box, into_features
 from purejaxppo.networks import make_model
-from purejaxppo.normalize import Moments, normalize_obs
+from purejaxppo.normalize import Moments, no_moments, normalize_obs
 from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, TrainState
 
 FORMAT_VERSION = 1
@@ -61,6 +64,7 @@ class Policy:
     ) -> "Policy":
         """The policy of a training state; of a vmapped one, that of agent ``index``, which is then required."""
         env = envs.make(config.env) if env is None else env
+        config = dataclasses.replace(config, env=env.name)
         agents = np.shape(state.iteration)
         if agents and index is None:
             raise ConfigError(f"this state holds {agents[0]} agents: say which one by index=0 … {agents[0] - 1}")
@@ -79,12 +83,12 @@ class Policy:
         """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
         return self.model.initial_carry(batch_size)
 
-    def step(self, carry: PyTree, obs: Array, reset: Array, key: PRNGKey | None = None) -> tuple[PyTree, Array]:
+    def step(self, carry: PyTree, obs: ArrayLike, reset: ArrayLike, key: PRNGKey | None = None) -> tuple[PyTree, Array]:
         """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
         sample."""
         return self._step(self.params, self.obs_moments, carry, jnp.asarray(obs), jnp.asarray(reset), key)
 
-    def act(self, obs: Array, key: PRNGKey | None = None) -> Array:
+    def act(self, obs: ArrayLike, key: PRNGKey | None = None) -> Array:
         """The action for one observation or a batch of them: the mode, or with a key a sample.
 
         A policy with memory needs `step`.
@@ -95,7 +99,7 @@ class Policy:
         batch = obs.shape[: obs.ndim - len(shape)]
         if obs.shape[len(batch) :] != shape:
             raise ConfigError(f"an observation has shape {shape} after any batch axes; this one has {obs.shape}")
-        rows = obs.reshape((-1, *shape))
+        rows = obs.reshape((math.prod(batch), *shape))
         _, action = self.step((), rows, jnp.zeros(rows.shape[0], bool), key)
         return action.reshape(batch + action.shape[1:])
 
@@ -170,7 +174,7 @@ def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Mod
         raise ConfigError(f"the policy in {directory} has a model of its own: load_policy(directory, model=...)")
 
     model, flatten = (make_model(config, action_space), True) if model is None else (model, False)
-    params, moments = _in_place(directory, arrays, model, observation_space, flatten)
+    params, moments = _in_place(directory, arrays, config, model, observation_space, flatten)
     return Policy(config, params, moments, model, observation_space, action_space, flatten)
 
 
@@ -182,7 +186,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         description = json.loads((directory / "policy.json").read_text())
         packed = (directory / "params.npz").read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise not_ours from None
     if not isinstance(description, dict) or description.get("format") != "purejaxppo policy":
         raise not_ours
@@ -196,28 +200,30 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ConfigError(f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}")
     if hashlib.sha256(packed).hexdigest() != description["params_sha256"]:
         raise ConfigError(f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved")
-    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
-        return description, dict(file)
+    try:
+        with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+            return description, dict(file)
+    except ValueError:  # pickled objects, which are never loaded
+        raise ConfigError(f"{directory / 'params.npz'} is damaged: it holds something else than numbers") from None
 
 
 def _in_place(
-    directory: Path, arrays: dict[str, np.ndarray], model: Model, space: Space, flatten: bool
+    directory: Path, arrays: dict[str, np.ndarray], config: Config, model: Model, space: Space, flatten: bool
 ) -> tuple[PyTree, Moments | None]:
-    """The arrays as the parameters and the observation moments that this model needs."""
-    obs = jax.ShapeDtypeStruct((1, *space.shape), jnp.int32 if not isinstance(space, Box) else jnp.result_type(float))
+    """The arrays as the parameters and the observation moments, each with the shape that this model needs."""
+    obs = jax.ShapeDtypeStruct((1, *space.shape), jnp.result_type(float) if isinstance(space, Box) else jnp.int32)
     if flatten:
         obs = jax.eval_shape(lambda x: into_features(x, space), obs)
-    expected = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), obs), sep="/")
-    params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
-    if {name: x.shape for name, x in params.items()} != {name: x.shape for name, x in expected.items()}:
+    expected = {"params": jax.eval_shape(model.init, jax.random.key(0), obs)}
+    if config.normalize_obs:
+        expected["obs_moments"] = no_moments(obs.shape[1:])._asdict()
+    shapes = {name: x.shape for name, x in traverse_util.flatten_dict(expected, sep="/").items()}
+    if {name: x.shape for name, x in arrays.items()} != shapes or any(x.dtype.kind != "f" for x in arrays.values()):
         raise ConfigError(
-            f"the parameters in {directory} do not fit the model: another network or other sizes made them"
+            f"the parameters in {directory} do not fit the model: other sizes or another network made them"
         )
-    moments = {
-        name: jnp.asarray(arrays[f"obs_moments/{name}"]) for name in Moments._fields if f"obs_moments/{name}" in arrays
-    }
-    nested = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in params.items()}, sep="/")
-    return nested, Moments(**moments) if moments else None
+    nested = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
+    return nested["params"], Moments(**nested["obs_moments"]) if config.normalize_obs else None
 
 
 def _space_to_json(space: Space) -> dict[str, Any]:
@@ -225,9 +231,16 @@ def _space_to_json(space: Space) -> dict[str, Any]:
     return {"kind": name} | dataclasses.asdict(space)
 
 
-def _space_from_json(values: dict[str, Any]) -> Space:
-    try:
-        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items() if key != "kind"}
-        return SPACES[values["kind"]](**fields)
-    except (KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{values!r} is not a space that this version knows") from None
+def _space_from_json(values: Any) -> Space:
+    match values:
+        case {"kind": "discrete", "n": int(n)} if n > 0:
+            return Discrete(n)
+        case {"kind": "multi_discrete", "sizes": list(sizes)} if sizes and all(type(n) is int and n > 0 for n in sizes):
+            return MultiDiscrete(tuple(sizes))
+        case {"kind": "box", "shape": list(shape), "low": low, "high": high} if all(type(n) is int for n in shape):
+            low, high = (tuple(x) if isinstance(x, list) else x for x in (low, high))
+            with contextlib.suppress(TypeError, ValueError):
+                box = Box(tuple(shape), low, high)
+                _ = box.limits  # fails where the bounds are not numbers or do not fit the shape
+                return box
+    raise ConfigError(f"{values!r} is not a space that this version knows")

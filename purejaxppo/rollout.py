@@ -80,7 +80,7 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
         next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
         if one_cut_at_most:
             _, _, cut_value = model.step(params, *cut, no_reset)
-            next_value = jnp.where(transitions.truncated, cut_value, next_value)
+            next_value = jnp.where(transitions.truncated, cut_value[None], next_value)
         return transitions._replace(next_value=next_value), env_state, carry, seen
 
     return rollout

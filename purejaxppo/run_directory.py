@@ -67,7 +67,8 @@ def load_policies(directory: str | os.PathLike) -> list[Policy]:
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a run: there is no such directory")
     home = directory / "policy" if (directory / "policy").is_dir() else directory
-    seeds = sorted(home.glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
+    number = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
+    seeds = sorted((path for path in number if number[path].isdecimal()), key=lambda path: int(number[path]))
     return [load_policy(path) for path in seeds or [home]]
 
 

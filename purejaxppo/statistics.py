@@ -5,16 +5,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Values = np.floating | NDArray[np.floating]
+
 
 class Estimate(NamedTuple):
     """A point and the two ends of its 95 % interval; arrays where several columns were summarised."""
 
-    point: NDArray[np.floating]
-    low: NDArray[np.floating]
-    high: NDArray[np.floating]
+    point: Values
+    low: Values
+    high: Values
 
 
-def interquartile_mean(x: ArrayLike, axis: int = 0) -> NDArray[np.floating]:
+def interquartile_mean(x: ArrayLike, axis: int = 0) -> Values:
     """The mean of the middle half: a quarter of the values, rounded down, is left out at either end."""
     ordered = np.sort(np.asarray(x, float), axis=axis)
     cut = ordered.shape[axis] // 4

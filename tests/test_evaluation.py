@@ -149,7 +149,7 @@ def test_it_can_be_vmapped_over_policies_and_keys(trained, policy):
     np.testing.assert_array_equal(both.lengths[1], alone.lengths)
 
 
-def test_the_normaliser_is_used_and_stays_frozen(linear):
+def test_the_normaliser_is_used_and_stays_frozen():
     """Episodes get ever further from what was seen in training: moments that followed would change the actions."""
     config = TINY.replace(normalize_obs=True)
 
@@ -167,7 +167,15 @@ def test_the_normaliser_is_used_and_stays_frozen(linear):
     }
     moments = Moments(jnp.asarray(100.0), jnp.asarray([3.0]), jnp.asarray([100.0]))
     before = jax.tree.map(np.array, moments)
-    policy = Policy(config, linear_model(actions=2), params, moments, env.observation_space, env.action_space, False)
+    policy = Policy(
+        config=config,
+        model=linear_model(actions=2),
+        params=params,
+        obs_moments=moments,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        flatten=False,
+    )
     got = evaluate(policy, env, jax.random.key(0), 2)
     np.testing.assert_array_equal(got.returns, [3.0, 3.0])  # t = 5, 6, 7
     jax.tree.map(np.testing.assert_array_equal, policy.obs_moments, before)

@@ -1,4 +1,4 @@
-"""Learning curves weigh episodes and hide nothing; the interquartile mean and its interval against hand calculations."""
+"""Learning curves weigh episodes and hide nothing; the interquartile mean and its interval by hand."""
 
 import numpy as np
 import pytest

@@ -279,7 +279,7 @@ def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
         num_envs=4,
         num_steps=8,
         total_timesteps=4 * 32,
-        num_epochs=2,
+        num_epochs=1,
         num_minibatches=2,
         hidden_sizes=(4,),
         lr=0.03,

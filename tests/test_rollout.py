@@ -201,7 +201,8 @@ def test_a_squashed_action_fills_the_box():
 
 def test_unroll_gives_the_log_probabilities_and_values_of_the_rollout():
     for memory in (False, True):
-        (model, params), _, _, start, first, *_ = two_rollouts("many cuts", memory)
+        variant = {"memory": True} if memory else {}  # spelled as above, for the cache
+        (model, params), _, _, start, first, *_ = two_rollouts("many cuts", **variant)
         carry = model.initial_carry(B)
         distribution, value = model.unroll(params, carry, jnp.asarray(first.obs), jnp.asarray(first.reset))
         np.testing.assert_allclose(distribution.log_prob(jnp.asarray(first.action)), first.log_prob, atol=1e-5)

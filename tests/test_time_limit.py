@@ -17,7 +17,7 @@ from purejaxppo.types import Discrete
 GAMMA, LIMIT = 0.9, 10
 
 
-@pytest.mark.parametrize("num_steps", [8, 25])
+@pytest.mark.parametrize("num_steps", [8, pytest.param(25, marks=pytest.mark.learning)])
 def test_learned_values_are_those_of_the_problem_that_goes_on(num_steps):
     """Rollouts with at most one cut and with several; and the control: the same ends as terminations."""
     config = Config(

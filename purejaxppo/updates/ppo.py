@@ -48,7 +48,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         params, opt_state = carry
         gradient, metrics = jax.grad(loss, has_aux=True)(params, batch)
         change, opt_state = optimizer.update(gradient, opt_state, params)
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
         return (optax.apply_updates(params, change), opt_state), metrics
 
     def step(
