@@ -36,7 +36,7 @@ def into_features(obs: Shaped[Array, "..."], space: Space) -> Shaped[Array, "*ba
         case MultiDiscrete(sizes):
             return jnp.concatenate([jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)], axis=-1)
         case Box():
-            return obs.reshape((*batch, -1))
+            return obs.reshape((*batch, int(np.prod(space.shape))))
 
 
 def bound_actions(env: Env, squash: bool = False) -> Env:

@@ -205,13 +205,10 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _checked_int(name: str, value: Any, check: _Check) -> int:
-    integral = isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value, integral = int(value), True
-    if not integral or not check.ok(value):
+    number = isinstance(value, int | float | np.generic) and _is_numeric(value)
+    value = int(value) if number and abs(value) < 2**62 and value == int(value) else value
+    if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value) or value >= 2**62:
         raise _wrong(name, value, check.words)
-    if value >= 2**62:
-        raise _wrong(name, value, "an integer below 2**62")
     return int(value)
 
 
@@ -221,12 +218,18 @@ def _checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     return tuple(_checked_int(f"{name}[{i}]", size, _POSITIVE_INT) for i, size in enumerate(value))
 
 
+def _is_numeric(value: Any) -> bool:
+    """Integers and reals; a time span or a random key is neither, whatever NumPy derives it from."""
+    dtype = getattr(value, "dtype", np.dtype(float))
+    return not isinstance(value, bool) and isinstance(dtype, np.dtype) and dtype.kind in "iuf"
+
+
 def _checked_leaf(name: str, value: Any, check: _Check) -> Any:
     if isinstance(value, jax.core.Tracer):
         return value
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(value):
         raise _wrong(name, value, check.words)
-    if not np.size(value) or getattr(getattr(value, "dtype", None), "kind", "f") not in "iuf":
+    if not np.size(value):
         raise _wrong(name, value, check.words)
     array = np.asarray(value)
     try:

@@ -233,7 +233,7 @@ def _space_to_json(space: Space) -> dict[str, Any]:
 
 def _space_from_json(values: Any) -> Space:
     match values:
-        case {"kind": "discrete", "n": int(n)} if n > 0:
+        case {"kind": "discrete", "n": int(n), **rest} if n > 0 and not rest:
             return Discrete(n)
         case {"kind": "multi_discrete", "sizes": list(sizes)} if sizes and all(type(n) is int and n > 0 for n in sizes):
             return MultiDiscrete(tuple(sizes))

@@ -97,12 +97,6 @@ def test_to_dict_goes_through_json_and_from_dict():
     assert Config.from_dict(values) == config
 
 
-def test_to_dict_of_a_batched_config_comes_back_too():
-    config = Config(lr=np.array([1e-3, 2e-3]))
-    back = Config.from_dict(json.loads(json.dumps(config.to_dict())))
-    np.testing.assert_array_equal(back.lr, [1e-3, 2e-3])
-
-
 def test_from_dict_fills_the_rest_from_base():
     base = Config(num_envs=8, lr=0.1)
     assert Config.from_dict({"lr": 0.2}, base) == Config(num_envs=8, lr=0.2)
@@ -156,10 +150,10 @@ def test_batched_values_are_checked_element_by_element():
     good = validate(Config(lr=np.array([1e-4, 1e-3]), gamma=jnp.array([0.0, 1.0])))
     np.testing.assert_array_equal(good.lr, [1e-4, 1e-3])
     wrong = {
-        "lr": (np.array([1e-3, -1e-3, 1.0]), "lr = -0.001: it must be a number of at least 0"),
+        "lr": (np.array([1e-3, -1e-3, 1.0]), "lr = -0.001: it must be a finite number of at least 0"),
         "gamma": (np.array([[0.5, 0.9], [1.0, 1.5]]), "gamma = 1.5: it must be a number between 0 and 1"),
         "clip_eps": (jnp.array([0.5, 1.0]), "clip_eps = 1.0: it must be a number between 0 and 1, both excluded"),
-        "ent_coef": (np.array([0.1, np.nan]), "ent_coef = nan: it must be a number of at least 0"),
+        "ent_coef": (np.array([0.1, np.nan]), "ent_coef = nan: it must be a finite number of at least 0"),
     }
     for name, (values, message) in wrong.items():
         assert sentence_of(lambda values=values, name=name: validate(Config(**{name: values}))) == message
@@ -254,18 +248,18 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"total_timesteps": math.inf}, "total_timesteps = inf: it must be an integer of at least 1"),
         ({"total_timesteps": math.nan}, "total_timesteps = nan: it must be an integer of at least 1"),
         ({"num_envs": 2**63}, "num_envs = 9223372036854775808: it must be an integer below 2**62"),
-        ({"lr": True}, "lr = True: it must be a number of at least 0"),
-        ({"lr": "3e-4"}, "lr = '3e-4': it must be a number of at least 0"),
-        ({"lr": None}, "lr = None: it must be a number of at least 0"),
-        ({"lr": -1e-3}, "lr = -0.001: it must be a number of at least 0"),
-        ({"lr": math.nan}, "lr = nan: it must be a number of at least 0"),
-        ({"lr": math.inf}, "lr = inf: it must be a number of at least 0"),
-        ({"lr": 1j}, "lr = 1j: it must be a number of at least 0"),
+        ({"lr": True}, "lr = True: it must be a finite number of at least 0"),
+        ({"lr": "3e-4"}, "lr = '3e-4': it must be a finite number of at least 0"),
+        ({"lr": None}, "lr = None: it must be a finite number of at least 0"),
+        ({"lr": -1e-3}, "lr = -0.001: it must be a finite number of at least 0"),
+        ({"lr": math.nan}, "lr = nan: it must be a finite number of at least 0"),
+        ({"lr": math.inf}, "lr = inf: it must be a finite number of at least 0"),
+        ({"lr": 1j}, "lr = 1j: it must be a finite number of at least 0"),
         ({"gamma": 1.01}, "gamma = 1.01: it must be a number between 0 and 1"),
         ({"gae_lambda": -0.1}, "gae_lambda = -0.1: it must be a number between 0 and 1"),
         ({"clip_eps": 0}, "clip_eps = 0.0: it must be a number between 0 and 1, both excluded"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0: it must be a number above 0"),
-        ({"adam_eps": 0.0}, "adam_eps = 0.0: it must be a number above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0: it must be a finite number above 0"),
+        ({"adam_eps": 0.0}, "adam_eps = 0.0: it must be a finite number above 0"),
         ({"anneal_lr": 1}, "anneal_lr = 1: it must be True or False"),
         ({"debug": "yes"}, "debug = 'yes': it must be True or False"),
         ({"env": 3}, "env = 3: it must be a string"),

@@ -378,7 +378,7 @@ def test_a_description_with_a_wrong_entry_is_refused(saved, name, value, part):
 
 
 def test_parameters_of_other_sizes_or_none_are_refused(policies, saved):
-    expected = f"the parameters in {saved} do not fit the model: another network or other sizes made them"
+    expected = f"the parameters in {saved} do not fit the model: other sizes or another network made them"
     config = json.loads((saved / "policy.json").read_text())["config"]
     rewrite(saved, config=config | {"hidden_sizes": [5]})
     assert sentence_of(lambda: load_policy(saved)) == expected
