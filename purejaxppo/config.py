@@ -25,7 +25,7 @@ class _Check:
     words: str
 
 
-_POSITIVE_INT = _Check(lambda x: x >= 1, "an integer of at least 1")
+_POSITIVE_INT = _Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
 _POSITIVE = _Check(lambda x: x > 0, "a finite number above 0")
 _NOT_NEGATIVE = _Check(lambda x: x >= 0, "a finite number of at least 0")
 _UNIT = _Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
@@ -207,7 +207,7 @@ def _checked(name: str, value: Any) -> Any:
 def _checked_int(name: str, value: Any, check: _Check) -> int:
     number = isinstance(value, int | float | np.generic) and _is_numeric(value)
     value = int(value) if number and abs(value) < 2**62 and value == int(value) else value
-    if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value) or value >= 2**62:
+    if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value):
         raise _wrong(name, value, check.words)
     return int(value)
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from purejaxppo.config import Config
 from purejaxppo.distributions import Categorical, DiagonalGaussian, MultiCategorical, TanhGaussian
@@ -36,7 +36,7 @@ class MLP(nn.Module):
     activation: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch hidden"]:
+    def __call__(self, x: Shaped[Array, "*batch features"]) -> Float[Array, "*batch hidden"]:
         x = jnp.asarray(x, jnp.result_type(float))
         for width in self.hidden_sizes:
             x = ACTIVATIONS[self.activation](dense(width, HIDDEN)(x))

@@ -51,8 +51,9 @@ def no_moments(shape: tuple[int, ...]) -> Moments:
     return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def moments_of(x: Float[Array, "n ..."]) -> Moments:
+def moments_of(x: Shaped[Array, "n ..."]) -> Moments:
     """The moments of n samples."""
+    x = jnp.asarray(x, jnp.result_type(float))
     mean = x.mean(axis=0)
     return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0))
 

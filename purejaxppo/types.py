@@ -7,7 +7,7 @@ the bundles of functions (`Env`, `VectorEnv`, `Model`, `Update`, `Reward`, `Trai
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -131,6 +131,7 @@ class VectorEnv(NamedTuple):
 # ---------------------------------------------------------------------------------------- models
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """A batch of distributions over actions, as `purejaxppo.distributions` has them."""
 

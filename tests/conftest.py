@@ -1,7 +1,5 @@
 """What every test runs under: annotated shapes are checked, and no array is broadcast to another rank by accident."""
 
-import typing
-
 import hypothesis
 import jax
 import jaxtyping
@@ -14,9 +12,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from purejaxppo import config, types  # noqa: E402, F401
 
 jaxtyping.install_import_hook(["purejaxppo"], "beartype.beartype")
-
-# The checks at run time need to ask isinstance(x, Distribution), which a Protocol allows only with this mark.
-typing.runtime_checkable(types.Distribution)
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("tests")
