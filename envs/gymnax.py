@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -26,6 +27,9 @@ def list_envs() -> list[str]:
 def make(name: str, **settings: Any) -> Env:
     """The gymnax environment ``name``; ``settings`` are fields of its parameters or arguments of its constructor."""
     env, params = original(name, **settings)
+    with jax.ensure_compile_time_eval():  # gymnax computes bounds with JAX; inside of jit they would be traced
+        observation_space = _space(name, "observations", env.observation_space(params))
+        action_space = _space(name, "actions", env.action_space(params))
 
     def reset(key: PRNGKey) -> tuple[PyTree, Array]:
         obs, state = env.reset_env(key, params)
@@ -43,8 +47,8 @@ def make(name: str, **settings: Any) -> Env:
         name=name,
         reset=reset,
         step=step,
-        observation_space=_space(name, "observations", env.observation_space(params)),
-        action_space=_space(name, "actions", env.action_space(params)),
+        observation_space=observation_space,
+        action_space=action_space,
         max_episode_steps=int(params.max_steps_in_episode),
         truncates=True,
     )

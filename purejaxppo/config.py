@@ -205,8 +205,10 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _checked_int(name: str, value: Any, check: _Check) -> int:
-    number = isinstance(value, int | float | np.generic) and _is_numeric(value)
-    value = int(value) if number and abs(value) < 2**62 and value == int(value) else value
+    if isinstance(value, np.generic) and _is_numeric(value):
+        value = value.item()
+    if isinstance(value, float) and abs(value) < 2**62 and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value):
         raise _wrong(name, value, check.words)
     return int(value)

@@ -174,3 +174,10 @@ def test_observations_become_one_vector(space, obs, expected):
     flat = flatten_observations(env)
     assert flat.observation_space.shape == (len(expected),)
     np.testing.assert_array_equal(flat.reset(jax.random.key(0))[1], expected)
+
+
+def test_an_environment_can_be_made_inside_of_jit():
+    """As in jax.jit(lambda config, key: make_train(config)(key)): gymnax computes the bounds of a space with JAX."""
+    config = Config(env="CartPole-v1", num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16)
+    shapes = jax.eval_shape(jax.jit(lambda config, key: make_train(config)(key)), config, jax.random.key(0))
+    assert shapes.metrics.timesteps.shape == (1,)
