@@ -42,4 +42,7 @@ def test_the_quickstart_notebook_runs():
     started = time.perf_counter()
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert time.perf_counter() - started < 240  # 70 s alone on 2 slow cores; here other tests run beside it
-    assert any("image/gif" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+    pictures = [
+        kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})
+    ]
+    assert pictures.count("image/png") == 2 and pictures.count("image/gif") == 1
