@@ -13,10 +13,10 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
     """``num_envs`` copies of ``env`` that start again by themselves.
 
     Fresh starts come from a pool that ``refill`` draws once per rollout, because resetting every environment at every
-    step only to throw nearly all of it away costs more than the steps themselves. A step takes ``num_envs``
-    consecutive rows of the pool from a random place, so environments that finish together start differently, and one
-    that finishes twice starts differently again. The `Step` that comes back is from before the reset: its ``obs`` is
-    the final observation of an episode that ended.
+    step only to throw nearly all of it away costs more than the steps themselves. A step offers its environments
+    ``num_envs`` consecutive rows of the pool, and the next step's rows begin as many further on as episodes ended: so
+    environments that finish together start differently, and one that finishes twice starts differently again. The
+    `Step` that comes back is from before the reset: its ``obs`` is the final observation of an episode that ended.
     """
     B, pool_size = num_envs, max(num_envs, SMALLEST_POOL)
 
@@ -28,6 +28,7 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
             obs=obs,
             reset=jnp.ones(B, bool),
             pool=pool,
+            pool_row=jnp.zeros((), jnp.int32),
             episode_return=jnp.zeros(B, jnp.result_type(float)),
             episode_length=jnp.zeros(B, jnp.int32),
             finished=_nothing_finished(),
@@ -37,14 +38,12 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
         return state._replace(pool=fresh_starts(env, key, pool_size), finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
-        keys = jax.random.split(key, B + 1)
-        out = jax.vmap(env.step)(keys[1:], state.env, action)
+        out = jax.vmap(env.step)(jax.random.split(key, B), state.env, action)
         reward = jnp.asarray(out.reward, jnp.result_type(float))
         out = out._replace(reward=reward, mask=jnp.broadcast_to(out.mask, (B,)))
         done = out.terminated | out.truncated
 
-        first_row = jax.random.bits(keys[0], (), jnp.uint32) % pool_size
-        rows = (first_row.astype(jnp.int32) + jnp.arange(B)) % pool_size
+        rows = (state.pool_row + jnp.arange(B)) % pool_size
         starts = jax.tree.map(lambda x: x[rows], state.pool)
         states, obs = jax.tree.map(
             lambda new, old: jnp.where(done.reshape((B,) + (1,) * (old.ndim - 1)), new, old),
@@ -52,17 +51,19 @@ def vectorize(env: Env, num_envs: int) -> VectorEnv:
             (out.state, out.obs),
         )
 
+        ended = done.sum(dtype=jnp.int32)
         episode_return, episode_length = state.episode_return + reward, state.episode_length + 1
         finished = EpisodeSums(
             returns=state.finished.returns + jnp.where(done, episode_return, 0).sum(),
             lengths=state.finished.lengths + jnp.where(done, episode_length, 0).sum(),
-            episodes=state.finished.episodes + done.sum(dtype=jnp.int32),
+            episodes=state.finished.episodes + ended,
         )
         return VectorState(
             env=states,
             obs=obs,
             reset=done,
             pool=state.pool,
+            pool_row=(state.pool_row + ended) % pool_size,
             episode_return=jnp.where(done, 0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
             finished=finished,

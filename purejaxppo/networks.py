@@ -101,26 +101,27 @@ def mlp_actor_critic(
     Policy and value have hidden layers of their own, or one ``trunk`` where ``shared_trunk`` is set, in which case
     the two losses meet in it and c1 weighs them (Schulman et al. 2017, eq. 9).
     """
-    body, policy, value = MLP(hidden_sizes, activation), PolicyHead(action_space, squash), ValueHead()
-    own_policy, own_value = nn.Sequential([body, policy]), nn.Sequential([body, value])
+    trunk, policy, value = MLP(hidden_sizes, activation), PolicyHead(action_space, squash), ValueHead()
 
     def init(key: PRNGKey, obs: Array) -> PyTree:
-        key_policy, key_value, key_trunk = jax.random.split(key, 3)
-        if not shared_trunk:
-            return {"policy": own_policy.init(key_policy, obs), "value": own_value.init(key_value, obs)}
-        trunk = body.init(key_trunk, obs)
-        features = body.apply(trunk, obs)
-        return {
-            "trunk": trunk,
-            "policy": policy.init(key_policy, features),
-            "value": value.init(key_value, features),
-        }
+        key_trunk, key_policy, key_value = jax.random.split(key, 3)
+        # A loop over the two trunks, not two calls: XLA takes half a second for every orthogonal matrix in a program.
+        trunks = jax.lax.map(lambda key: trunk.init(key, obs), jax.random.split(key_trunk, 1 if shared_trunk else 2))
+        first, last = jax.tree.map(lambda x: x[0], trunks), jax.tree.map(lambda x: x[-1], trunks)
+        features = trunk.apply(first, obs)
+        heads = policy.init(key_policy, features), value.init(key_value, features)
+        if shared_trunk:
+            return {"trunk": first, "policy": {"head": heads[0]}, "value": {"head": heads[1]}}
+        return {"policy": {"trunk": first, "head": heads[0]}, "value": {"trunk": last, "head": heads[1]}}
 
     def forward(params: PyTree, obs: Array) -> tuple[Distribution, Array]:
-        if not shared_trunk:
-            return own_policy.apply(params["policy"], obs), own_value.apply(params["value"], obs)  # type: ignore
-        features = body.apply(params["trunk"], obs)
-        return policy.apply(params["policy"], features), value.apply(params["value"], features)  # type: ignore
+        if shared_trunk:
+            for_policy = for_value = trunk.apply(params["trunk"], obs)
+        else:
+            for_policy = trunk.apply(params["policy"]["trunk"], obs)
+            for_value = trunk.apply(params["value"]["trunk"], obs)
+        distribution = policy.apply(params["policy"]["head"], for_policy)
+        return distribution, value.apply(params["value"]["head"], for_value)  # type: ignore
 
     return feed_forward(init, forward)
 

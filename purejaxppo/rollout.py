@@ -32,13 +32,13 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
     def rollout(
         key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
-        keys = jax.random.split(key, num_steps + 1)
-        env_state = vector_env.refill(keys[0], env_state)
+        key_refill, key_steps = jax.random.split(key)
+        env_state = vector_env.refill(key_refill, env_state)
         no_reset = jnp.zeros_like(env_state.reset)
 
-        def step(loop: tuple, key: PRNGKey) -> tuple[tuple, Transition]:
+        def step(loop: tuple, keys: PRNGKey) -> tuple[tuple, Transition]:
             env_state, carry, cut, seen = loop
-            key_action, key_env = jax.random.split(key)
+            key_action, key_env = keys
             obs = normalize_obs(obs_moments, env_state.obs)
             carry, distribution, value = model.step(params, carry, obs, env_state.reset)
             action = distribution.sample(key_action)
@@ -69,8 +69,9 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
             return (next_env_state, carry, cut, seen), transition
 
         cut = (carry, normalize_obs(obs_moments, env_state.obs)) if one_cut_at_most else ()
+        keys = jax.random.split(key_steps, (num_steps, 2))
         seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
-        (env_state, carry, cut, seen), transitions = jax.lax.scan(step, (env_state, carry, cut, seen), keys[1:])
+        (env_state, carry, cut, seen), transitions = jax.lax.scan(step, (env_state, carry, cut, seen), keys)
         if many_cuts:
             return transitions, env_state, carry, seen
 

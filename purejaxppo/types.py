@@ -115,6 +115,7 @@ class VectorState(NamedTuple):
     obs: Array  # [B, ...] what the agent sees next
     reset: Bool[Array, "B"]  # obs is the first of its episode
     pool: PyTree  # [P, ...] (state, obs) of fresh starts, drawn once per rollout
+    pool_row: Int[Array, ""]  # where the next step takes its starts from
     episode_return: Float[Array, "B"]  # of the running episode, undiscounted
     episode_length: Int[Array, "B"]
     finished: EpisodeSums  # since the last refill

@@ -83,6 +83,7 @@ def sentence_of(make):
 # ------------------------------------------------------------------------------ equal to make_train
 
 
+@pytest.mark.exact
 def test_one_seed_in_many_chunks_equals_make_train_exactly(one):
     result = jax.jit(make_train(TINY, ENV))(jax.random.key(3))
     assert_equal(jax.tree.map(lambda x: x[0], one.run.metrics), jax.tree.map(np.asarray, result.metrics))
@@ -91,6 +92,7 @@ def test_one_seed_in_many_chunks_equals_make_train_exactly(one):
     assert int(one.run.state.iteration) == K
 
 
+@pytest.mark.exact
 def test_three_seeds_equal_vmapped_make_train_exactly(three):
     result = jax.jit(jax.vmap(make_train(TINY, ENV)))(jax.random.split(jax.random.key(3), 3))
     assert_equal(three.run.metrics, jax.tree.map(np.asarray, result.metrics))

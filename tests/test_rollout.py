@@ -142,7 +142,7 @@ def test_the_final_observation_is_not_lost():
     """Playground issue 305. The vectoriser hands out the step from before the reset, and goes on from the reset."""
     env = counter(DISCRETE, 1, 0)  # every step ends an episode
     vector_env = vectorize(env, B)
-    state = vector_env.reset(jax.random.key(0))
+    state = vector_env.refill(jax.random.key(2), vector_env.reset(jax.random.key(0)))
     after, out = jax.jit(vector_env.step)(jax.random.key(1), state, jnp.full(B, 2))
     np.testing.assert_array_equal(out.obs, np.stack([state.obs[:, 0], np.full(B, 1.0), np.full(B, 2.0)], -1))
     assert out.truncated.all() and after.reset.all()

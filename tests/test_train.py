@@ -19,7 +19,6 @@ CONFIG = Config(
     num_envs=4, num_steps=8, total_timesteps=128, num_epochs=2, num_minibatches=2, hidden_sizes=(8,), normalize_obs=True
 )
 KEY = jax.random.key(3)
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def without_keys(tree):
@@ -60,6 +59,7 @@ def seeds():
 # ------------------------------------------------------------------------------- one run in many ways
 
 
+@pytest.mark.exact
 def test_two_runs_with_one_key_are_identical_and_other_keys_give_other_runs(single):
     train, result = single
     assert_identical(train(KEY), result)
@@ -67,21 +67,24 @@ def test_two_runs_with_one_key_are_identical_and_other_keys_give_other_runs(sing
     assert not np.array_equal(other.metrics.policy_loss, result.metrics.policy_loss)
 
 
+@pytest.mark.exact
 def test_a_run_in_chunks_equals_the_one_shot_run(single):
     assert_identical(in_chunks(make_trainer(CONFIG, ENV), KEY), tuple(single[1]))
 
 
+@pytest.mark.exact
 def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
     keys, result = seeds
     assert_identical(in_chunks(make_trainer(CONFIG, ENV), keys, batched=True), tuple(result))
 
 
+@pytest.mark.exact
 def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     """One key, three learning rates: of the state, only what depends on the rate would be batched by itself."""
     batch, axes = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2])), (CONFIG.axes("lr"), None)
-    one_shot = fast_jit(jax.vmap(lambda config, key: make_train(config, ENV)(key), in_axes=axes))(batch, KEY)
-    init = fast_jit(jax.vmap(lambda config, key: make_trainer(config, ENV).init(key), in_axes=axes))
-    step = fast_jit(jax.vmap(lambda config, state: make_trainer(config, ENV).step(state), in_axes=(axes[0], 0)))
+    one_shot = jax.jit(jax.vmap(lambda config, key: make_train(config, ENV)(key), in_axes=axes))(batch, KEY)
+    init = jax.jit(jax.vmap(lambda config, key: make_trainer(config, ENV).init(key), in_axes=axes))
+    step = jax.jit(jax.vmap(lambda config, state: make_trainer(config, ENV).step(state), in_axes=(axes[0], 0)))
     state = init(batch, KEY)
     for _ in range(CONFIG.num_iterations):
         state, metrics = step(batch, state)
@@ -90,6 +93,7 @@ def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     assert len(np.unique(losses[:, 1])) == 3  # the traced rate has an effect
 
 
+@pytest.mark.exact
 def test_a_vmapped_seed_equals_the_seed_alone(single, seeds):
     alone, together = single[1].metrics, jax.tree.map(lambda x: x[1], seeds[1].metrics)
     for name in ("policy_loss", "value_loss", "entropy", "episode_return", "grad_norm"):
@@ -99,8 +103,8 @@ def test_a_vmapped_seed_equals_the_seed_alone(single, seeds):
 
 def test_a_vmapped_seed_equals_the_seed_alone_for_ten_iterations_in_float64(x64):
     train = make_train(CONFIG.replace(total_timesteps=320), ENV)
-    alone = fast_jit(train)(KEY)
-    together = fast_jit(jax.vmap(train))(jnp.stack([jax.random.key(1), KEY]))
+    alone = jax.jit(train)(KEY)
+    together = jax.jit(jax.vmap(train))(jnp.stack([jax.random.key(1), KEY]))
     assert alone.metrics.value_loss.shape == (10,) and alone.metrics.value_loss.dtype == np.float64
     a, b = without_keys((alone, jax.tree.map(lambda x: x[1], together)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), a, b)
@@ -153,7 +157,7 @@ def test_the_run_learns_something_and_its_numbers_are_finite(single):
 
 def test_one_compilation_for_all_seeds_and_all_traced_hyper_parameters():
     chex.clear_trace_counter()
-    run = fast_jit(chex.assert_max_traces(lambda config, key: make_train(config, ENV)(key).state.params, n=1))
+    run = jax.jit(chex.assert_max_traces(lambda config, key: make_train(config, ENV)(key).state.params, n=1))
     first = run(CONFIG, KEY)
     changes = (
         {"lr": 1e-2},
@@ -220,7 +224,7 @@ def test_purejaxrls_config_runs_and_is_not_changed():
         assert (config.lr, config.num_epochs, config.clip_value) == (mapping["LR"], 4, True)
         assert config.normalize_obs == config.normalize_reward == (mapping is continuous)
 
-    result = fast_jit(make_train(discrete | {"TOTAL_TIMESTEPS": 1e3}))(KEY)
+    result = jax.jit(make_train(discrete | {"TOTAL_TIMESTEPS": 1e3}))(KEY)
     assert result.metrics.timesteps[-1] == 1024
     assert np.isfinite(result.metrics.value_loss).all() and 5 < result.metrics.episode_return[0] < 60
 
@@ -235,7 +239,7 @@ def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
     config = CONFIG.replace(gae_lambda=0.0, normalize_obs=False, total_timesteps=32, lr=0.0)
     trainer = make_trainer(config, counter(MULTI), reward_fn=reward_fn)
     state = jax.jit(trainer.init)(KEY)
-    step = fast_jit(
+    step = jax.jit(
         lambda state, gamma, frozen: make_trainer(
             config.replace(gamma=gamma), counter(MULTI), reward_fn=reward_fn
         ).step(state, frozen)[1]
@@ -253,7 +257,7 @@ def test_a_reward_with_memory_keeps_it_and_reports_metrics():
 
     reward = Reward(init=lambda config: jnp.asarray(10.0), step=step)
     config = CONFIG.replace(total_timesteps=96, num_epochs=1)
-    result = fast_jit(make_train(config, counter(BOX), reward_fn=reward))(KEY)
+    result = jax.jit(make_train(config, counter(BOX), reward_fn=reward))(KEY)
     np.testing.assert_array_equal(result.metrics.extra["coefficient"], [10, 11, 12])
     assert result.state.reward == 13
 
@@ -299,7 +303,7 @@ def gru_model(actions=3, width=5) -> Model:
 def test_a_model_with_memory_starts_every_update_with_ratio_1():
     """Stoix stored the carry after the step, interleaved time and set done flags one step late."""
     config = CONFIG.replace(lr=0.03, num_minibatches=4)
-    state, metrics = fast_jit(make_train(config, counter(limit=3, longest=6), gru_model()))(KEY)
+    state, metrics = jax.jit(make_train(config, counter(limit=3, longest=6), gru_model()))(KEY)
     assert metrics.first_ratio_deviation.max() < 1e-4
     assert metrics.extra["largest_ratio_deviation"].min() > 1e-3
     assert state.carry[0].shape == (4, 5) and np.abs(state.carry[0]).max() > 0
