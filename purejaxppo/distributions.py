@@ -14,10 +14,24 @@ from jaxtyping import Array, Float, Int
 LOG_2PI = float(np.log(2 * np.pi))
 
 
-class Categorical(NamedTuple):
-    """p(a) = softmax(logits)_a. A logit of −∞ forbids its action."""
+@jax.tree_util.register_pytree_node_class
+class Categorical:
+    """p(a) = softmax(logits)_a. A logit of −∞ forbids its action.
 
-    logits: Float[Array, "*batch n"]
+    ``logits`` is kept normalised, log p, so that no method has to do it again.
+    """
+
+    def __init__(self, logits: Float[Array, "*batch n"]) -> None:
+        self.logits = jax.nn.log_softmax(logits)
+
+    def tree_flatten(self) -> tuple[tuple[Array], None]:
+        return (self.logits,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: tuple[Array]) -> "Categorical":
+        distribution = object.__new__(cls)  # what JAX hands over may be no array, and is normalised already
+        (distribution.logits,) = leaves
+        return distribution
 
     def sample(self, key: jax.Array) -> Int[Array, "*batch"]:
         return jax.random.categorical(key, self.logits)
@@ -26,50 +40,45 @@ class Categorical(NamedTuple):
         return jnp.argmax(self.logits, axis=-1)
 
     def log_prob(self, action: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """log p(a) = logits_a − log Σ exp(logits)."""
+        """log p(a)."""
         # Selecting by comparison and not by indexing: the gradient of indexing is a scatter, slow everywhere.
         chosen = jax.nn.one_hot(action, self.logits.shape[-1], dtype=bool)
-        return jnp.where(chosen, jax.nn.log_softmax(self.logits), 0).sum(-1)
+        return jnp.where(chosen, self.logits, 0).sum(-1)
 
     def entropy(self) -> Float[Array, "*batch"]:
         """H = −Σ p log p."""
-        return -_expectation(self.logits, jax.nn.log_softmax(self.logits))
+        return -self._expectation(self.logits)
 
     def kl(self, other: "Categorical") -> Float[Array, "*batch"]:
         """KL(self ‖ other) = Σ p (log p − log q)."""
-        return _expectation(self.logits, jax.nn.log_softmax(self.logits) - jax.nn.log_softmax(other.logits))
+        return self._expectation(self.logits - other.logits)
 
-
-def _expectation(logits: Float[Array, "*batch n"], x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-    """Σ softmax(logits) x, where a forbidden action (p = 0) adds nothing, whatever its x."""
-    allowed = logits > -jnp.inf
-    return jnp.where(allowed, jax.nn.softmax(logits) * jnp.where(allowed, x, 0), 0).sum(-1)
+    def _expectation(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+        """Σ p x, where a forbidden action (p = 0) adds nothing, whatever its x."""
+        allowed = self.logits > -jnp.inf
+        return jnp.where(allowed, jnp.exp(self.logits) * jnp.where(allowed, x, 0), 0).sum(-1)
 
 
 class MultiCategorical(NamedTuple):
-    """Independent categoricals: p(a) = Π_i softmax(logits[i])_{a_i}. Actions have shape ``[..., len(logits)]``."""
+    """Independent categoricals: p(a) = Π_i p_i(a_i). Actions have shape ``[..., len(parts)]``."""
 
-    logits: tuple[Float[Array, "..."], ...]  # the i-th is [..., sizes[i]]
-
-    @property
-    def _parts(self) -> list[Categorical]:
-        return [Categorical(logits) for logits in self.logits]
+    parts: tuple[Categorical, ...]
 
     def sample(self, key: jax.Array) -> Int[Array, "*batch k"]:
-        keys = jax.random.split(key, len(self.logits))
-        return jnp.stack([part.sample(k) for part, k in zip(self._parts, keys, strict=True)], axis=-1)
+        keys = jax.random.split(key, len(self.parts))
+        return jnp.stack([part.sample(k) for part, k in zip(self.parts, keys, strict=True)], axis=-1)
 
     def mode(self) -> Int[Array, "*batch k"]:
-        return jnp.stack([part.mode() for part in self._parts], axis=-1)
+        return jnp.stack([part.mode() for part in self.parts], axis=-1)
 
     def log_prob(self, action: Int[Array, "*batch k"]) -> Float[Array, "*batch"]:
-        return sum(part.log_prob(action[..., i]) for i, part in enumerate(self._parts))  # type: ignore[return-value]
+        return sum(part.log_prob(action[..., i]) for i, part in enumerate(self.parts))  # type: ignore[return-value]
 
     def entropy(self) -> Float[Array, "*batch"]:
-        return sum(part.entropy() for part in self._parts)  # type: ignore[return-value]
+        return sum(part.entropy() for part in self.parts)  # type: ignore[return-value]
 
     def kl(self, other: "MultiCategorical") -> Float[Array, "*batch"]:
-        return sum(p.kl(q) for p, q in zip(self._parts, other._parts, strict=True))  # type: ignore[return-value]
+        return sum(p.kl(q) for p, q in zip(self.parts, other.parts, strict=True))  # type: ignore[return-value]
 
 
 class DiagonalGaussian(NamedTuple):

@@ -59,8 +59,8 @@ class PolicyHead(nn.Module):
             case Discrete(n):
                 return Categorical(dense(n, SMALL)(x))
             case MultiDiscrete(sizes):
-                splits = [int(i) for i in np.cumsum(sizes)[:-1]]
-                return MultiCategorical(tuple(jnp.split(dense(sum(sizes), SMALL)(x), splits, axis=-1)))
+                logits = jnp.split(dense(sum(sizes), SMALL)(x), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+                return MultiCategorical(tuple(map(Categorical, logits)))
             case Box():
                 size = int(np.prod(self.action_space.shape))
                 mean = dense(size, SMALL)(x)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from purejaxrl import PPO, PPO_CONTINUOUS
 
 from purejaxppo import Config, ConfigError, envs, make_train
 from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, tuned, validate
@@ -19,37 +20,6 @@ from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS,
 CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
-
-# The dictionaries of PureJaxRL's ppo.py and, but for the environment's name, ppo_continuous_action.py.
-PPO = {
-    "LR": 2.5e-4,
-    "NUM_ENVS": 4,
-    "NUM_STEPS": 128,
-    "TOTAL_TIMESTEPS": 5e5,
-    "UPDATE_EPOCHS": 4,
-    "NUM_MINIBATCHES": 4,
-    "GAMMA": 0.99,
-    "GAE_LAMBDA": 0.95,
-    "CLIP_EPS": 0.2,
-    "ENT_COEF": 0.01,
-    "VF_COEF": 0.5,
-    "MAX_GRAD_NORM": 0.5,
-    "ACTIVATION": "tanh",
-    "ENV_NAME": "CartPole-v1",
-    "ANNEAL_LR": True,
-    "DEBUG": True,
-}
-PPO_CONTINUOUS = PPO | {
-    "LR": 3e-4,
-    "NUM_ENVS": 2048,
-    "NUM_STEPS": 10,
-    "TOTAL_TIMESTEPS": 5e7,
-    "NUM_MINIBATCHES": 32,
-    "ENT_COEF": 0.0,
-    "ENV_NAME": "Pendulum-v1",
-    "ANNEAL_LR": False,
-    "NORMALIZE_ENV": True,
-}
 
 
 def sentence_of(make):

@@ -29,7 +29,7 @@ def categorical(logits=LOGITS):
 
 
 def multi(parts):
-    return MultiCategorical(tuple(map(jnp.asarray, parts)))
+    return MultiCategorical(tuple(Categorical(jnp.asarray(part)) for part in parts))
 
 
 def gaussian(kind=DiagonalGaussian, mean=MEAN, log_std=LOG_STD):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from purejaxrl import PPO, PPO_CONTINUOUS
 from small_envs import BOX, DISCRETE, MULTI, counter
 
 from purejaxppo import Config, make_train, make_trainer
@@ -185,46 +186,16 @@ def test_the_program_lowers_for_other_platforms(platform, space):
 
 def test_purejaxrls_config_runs_and_is_not_changed():
     """The dictionaries of its ppo.py and ppo_continuous_action.py, with fewer steps to run."""
-    discrete = {
-        "LR": 2.5e-4,
-        "NUM_ENVS": 4,
-        "NUM_STEPS": 128,
-        "TOTAL_TIMESTEPS": 5e5,
-        "UPDATE_EPOCHS": 4,
-        "NUM_MINIBATCHES": 4,
-        "GAMMA": 0.99,
-        "GAE_LAMBDA": 0.95,
-        "CLIP_EPS": 0.2,
-        "ENT_COEF": 0.01,
-        "VF_COEF": 0.5,
-        "MAX_GRAD_NORM": 0.5,
-        "ACTIVATION": "tanh",
-        "ENV_NAME": "CartPole-v1",
-        "ANNEAL_LR": True,
-        "DEBUG": True,
-    }
-    continuous = discrete | {
-        "NUM_ENVS": 2048,
-        "NUM_STEPS": 10,
-        "TOTAL_TIMESTEPS": 5e7,
-        "NUM_MINIBATCHES": 32,
-        "ENT_COEF": 0.0,
-        "LR": 3e-4,
-        "NORMALIZE_ENV": True,
-        "ENV_NAME": "Pendulum-v1",
-        "ANNEAL_LR": False,
-        "DEBUG": False,
-    }
-    for mapping, iterations in ((discrete, 977), (continuous, 2442)):
+    for mapping, iterations in ((PPO, 977), (PPO_CONTINUOUS, 2442)):
         before = dict(mapping)
         shapes = jax.eval_shape(make_train(mapping), KEY)
         assert mapping == before
         assert shapes.metrics.timesteps.shape == (iterations,)
         config = Config.from_dict(mapping)
         assert (config.lr, config.num_epochs, config.clip_value) == (mapping["LR"], 4, True)
-        assert config.normalize_obs == config.normalize_reward == (mapping is continuous)
+        assert config.normalize_obs == config.normalize_reward == (mapping is PPO_CONTINUOUS)
 
-    result = jax.jit(make_train(discrete | {"TOTAL_TIMESTEPS": 1e3}))(KEY)
+    result = jax.jit(make_train(PPO | {"TOTAL_TIMESTEPS": 1e3}))(KEY)
     assert result.metrics.timesteps[-1] == 1024
     assert np.isfinite(result.metrics.value_loss).all() and 5 < result.metrics.episode_return[0] < 60
 
