@@ -16,10 +16,10 @@ import purejaxppo.types  # noqa: E402, F401
 
 jaxtyping.install_import_hook(["purejaxppo"], "beartype.beartype")
 
-FAST_COMPILE = {"xla_backend_optimization_level": "0"}
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 # Later versions have one emitter only, and die of a flag that they do not know.
 if jax.__version_info__ < (0, 10):
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = "false"
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("tests")

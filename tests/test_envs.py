@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAST_COMPILE
 from small_envs import counter
 
 from purejaxppo import Config, ConfigError, envs, make_train
@@ -41,7 +42,7 @@ def test_every_environment_trains_under_jit_and_vmap(name):
     )
     # Swimmer's own code relies on rank promotion.
     with jax.numpy_rank_promotion("allow" if name == "Swimmer-misc" else "raise"):
-        train = jax.jit(jax.vmap(make_train(config)), compiler_options={"xla_backend_optimization_level": 0})
+        train = jax.jit(jax.vmap(make_train(config)), compiler_options=FAST_COMPILE)
         state, metrics = train(jax.random.split(jax.random.key(0), 2))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.params))

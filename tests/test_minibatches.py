@@ -1,12 +1,10 @@
-"""Shuffling and cutting into minibatches: everything once, in a uniformly random order."""
+"""The random order of an epoch: every number once, uniformly. How minibatches are cut from it is in test_ppo.py."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.types import Batch
-from purejaxppo.updates.minibatches import random_order, shuffled_minibatches
+from purejaxppo.updates.minibatches import random_order
 
 KEY = jax.random.key(11)
 
@@ -26,15 +24,3 @@ def test_every_number_is_equally_likely_in_every_place():
     follows = (orders[:, 1:] == orders[:, :-1] + 1).any(axis=1).mean()
     expected = 1 - 16687 / 40320  # orders of 8 without a number followed by the next one: OEIS A000255(7)
     assert follows == pytest.approx(expected, abs=5 * np.sqrt(expected * (1 - expected) / draws))
-
-
-def test_minibatches_are_a_partition_and_rows_stay_together():
-    T, B, M = 3, 12, 4
-    ids = jnp.arange(T * B).reshape(T, B)
-    batch = Batch(*[ids] * 9, carry=(jnp.arange(B),))
-    minibatches = shuffled_minibatches(KEY, batch, M)
-    assert minibatches.obs.shape == (M, T, B // M) and minibatches.carry[0].shape == (M, B // M)
-    columns = np.asarray(minibatches.carry[0])
-    np.testing.assert_array_equal(np.sort(columns.ravel()), np.arange(B))
-    for field in minibatches[:-1]:
-        np.testing.assert_array_equal(field, np.arange(T)[None, :, None] * B + columns[:, None, :])

@@ -79,7 +79,6 @@ def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
     assert_identical(in_chunks(make_trainer(CONFIG, ENV), keys, batched=True), tuple(result))
 
 
-@pytest.mark.exact
 def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     """One key, three learning rates: of the state, only what depends on the rate would be batched by itself."""
     batch, axes = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2])), (CONFIG.axes("lr"), None)
