@@ -73,7 +73,6 @@ def test_a_run_in_chunks_equals_the_one_shot_run(single):
     assert_identical(in_chunks(make_trainer(CONFIG, ENV), KEY), tuple(single[1]))
 
 
-@pytest.mark.exact
 def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
     keys, result = seeds
     assert_identical(in_chunks(make_trainer(CONFIG, ENV), keys, batched=True), tuple(result))
@@ -93,7 +92,6 @@ def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     assert len(np.unique(losses[:, 1])) == 3  # the traced rate has an effect
 
 
-@pytest.mark.exact
 def test_a_vmapped_seed_equals_the_seed_alone(single, seeds):
     alone, together = single[1].metrics, jax.tree.map(lambda x: x[1], seeds[1].metrics)
     for name in ("policy_loss", "value_loss", "entropy", "episode_return", "grad_norm"):
