@@ -14,6 +14,7 @@ import numpy as np
 from purejaxppo.types import ConfigError
 
 ALGORITHMS = ("ppo",)
+OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
 NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
@@ -37,7 +38,7 @@ def _static(default: Any, doc: str, check: _Check | tuple[str, ...] | None = Non
     return dataclasses.field(default=default, metadata={"static": True, "doc": doc, "check": check})
 
 
-def _leaf(default: float, doc: str, check: _Check) -> Any:
+def _leaf(default: float | None, doc: str, check: _Check) -> Any:
     """A continuous hyper-parameter: it may be traced, batched and swept within one compiled program."""
     return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
 
@@ -68,7 +69,11 @@ class Config:
     max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", _POSITIVE)
     gamma: float = _leaf(0.99, "discount per step", _UNIT)
     gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", _UNIT)
+    objective: str = _static("clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES)
     clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", _CLIP)
+    kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", _NOT_NEGATIVE)
+    kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", _POSITIVE)
+    early_stop_kl: float | None = _leaf(None, "nats after which an iteration's updates end; None: never", _POSITIVE)
     vf_coef: float = _leaf(0.5, "c1: weight of the value loss", _NOT_NEGATIVE)
     ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", _NOT_NEGATIVE)
     normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
@@ -188,7 +193,7 @@ def require_scalars(config: Config) -> None:
 def _checked(name: str, value: Any) -> Any:
     default, check = FIELDS[name].default, FIELDS[name].metadata["check"]
     if name in LEAVES:
-        return _checked_leaf(name, value, check)
+        return None if value is None is default else _checked_leaf(name, value, check)
     if name == "hidden_sizes":
         return _checked_sizes(name, value)
     if isinstance(default, bool):
