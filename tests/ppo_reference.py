@@ -110,4 +110,5 @@ def arrays(batch):
 
 
 def parameters(gaussian=False):
-    return linear_model(gaussian, A).init(jax.random.key(1), jnp.zeros((1, F)))
+    params = linear_model(gaussian, A).init(jax.random.key(1), jnp.zeros((1, F)))
+    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # none of a weak type, which a second step has not
