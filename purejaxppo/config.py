@@ -13,7 +13,8 @@ import numpy as np
 
 from purejaxppo.types import ConfigError
 
-ALGORITHMS = ("ppo",)
+ALGORITHMS = ("ppo", "trpo")
+OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
 NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
@@ -37,7 +38,7 @@ def _static(default: Any, doc: str, check: _Check | tuple[str, ...] | None = Non
     return dataclasses.field(default=default, metadata={"static": True, "doc": doc, "check": check})
 
 
-def _leaf(default: float, doc: str, check: _Check) -> Any:
+def _leaf(default: float | None, doc: str, check: _Check) -> Any:
     """A continuous hyper-parameter: it may be traced, batched and swept within one compiled program."""
     return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
 
@@ -68,7 +69,17 @@ class Config:
     max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", _POSITIVE)
     gamma: float = _leaf(0.99, "discount per step", _UNIT)
     gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", _UNIT)
+    objective: str = _static("clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES)
     clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", _CLIP)
+    kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", _NOT_NEGATIVE)
+    kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", _POSITIVE)
+    early_stop_kl: float | None = _leaf(None, "nats after which an iteration's updates end; None: never", _POSITIVE)
+    max_kl: float = _leaf(0.01, "delta: TRPO's bound on the divergence of a step, in nats", _POSITIVE)
+    cg_damping: float = _leaf(0.1, "TRPO adds this times the identity to the Fisher matrix", _NOT_NEGATIVE)
+    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", _POSITIVE_INT)
+    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is that of every so many-th sample", _POSITIVE_INT)
+    line_search_steps: int = _static(10, "lengths that TRPO's line search tries", _POSITIVE_INT)
+    line_search_shrink: float = _leaf(0.8, "each length is this times the one before", _CLIP)
     vf_coef: float = _leaf(0.5, "c1: weight of the value loss", _NOT_NEGATIVE)
     ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", _NOT_NEGATIVE)
     normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
@@ -138,8 +149,9 @@ class Config:
 
     @classmethod
     def for_env(cls, name: str, **changes: Any) -> "Config":
-        """The tuned settings for an environment (``purejaxppo/tuned.toml``), general ones where there are none."""
-        settings = {key: value for key, value in tuned().get(name, {}).items() if key != "result"}
+        """PPO's tuned settings for an environment (``purejaxppo/tuned.toml``), general ones where there are none."""
+        known = tuned().get(name, {}) if changes.get("algorithm", cls.algorithm) == "ppo" else {}
+        settings = {key: value for key, value in known.items() if key != "result"}
         return cls.from_dict({"env": name} | settings | changes)
 
 
@@ -172,7 +184,21 @@ def validate(config: Config) -> Config:
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
             f"{config.batch_size}; the nearest number that does is {nearest}"
         )
+    if config.algorithm == "trpo":
+        _require_trpo_fits(config)
     return config
+
+
+def _require_trpo_fits(config: Config) -> None:
+    """Nothing that TRPO has no use for is asked of it."""
+    if config.shared_trunk:
+        raise ConfigError(
+            "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
+        )
+    if config.objective != "clip" or config.early_stop_kl is not None:
+        raise ConfigError("objective and early_stop_kl are PPO's: leave them out, or set algorithm='ppo'")
+    if not isinstance(config.ent_coef, jax.core.Tracer) and np.any(config.ent_coef):
+        raise ConfigError("trpo has no entropy bonus: ent_coef=0, or algorithm='ppo'")
 
 
 def require_scalars(config: Config) -> None:
@@ -188,7 +214,7 @@ def require_scalars(config: Config) -> None:
 def _checked(name: str, value: Any) -> Any:
     default, check = FIELDS[name].default, FIELDS[name].metadata["check"]
     if name in LEAVES:
-        return _checked_leaf(name, value, check)
+        return None if value is None is default else _checked_leaf(name, value, check)
     if name == "hidden_sizes":
         return _checked_sizes(name, value)
     if isinstance(default, bool):

@@ -29,6 +29,11 @@ def probability_ratio(
     return jnp.exp(jnp.where(mask, log_prob - old_log_prob, 0))
 
 
+def surrogate(ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+    """L_CPI = E[r Â], conservative policy iteration's, to be maximised (Schulman et al. 2017, eq. 6)."""
+    return masked_mean(ratio * jnp.where(mask, advantage, 0), mask)
+
+
 def clipped_surrogate(
     ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
 ) -> Scalar:

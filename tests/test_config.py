@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from purejaxrl import PPO, PPO_CONTINUOUS
 
 from purejaxppo import Config, ConfigError, envs, make_train
-from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, tuned, validate
+from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, OBJECTIVES, tuned, validate
 
 CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
+CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl"}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
 
@@ -137,7 +138,9 @@ def test_integers_for_continuous_fields_become_floats():
         {"gamma": 1, "lr": np.int32(0), "vf_coef": np.float32(0.5), "max_grad_norm": np.array(10)}
     )
     assert (config.gamma, config.lr, config.vf_coef, config.max_grad_norm) == (1.0, 0.0, 0.5, 10.0)
-    assert {type(getattr(config, name)) for name in LEAVES} == {float}
+    assert {type(getattr(config, name)) for name in LEAVES if name != "early_stop_kl"} == {float}
+    assert config.early_stop_kl is None and type(config.replace(early_stop_kl=1).early_stop_kl) is int
+    assert type(validate(config.replace(early_stop_kl=1)).early_stop_kl) is float
 
 
 @pytest.mark.parametrize("count", [5e7, 50_000_000, np.int64(50_000_000), np.float32(5e7), np.float64(5e7)])
@@ -413,11 +416,15 @@ def assert_valid(config):
     """Every field has the type and the range that its documentation says."""
     for name in FIELDS:
         value = getattr(config, name)
+        if name == "early_stop_kl" and value is None:
+            continue
         if name in CONTINUOUS:
             array = np.asarray(value, np.float64)
             assert type(value) is float or isinstance(value, np.ndarray | jax.Array)
             assert np.asarray(value).dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
-            lowest = 0 if name in {"lr", "vf_coef", "ent_coef", "gamma", "gae_lambda"} else np.nextafter(0, 1)
+            lowest = (
+                0 if name in {"lr", "vf_coef", "ent_coef", "kl_coef", "gamma", "gae_lambda"} else np.nextafter(0, 1)
+            )
             highest = {"gamma": 1, "gae_lambda": 1, "clip_eps": np.nextafter(1, 0)}.get(name, np.inf)
             assert (array >= lowest).all() and (array <= highest).all()
         elif name in SWITCHES:
@@ -428,6 +435,7 @@ def assert_valid(config):
             assert type(value) is tuple and all(type(size) is int and size >= 1 for size in value)
         else:
             assert isinstance(value, str)
+    assert config.objective in OBJECTIVES
     assert config.algorithm in ALGORITHMS and config.network in NETWORKS and config.activation in ACTIVATIONS
     assert config.batch_size % config.num_minibatches == 0
     json.dumps(config.to_dict())

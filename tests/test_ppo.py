@@ -8,93 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ppo_reference import (
+    ONE_STEP,
+    A,
+    B,
+    T,
+    arrays,
+    finite_differences,
+    numpy_objective,
+    numpy_policy,
+    parameters,
+    random_batch,
+)
 from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
 
 from purejaxppo import Config, make_train
 from purejaxppo.networks import mlp_actor_critic
 from purejaxppo.train import make_optimizer
-from purejaxppo.types import Batch
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
-
-T, B, F, A = 5, 3, 4, 3
-ONE_STEP = Config(num_envs=B, num_steps=T, num_epochs=1, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, clip_eps=0.15)
-
-
-# ------------------------------------------------------------- loss and gradient, after the paper
-
-
-def numpy_policy(theta, obs, action, gaussian):
-    """log π(action | obs) and the entropy, for one observation."""
-    out = obs @ theta["w"] + theta["b"]
-    if gaussian:
-        z = (action - out) / np.exp(theta["log_std"])
-        log_prob = np.sum(-0.5 * z**2 - theta["log_std"] - 0.5 * np.log(2 * np.pi))
-        return log_prob, np.sum(theta["log_std"] + 0.5 * np.log(2 * np.pi * np.e))
-    log_p = out - np.log(np.exp(out).sum())
-    return log_p[action], -(np.exp(log_p) * log_p).sum()
-
-
-def random_batch(seed, gaussian=False, masked=True):
-    """A batch as NumPy arrays, whose ratios leave the clipping interval on both sides."""
-    rng = np.random.default_rng(seed)
-    return {
-        "obs": rng.normal(size=(T, B, F)),
-        "action": rng.normal(size=(T, B, A)) if gaussian else rng.integers(0, A, (T, B)),
-        "log_prob": rng.normal(-1.2, 0.3, (T, B)),
-        "value": rng.normal(size=(T, B)),
-        "advantage": rng.normal(1.0, 2.0, (T, B)),
-        "target": rng.normal(size=(T, B)),
-        "reset": rng.random((T, B)) < 0.2,
-        "mask": rng.random((T, B)) < 0.6 if masked else np.ones((T, B), bool),
-        "valid": rng.random((T, B)) < 0.7 if masked else np.ones((T, B), bool),
-        "carry": (),
-    }
-
-
-def numpy_objective(theta, batch, config, gaussian):
-    """−(L_CLIP − c1 L_VF + c2 S) and its parts: eq. 7 and 9 of the paper, row by row, with the ½ in L_VF."""
-    surrogate, value_loss, entropy, clipped, kl = [], [], [], [], []
-    kept = batch["advantage"][batch["mask"]]
-    mean, deviation = (kept.mean(), kept.std() + 1e-8) if config.normalize_advantage else (0.0, 1.0)
-    low, high = 1 - config.clip_eps, 1 + config.clip_eps
-    for i in np.ndindex(T, B):
-        x = batch["obs"][i]
-        log_prob, s = numpy_policy(theta["policy"], x, batch["action"][i], gaussian)
-        if batch["mask"][i]:
-            ratio, advantage = np.exp(log_prob - batch["log_prob"][i]), (batch["advantage"][i] - mean) / deviation
-            surrogate.append(min(ratio * advantage, np.clip(ratio, low, high) * advantage))
-            entropy.append(s)
-            clipped.append(abs(ratio - 1) > config.clip_eps)
-            kl.append(ratio - 1 - np.log(ratio))
-        if batch["valid"][i]:
-            v, old, target = x @ theta["value"]["w"] + theta["value"]["b"], batch["value"][i], batch["target"][i]
-            error = (v - target) ** 2
-            if config.clip_value:
-                error = max(error, (old + np.clip(v - old, -config.clip_eps, config.clip_eps) - target) ** 2)
-            value_loss.append(0.5 * error)
-    parts = {
-        "policy_loss": -np.mean(surrogate),
-        "value_loss": np.mean(value_loss),
-        "entropy": np.mean(entropy),
-        "clip_fraction": np.mean(clipped),
-        "approx_kl": np.mean(kl),
-    }
-    loss = parts["policy_loss"] + config.vf_coef * parts["value_loss"] - config.ent_coef * parts["entropy"]
-    return loss, parts
-
-
-def finite_differences(theta, batch, config, gaussian, h=1e-6):
-    flat, rebuild = jax.flatten_util.ravel_pytree(theta)
-    flat, gradient = np.asarray(flat, np.float64), np.zeros(flat.size)
-
-    def loss_at(x):
-        return numpy_objective(jax.tree.map(np.asarray, rebuild(jnp.asarray(x))), batch, config, gaussian)[0]
-
-    for i in range(flat.size):
-        step = h * np.eye(1, flat.size, i)[0]
-        gradient[i] = (loss_at(flat + step) - loss_at(flat - step)) / (2 * h)
-    return gradient
 
 
 @functools.cache
@@ -108,14 +40,6 @@ def one_step(gaussian, normalize_advantage=True, clip_value=False):
 
     config = ONE_STEP.replace(normalize_advantage=normalize_advantage, clip_value=clip_value)
     return config, jax.jit(step)
-
-
-def arrays(batch):
-    return Batch(**jax.tree.map(jnp.asarray, batch))
-
-
-def parameters(gaussian=False):
-    return linear_model(gaussian, A).init(jax.random.key(1), jnp.zeros((1, F)))
 
 
 @pytest.mark.usefixtures("x64")
@@ -191,17 +115,17 @@ def test_minibatches_are_a_partition_of_steps_or_of_whole_sequences():
     row = jnp.arange(T * B).reshape(T, B)
     batch = batch._replace(value=row, target=10 * row, obs=jnp.stack([row, -row], -1))
 
-    flat = shuffled_minibatches(jax.random.key(0), as_sequences(batch), 5)
+    flat = shuffled_minibatches(jax.random.key(0), as_sequences(batch), 5)[0]
     assert flat.value.shape == (5, 1, 3) and flat.obs.shape == (5, 1, 3, 2)
     np.testing.assert_array_equal(np.sort(flat.value.ravel()), np.arange(T * B))
     np.testing.assert_array_equal(flat.target, 10 * flat.value)
     np.testing.assert_array_equal(flat.obs, np.stack([flat.value, -flat.value], -1))
-    other = shuffled_minibatches(jax.random.key(1), as_sequences(batch), 5)
+    other = shuffled_minibatches(jax.random.key(1), as_sequences(batch), 5)[0]
     assert (np.asarray(flat.value) != other.value).any()
     assert (np.asarray(flat.value).ravel() != np.arange(T * B)).any()
 
     remembering = batch._replace(carry=(100 * jnp.arange(B),))
-    whole = shuffled_minibatches(jax.random.key(0), as_sequences(remembering), B)
+    whole = shuffled_minibatches(jax.random.key(0), as_sequences(remembering), B)[0]
     assert whole.value.shape == (B, T, 1)
     np.testing.assert_array_equal(np.sort(whole.carry[0].ravel()), [0, 100, 200])
     for m in range(B):

@@ -1,5 +1,5 @@
 """The algorithms, each a ``make_update(config, model, optimizer) -> Update`` of one signature."""
 
-from purejaxppo.updates import ppo
+from purejaxppo.updates import ppo, trpo
 
-UPDATES = {"ppo": ppo.make_update}
+UPDATES = {"ppo": ppo.make_update, "trpo": trpo.make_update}

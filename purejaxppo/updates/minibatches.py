@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from purejaxppo.types import Batch, PRNGKey
+from purejaxppo.types import Batch, PRNGKey, PyTree
 
 
 def as_sequences(batch: Batch) -> Batch:
@@ -18,11 +18,14 @@ def as_sequences(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[2:])), batch)
 
 
-def shuffled_minibatches(key: PRNGKey, batch: Batch, num_minibatches: int) -> Batch:
-    """A random partition of the sequences: [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...]."""
+def shuffled_minibatches(key: PRNGKey, batch: Batch, num_minibatches: int, beside: PyTree = ()) -> tuple[Batch, PyTree]:
+    """A random partition of the sequences: [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...].
+
+    ``beside`` holds further arrays [T, B, ...], which are cut in the same way.
+    """
     order = random_order(key, batch.mask.shape[1]).reshape(num_minibatches, -1)
-    minibatches = jax.tree.map(lambda x: jnp.moveaxis(x[:, order], 1, 0), batch._replace(carry=()))
-    return minibatches._replace(carry=jax.tree.map(lambda x: x[order], batch.carry))
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x[:, order], 1, 0), (batch._replace(carry=()), beside))
+    return parts[0]._replace(carry=jax.tree.map(lambda x: x[order], batch.carry)), parts[1]
 
 
 def random_order(key: PRNGKey, n: int) -> Int[Array, "n"]:

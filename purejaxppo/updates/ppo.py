@@ -1,4 +1,6 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347)."""
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), in the four variants of its table 1."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,27 +9,55 @@ from jaxtyping import Array
 
 from purejaxppo import losses
 from purejaxppo.config import Config
-from purejaxppo.types import Batch, Model, PRNGKey, PyTree, Update
+from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
 
+class PPOState(NamedTuple):
+    """What PPO remembers between iterations."""
+
+    optimizer: PyTree
+    kl_coef: PyTree  # β where ``objective`` is adaptive_kl, else ()
+
+
+class Loop(NamedTuple):
+    """What goes from one gradient step to the next."""
+
+    params: PyTree
+    optimizer: PyTree
+    going: Array  # false once early stopping has ended the iteration's updates
+
+
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
-    """K epochs of minibatch steps on the clipped surrogate with value loss and entropy bonus (eq. 9):
+    """K epochs of minibatch steps on a surrogate with value loss and entropy bonus (eq. 9):
 
-        maximise   L_CLIP − c1 · L_VF + c2 · S
+        maximise   L − c1 · L_VF + c2 · S
 
-    with c1 = ``vf_coef`` and c2 = ``ent_coef``. ``update_state`` is the state of the optimiser. Every metric is the
-    mean over all minibatches, but ``first_ratio_deviation``, which is of the first one, before any step.
+    with c1 = ``vf_coef``, c2 = ``ent_coef`` and L by ``objective``: ``clip`` (L_CLIP, eq. 7), ``unclipped`` (L_CPI,
+    eq. 6), ``fixed_kl`` and ``adaptive_kl`` (L_KLPEN = L_CPI − β KL(π_old ‖ π), eq. 8). β starts at ``kl_coef``; the
+    adaptive one is halved after an iteration whose KL is below ``kl_target`` / 1.5 and doubled above 1.5 ``kl_target``.
+
+    With ``early_stop_kl`` the first minibatch whose estimated KL exceeds it ends the iteration's updates: the steps
+    that are left are computed and not taken, so that it vmaps. Every metric is the mean over all minibatches, but
+    ``first_ratio_deviation``, which is of the first one, before any step.
     """
+    penalised, adaptive = config.objective in ("fixed_kl", "adaptive_kl"), config.objective == "adaptive_kl"
 
-    def loss(params: PyTree, batch: Batch) -> tuple[Array, tuple[dict[str, Array], Array]]:
+    def loss(
+        params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
+    ) -> tuple[Array, tuple[dict[str, Array], Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
         advantage = batch.advantage
         if config.normalize_advantage:
             advantage = losses.standardize(advantage, batch.mask)
 
-        surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
+        if config.objective == "clip":
+            surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
+        else:
+            surrogate = losses.surrogate(ratio, advantage, batch.mask)
+        if old is not None:
+            surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
         if config.clip_value:
             value_loss = losses.clipped_value_loss(value, batch.value, batch.target, batch.valid, config.clip_eps)
         else:
@@ -37,32 +67,55 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         objective = surrogate - config.vf_coef * value_loss + config.ent_coef * entropy
         return -objective, ({"policy_loss": -surrogate, "value_loss": value_loss, "entropy": entropy}, ratio)
 
-    def minibatch_step(carry: tuple[PyTree, PyTree], batch: Batch) -> tuple[tuple[PyTree, PyTree], tuple]:
-        params, opt_state = carry
-        gradient, (metrics, ratio) = jax.grad(loss, has_aux=True)(params, batch)
-        change, opt_state = optimizer.update(gradient, opt_state, params)
-        metrics["grad_norm"] = optax.tree.norm(gradient)
-        return (optax.apply_updates(params, change), opt_state), (metrics, ratio)
+    def init(params: PyTree) -> PPOState:
+        return PPOState(optimizer.init(params), jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else ())
 
     def step(
-        key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
-    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        key: PRNGKey, params: PyTree, update_state: PPOState, batch: Batch
+    ) -> tuple[PyTree, PPOState, dict[str, Array]]:
         sequences = as_sequences(batch)
+        kl_coef: Any = update_state.kl_coef if adaptive else config.kl_coef
 
-        def epoch(carry: tuple[PyTree, PyTree], key: PRNGKey) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
-            minibatches = shuffled_minibatches(key, sequences, config.num_minibatches)
-            carry, (metrics, ratio) = jax.lax.scan(minibatch_step, carry, minibatches)
+        def policy(params: PyTree) -> Distribution:
+            return model.unroll(params, sequences.carry, sequences.obs, sequences.reset)[0]
+
+        old = policy(params) if penalised else None
+
+        def minibatch_step(loop: Loop, minibatch: tuple[Batch, Distribution | None]) -> tuple[Loop, tuple]:
+            gradient, (metrics, ratio) = jax.grad(loss, has_aux=True)(loop.params, *minibatch, kl_coef)
+            change, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
+            metrics["grad_norm"] = optax.tree.norm(gradient)
+            after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.going)
+            if config.early_stop_kl is not None:
+                going = loop.going & (losses.approximate_kl(ratio, minibatch[0].mask) <= config.early_stop_kl)
+                after = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, loop)._replace(going=going)
+                metrics["steps_taken"] = going.astype(ratio.dtype)
+            return after, (metrics, ratio)
+
+        def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
+            minibatches, old_parts = shuffled_minibatches(key, sequences, config.num_minibatches, old)
+            loop, (metrics, ratio) = jax.lax.scan(minibatch_step, loop, (minibatches, old_parts))
             # What nothing is differentiated through is measured for all minibatches at once: it is faster.
-            return carry, metrics | {
+            return loop, metrics | {
                 "approx_kl": losses.approximate_kl(ratio, minibatches.mask),
                 "clip_fraction": losses.clip_fraction(ratio, minibatches.mask, config.clip_eps),
                 "ratio_deviation": jnp.abs(ratio - 1).max(axis=(1, 2)),
             }
 
         keys = jax.random.split(key, config.num_epochs)
-        (params, update_state), metrics = jax.lax.scan(epoch, (params, update_state), keys)
+        loop, metrics = jax.lax.scan(epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys)
         deviation = metrics.pop("ratio_deviation")  # [epochs, minibatches]
-        ends = {"first_ratio_deviation": deviation[0, 0], "largest_ratio_deviation": deviation.max()}
-        return params, update_state, jax.tree.map(jnp.mean, metrics) | ends
+        measured = jax.tree.map(jnp.mean, metrics)
+        measured |= {"first_ratio_deviation": deviation[0, 0], "largest_ratio_deviation": deviation.max()}
+        if not adaptive or old is None:
+            return loop.params, PPOState(loop.optimizer, ()), measured
+        kl = losses.masked_mean(old.kl(policy(loop.params)), sequences.mask)
+        state = PPOState(loop.optimizer, adapted(kl_coef, kl, config.kl_target))
+        return loop.params, state, measured | {"kl": kl, "kl_coef": kl_coef}
 
-    return Update(optimizer.init, step)
+    return Update(init, step)
+
+
+def adapted(kl_coef: Array, kl: Array, target: Array | float) -> Array:
+    """β / 2 where KL < target / 1.5, 2 β where KL > 1.5 target, else β (Schulman et al. 2017, section 4)."""
+    return kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0))

@@ -1,0 +1,176 @@
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from purejaxppo import losses
+from purejaxppo.config import Config
+from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
+from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
+
+Product = Callable[[PyTree], PyTree]
+
+
+class Attempt(NamedTuple):
+    """One length of the step that the line search tries."""
+
+    theta: PyTree
+    tried: Array  # how many lengths before it
+    accepted: Array
+    surrogate: Array
+    kl: Array
+    ratio: Array
+
+
+def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
+    """One natural-gradient step of the policy within a trust region, then the value function by minibatches:
+
+        maximise   L(θ) = E[r(θ) Â]   subject to   E[KL(π_old ‖ π_θ)] ≤ δ        (eq. 14)
+
+    with δ = ``max_kl``. The direction x ≈ (F + ``cg_damping`` I)⁻¹ g comes from ``cg_iterations`` steps of conjugate
+    gradient on products with the Fisher matrix F of every ``fisher_subsample``-th sample, and the longest step
+    √(2δ / xᵀ(F + ``cg_damping`` I)x) x is shortened by ``line_search_shrink`` until L has improved and the constraint
+    holds on the whole batch (appendix C). Where none of ``line_search_steps`` lengths does, the policy stays as it is
+    and ``line_search_failed`` is 1.
+
+    ``params["policy"]`` and ``params["value"]`` share nothing. ``optimizer`` fits the value function, in
+    ``num_epochs`` of ``num_minibatches``, and ``update_state`` is its state.
+    """
+
+    def init(params: PyTree) -> PyTree:
+        if set(params) != {"policy", "value"}:
+            raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {sorted(params)}")
+        return optimizer.init(params["value"])
+
+    def policy_step(params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
+        theta_old = params["policy"]
+
+        def policy(theta: PyTree, batch: Batch) -> Distribution:
+            return model.unroll(params | {"policy": theta}, batch.carry, batch.obs, batch.reset)[0]
+
+        def mean_kl(theta: PyTree) -> Array:
+            return losses.masked_mean(old_of_some.kl(policy(theta, some)), some.mask)
+
+        def surrogate(theta: PyTree) -> tuple[Array, tuple[Array, Distribution]]:
+            distribution = policy(theta, batch)
+            ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+            return losses.surrogate(ratio, advantage, batch.mask), (ratio, distribution)
+
+        some = every(config.fisher_subsample, batch)
+        old_of_some = policy(theta_old, some)
+        advantage = losses.standardize(batch.advantage, batch.mask) if config.normalize_advantage else batch.advantage
+        (before, (ratio, old)), gradient = jax.value_and_grad(surrogate, has_aux=True)(theta_old)
+
+        fisher = damped(fisher_vector_product(mean_kl, theta_old), config.cg_damping)
+        direction, residual = conjugate_gradient(fisher, gradient, config.cg_iterations)
+        curvature = optax.tree.vdot(direction, fisher(direction))
+        longest = jnp.where(curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
+
+        def attempt(tried: Array) -> Attempt:
+            length = longest * config.line_search_shrink**tried
+            theta = jax.tree.map(lambda x, s: x + length * s, theta_old, direction)
+            after, (ratio, distribution) = surrogate(theta)
+            kl = losses.masked_mean(old.kl(distribution), batch.mask)
+            return Attempt(theta, tried, (kl <= config.max_kl) & (after > before), after, kl, ratio)
+
+        # The first length that will do; vmapped, the loop ends when every member has one or has tried them all.
+        found = jax.lax.while_loop(
+            lambda last: ~last.accepted & (last.tried + 1 < config.line_search_steps),
+            lambda last: attempt(last.tried + 1),
+            attempt(jnp.zeros((), jnp.int32)),
+        )
+
+        def if_accepted(new: Any, otherwise: Any) -> Array:
+            return jnp.where(found.accepted, new, otherwise)
+
+        return jax.tree.map(if_accepted, found.theta, theta_old), {
+            "policy_loss": -if_accepted(found.surrogate, before),
+            "entropy": losses.masked_mean(old.entropy(), batch.mask),
+            "approx_kl": if_accepted(found.kl, 0.0),
+            "grad_norm": optax.tree.norm(gradient),
+            "first_ratio_deviation": jnp.abs(ratio - 1).max(),
+            "largest_ratio_deviation": if_accepted(jnp.abs(found.ratio - 1).max(), 0.0),
+            "cg_residual": residual,
+            "step_fraction": if_accepted(config.line_search_shrink**found.tried, 0.0),
+            "line_search_failed": if_accepted(0.0, 1.0),
+        }
+
+    def value_steps(key: PRNGKey, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Array]:
+        def loss(theta: PyTree, batch: Batch) -> Array:
+            _, value = model.unroll(params | {"value": theta}, batch.carry, batch.obs, batch.reset)
+            return losses.value_loss(value, batch.target, batch.valid)
+
+        def minibatch_step(carry: tuple[PyTree, PyTree], batch: Batch) -> tuple[tuple[PyTree, PyTree], Array]:
+            theta, opt_state = carry
+            value_loss, gradient = jax.value_and_grad(loss)(theta, batch)
+            change, opt_state = optimizer.update(gradient, opt_state, theta)
+            return (optax.apply_updates(theta, change), opt_state), value_loss
+
+        def epoch(carry: tuple[PyTree, PyTree], key: PRNGKey) -> tuple[tuple[PyTree, PyTree], Array]:
+            return jax.lax.scan(minibatch_step, carry, shuffled_minibatches(key, batch, config.num_minibatches)[0])
+
+        keys = jax.random.split(key, config.num_epochs)
+        (theta, opt_state), value_loss = jax.lax.scan(epoch, (params["value"], opt_state), keys)
+        return theta, opt_state, value_loss.mean()
+
+    def step(
+        key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        sequences = as_sequences(batch)
+        policy, measured = policy_step(params, sequences)
+        value, update_state, value_loss = value_steps(key, params, update_state, sequences)
+        return {"policy": policy, "value": value}, update_state, measured | {"value_loss": value_loss}
+
+    return Update(init, step)
+
+
+def every(k: int, batch: Batch) -> Batch:
+    """Every k-th of the sequences."""
+    if k == 1:
+        return batch
+    some = jax.tree.map(lambda x: x[:, ::k], batch._replace(carry=()))
+    return some._replace(carry=jax.tree.map(lambda x: x[::k], batch.carry))
+
+
+def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> Product:
+    """v ↦ F v, F the Hessian of the mean divergence at θ_old, where it equals E[∇log π ∇log πᵀ].
+
+    Exact and without forming F: the derivative along v of the gradient (forward over reverse), linearised once for
+    all products.
+    """
+    return jax.linearize(jax.grad(mean_kl), theta)[1]
+
+
+def damped(product: Product, damping: Array | float) -> Product:
+    """v ↦ (F + damping · I) v."""
+    return lambda v: jax.tree.map(lambda fv, v: fv + damping * v, product(v), v)
+
+
+def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> tuple[PyTree, Array]:
+    """x ≈ A⁻¹ b for a positive definite A given by its product, and ‖b − A x‖ / ‖b‖ (Hestenes & Stiefel 1952).
+
+    The number of iterations is fixed; those after the exact solution change nothing.
+    """
+
+    def iteration(state: tuple, _: None) -> tuple[tuple, None]:
+        x, residual, direction, norm2 = state
+        image = product(direction)
+        curvature = optax.tree.vdot(direction, image)
+        going = (norm2 > 0) & (curvature > 0)
+        length = jnp.where(going, norm2 / jnp.where(going, curvature, 1), 0)
+        x = jax.tree.map(lambda x, d: x + length * d, x, direction)
+        residual = jax.tree.map(lambda r, a: r - length * a, residual, image)
+        next_norm2 = optax.tree.vdot(residual, residual)
+        turn = jnp.where(going, next_norm2 / jnp.where(going, norm2, 1), 0)
+        direction = jax.tree.map(lambda r, d: r + turn * d, residual, direction)
+        return (x, residual, direction, next_norm2), None
+
+    norm2 = optax.tree.vdot(b, b)
+    start = (jax.tree.map(jnp.zeros_like, b), b, b, norm2)
+    (x, _, _, left), _ = jax.lax.scan(iteration, start, None, iterations)
+    return x, jnp.sqrt(left / jnp.where(norm2 > 0, norm2, 1))

@@ -1,0 +1,115 @@
+"""PPO's other objectives, the rows of table 1 of the paper, and early stopping."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ppo_reference import (
+    ONE_STEP,
+    A,
+    B,
+    T,
+    arrays,
+    finite_differences,
+    numpy_kl,
+    numpy_policy,
+    parameters,
+    random_batch,
+)
+from small_envs import counter, linear_model
+
+from purejaxppo import Config, make_train
+from purejaxppo.config import OBJECTIVES
+from purejaxppo.updates import UPDATES
+from purejaxppo.updates.ppo import adapted
+
+
+def descend(config, params, batch, gaussian=False, rate=0.1):
+    """The parameters and metrics after an update of plain gradient descent."""
+    update = UPDATES["ppo"](config, linear_model(gaussian, A), optax.sgd(rate))
+    new, state, metrics = jax.jit(update.step)(jax.random.key(0), params, update.init(params), batch)
+    return new, state, metrics
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("objective", ["unclipped", "fixed_kl", "adaptive_kl"])
+def test_the_second_step_follows_the_gradient_of_the_objective(objective, gaussian):
+    """The first cannot tell them apart: at θ_old the divergence and its gradient are 0."""
+    config = ONE_STEP.replace(objective=objective, kl_coef=3.0)
+    params, batch = parameters(gaussian), random_batch(7, gaussian)
+    policy = jax.tree.map(np.asarray, params["policy"])
+    for i in np.ndindex(T, B):
+        batch["log_prob"][i] = numpy_policy(policy, batch["obs"][i], batch["action"][i], gaussian)[0]
+    one, _, _ = descend(config, params, arrays(batch), gaussian)
+    two, _, metrics = descend(config.replace(num_epochs=2), params, arrays(batch), gaussian)
+    theta = jax.tree.map(np.asarray, one)
+    expected = finite_differences(theta, batch, config, gaussian, policy)
+    got = jax.flatten_util.ravel_pytree(jax.tree.map(lambda a, b: (a - b) / 0.1, one, two))[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    other = finite_differences(theta, batch, config.replace(objective="unclipped"), gaussian, policy)
+    assert (np.abs(other - expected).max() > 1e-3) == (objective != "unclipped")
+    if objective == "adaptive_kl":
+        theta = jax.tree.map(np.asarray, two["policy"])
+        kl = [numpy_kl(policy, theta, batch["obs"][i], gaussian) for i in np.ndindex(T, B) if batch["mask"][i]]
+        np.testing.assert_allclose(metrics["kl"], np.mean(kl), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_objectives_have_the_policy_gradient_at_the_old_policy():
+    params, raw = parameters(), random_batch(8)
+    model, batch = linear_model(False, A), arrays(raw)
+    distribution, _ = model.unroll(params, (), batch.obs, batch.reset)
+    batch = batch._replace(log_prob=distribution.log_prob(batch.action))
+    config = ONE_STEP.replace(ent_coef=0.0, vf_coef=0.0, normalize_advantage=False)
+
+    def actor_critic(policy):
+        log_prob = model.unroll(params | {"policy": policy}, (), batch.obs, batch.reset)[0].log_prob(batch.action)
+        return jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / batch.mask.sum()
+
+    expected = jax.grad(actor_critic)(params["policy"])
+    for objective in OBJECTIVES:
+        new, _, _ = descend(config.replace(objective=objective), params, batch, rate=1.0)
+        change = jax.tree.map(lambda new, old: new - old, new["policy"], params["policy"])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), change, expected)
+
+
+def test_the_penalty_is_halved_doubled_or_kept():
+    for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.0149, 1.0), (0.0151, 2.0), (9.0, 2.0)):
+        assert adapted(jnp.asarray(3.0), jnp.asarray(kl), 0.01) == 3.0 * factor
+
+
+def test_the_adaptive_penalty_is_carried_from_iteration_to_iteration():
+    config = Config(objective="adaptive_kl", num_envs=4, num_steps=8, num_minibatches=2, num_epochs=1)
+    config = config.replace(total_timesteps=128, hidden_sizes=(4,), kl_coef=0.8, anneal_lr=False)
+    train = jax.jit(
+        jax.vmap(lambda config, key: make_train(config, counter())(key), (config.axes("lr", "kl_target"), None))
+    )
+    metrics = train(
+        config.replace(lr=jnp.asarray([0.0, 1e-2]), kl_target=jnp.asarray([0.01, 1e-9])), jax.random.key(0)
+    ).metrics
+    np.testing.assert_allclose(metrics.extra["kl_coef"], [[0.8, 0.4, 0.2, 0.1], [0.8, 1.6, 3.2, 6.4]], rtol=1e-6)
+    assert (metrics.extra["kl"][0] == 0).all() and (metrics.extra["kl"][1] > 1e-8).all()
+
+
+def test_early_stopping_takes_no_step_after_the_limit():
+    config, params, batch = ONE_STEP.replace(num_epochs=4, vf_coef=0.5), parameters(), arrays(random_batch(9))
+    distribution, _ = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
+    batch = batch._replace(log_prob=distribution.log_prob(batch.action))
+
+    def run(epochs, limit):
+        return descend(config.replace(num_epochs=epochs, early_stop_kl=limit), params, batch)
+
+    whole, one = run(4, None)[0], run(1, None)[0]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    stopped, _, metrics = run(4, 1e-12)  # the first step is at a divergence of 0, and is taken
+    jax.tree.map(close, stopped, one)
+    assert metrics["steps_taken"] == 0.25
+    free, _, metrics = run(4, 1e3)
+    jax.tree.map(close, free, whole)
+    assert metrics["steps_taken"] == 1.0
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True))

@@ -1,0 +1,92 @@
+"""The one contract that every algorithm keeps, in every variant."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppo_reference import A, B, T, arrays, parameters, random_batch
+from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
+
+from purejaxppo import Config, make_train
+from purejaxppo.config import ALGORITHMS, OBJECTIVES
+from purejaxppo.train import make_optimizer
+from purejaxppo.types import Update
+from purejaxppo.updates import UPDATES
+
+SIZES = Config(num_envs=B, num_steps=T, num_epochs=2, num_minibatches=3, total_timesteps=4 * T * B, hidden_sizes=(4,))
+VARIANTS = {"ppo": SIZES, "ppo early stop": SIZES.replace(early_stop_kl=0.01), "trpo": SIZES.replace(algorithm="trpo")}
+VARIANTS |= {f"ppo {name}": SIZES.replace(objective=name) for name in OBJECTIVES if name != "clip"}
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+KEY = jax.random.key(5)
+
+
+def made(config):
+    return UPDATES[config.algorithm](config, linear_model(False, A), make_optimizer(config))
+
+
+def on_policy(batch, params):
+    distribution, value = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
+    return batch._replace(log_prob=distribution.log_prob(batch.action), value=value)
+
+
+def test_every_algorithm_is_here():
+    assert set(UPDATES) == set(ALGORITHMS) == {config.algorithm for config in VARIANTS.values()}
+
+
+@every_variant
+def test_an_update_keeps_every_shape_and_compiles_once(config):
+    chex.clear_trace_counter()  # it counts by the name of the function, over all tests
+    update, params = made(config), parameters()
+    assert isinstance(update, Update)
+    state = update.init(params)
+    step = jax.jit(chex.assert_max_traces(update.step, n=1))
+    for seed in range(3):
+        batch = on_policy(arrays(random_batch(seed)), params)
+        before = (params, state)
+        params, state, metrics = step(jax.random.key(seed), params, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, (params, state))
+        assert metrics["first_ratio_deviation"] < 1e-5
+        assert all(x.shape == () and np.isfinite(x) for x in metrics.values())
+    assert {"policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm"} <= metrics.keys()
+
+
+@every_variant
+def test_rows_outside_of_the_masks_have_no_effect(config):
+    params, raw = parameters(), random_batch(6)
+    batch = on_policy(arrays(raw), params)
+
+    def spoiled(name, used):
+        return jnp.where(raw[used], getattr(batch, name), jnp.nan)
+
+    changed = batch._replace(
+        log_prob=spoiled("log_prob", "mask"), advantage=spoiled("advantage", "mask"), target=spoiled("target", "valid")
+    )
+    update = made(config)
+    step = jax.jit(update.step)
+    expected, got = (step(KEY, params, update.init(params), x) for x in (batch, changed))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@every_variant
+def test_vmapped_updates_are_the_updates_alone(config):
+    update, members = made(config), [parameters(), jax.tree.map(lambda x: 0.5 * x, parameters())]
+    batches = [on_policy(arrays(random_batch(seed)), params) for seed, params in enumerate(members)]
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (members, batches)]
+    step = jax.jit(lambda params, batch: update.step(KEY, params, update.init(params), batch))
+    together = jax.jit(jax.vmap(step))(*stacked)
+    for i, (params, batch) in enumerate(zip(members, batches, strict=True)):
+        alone, mine = step(params, batch), jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine)
+
+
+@pytest.mark.parametrize("space", [DISCRETE, MULTI, BOX], ids=["discrete", "multi-discrete", "continuous"])
+@pytest.mark.parametrize("name", ["trpo", "ppo adaptive_kl"])
+def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
+    """PPO's clipped objective has its own test."""
+    config = VARIANTS[name].replace(normalize_obs=True)
+    state, metrics = jax.jit(jax.vmap(make_train(config, counter(space))))(jax.random.split(KEY, 2))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert metrics.first_ratio_deviation.max() < 1e-4
+    assert metrics.timesteps.tolist() == [[15, 30, 45, 60]] * 2
+    assert all(x.shape == (2, 4) for x in jax.tree.leaves(metrics))
