@@ -136,9 +136,10 @@ def _train_options(arguments: Sequence[str]) -> type:
     """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
+    first.add_argument("--algorithm", nargs="?", default=Config.algorithm, const=Config.algorithm)
     first.add_argument("--no-tuned", dest="tuned", action="store_false")
     asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
-    defaults = Config.for_env(asked.env) if asked.tuned else Config(env=asked.env)
+    defaults = Config.for_env(asked.env, algorithm=asked.algorithm) if asked.tuned else Config(env=asked.env)
 
     options: list[tuple[str, Any, Any]] = [
         _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
@@ -160,8 +161,8 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
     """One option. Numbers come as text, so that `Config`, which knows what is allowed, says what is wrong with them."""
     if isinstance(check, tuple):
         doc = f"{doc}: {', '.join(check)}"
-    number = type(default) in (int, float)
-    metavar = type(default).__name__.upper() if number else None
+    number = default is None or type(default) in (int, float)
+    metavar = None if not number else "FLOAT" if default is None else type(default).__name__.upper()
     kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
     default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
     return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
@@ -174,6 +175,8 @@ def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(text: Any) -> Any:
+    if text == "None":
+        return None
     for kind in (int, float):
         with contextlib.suppress(ValueError, TypeError):
             return text if isinstance(text, bool) else kind(text)

@@ -44,11 +44,12 @@ class Screen:
     def on_start(self, plan: fitting.Plan) -> None:
         """What exactly will run, and what it took to get here."""
         config = plan.config
+        objective = "" if config.objective == "clip" else f" ({config.objective})"
         rounded = config.actual_timesteps != config.total_timesteps
         rows = {
             "environment": f"{config.env}, {config.num_envs} copies per agent",
-            "algorithm": f"{config.algorithm.upper()}, {config.num_epochs} epochs of {config.num_minibatches} "
-            f"minibatches on {config.num_steps} × {config.num_envs} steps",
+            "algorithm": f"{config.algorithm.upper()}{objective}, {config.num_epochs} epochs of "
+            f"{config.num_minibatches} minibatches on {config.num_steps} × {config.num_envs} steps",
             "steps": f"{config.actual_timesteps:,} per agent in {config.num_iterations:,} iterations"
             + (f" ({config.total_timesteps:,} rounded up)" if rounded else ""),
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",

@@ -146,6 +146,21 @@ def test_a_diverged_run_exits_with_1_and_says_where_and_what_to_try(tmp_path):
 # ------------------------------------------------------------------------------- evaluate and render
 
 
+@pytest.mark.parametrize(
+    ("options", "shown", "column"),
+    [
+        (["--env", "Acrobot-v1", "--algorithm", "trpo"], "TRPO", "step_fraction"),
+        (["--objective", "adaptive_kl", "--early-stop-kl", "0.02"], "PPO (adaptive_kl)", "kl_coef"),
+    ],
+)
+def test_another_algorithm_is_one_option(tmp_path, options, shown, column):
+    arguments = ["--total-timesteps", 32, "--eval-episodes", 0, "--directory", tmp_path / "run"]
+    code, text = call("train", *options, *SMALL, *arguments)
+    assert code == 0
+    assert f"algorithm    {shown}, 1 epochs" in text
+    assert column in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+
+
 def test_evaluate_shows_a_table_of_the_runs_policies(two):
     code, shown = call("evaluate", two[0], "--episodes", 3)
     assert code == 0
