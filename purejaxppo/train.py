@@ -114,8 +114,7 @@ def make_trainer(
         )
 
         # Optimise the surrogate with respect to θ, for K epochs of minibatches.
-        shared = {name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields}
-        batch = Batch(**shared, advantage=advantage, target=target, carry=state.carry)
+        batch = _batch(transitions, advantage, target, state.carry)
         params, update_state, measured = update.step(key_update, state.params, state.update, batch)
 
         # The observations of this rollout count from the next one on, or its ratios would not start at 1.
@@ -168,6 +167,11 @@ def _checked(config: Config | Mapping[str, Any]) -> Config:
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     require_scalars(config)
     return config
+
+
+def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:
+    shared = {name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields}
+    return Batch(**shared, advantage=advantage, target=target, carry=carry)
 
 
 def _reward(reward_fn: Callable | Reward | None) -> Reward:
