@@ -28,6 +28,7 @@ class _Check:
 
 _POSITIVE_INT = _Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
 _POSITIVE = _Check(lambda x: x > 0, "a finite number above 0")
+_NONE_OR_POSITIVE = _Check(lambda x: x > 0, "None or a finite number above 0")
 _NOT_NEGATIVE = _Check(lambda x: x >= 0, "a finite number of at least 0")
 _UNIT = _Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
 _CLIP = _Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
@@ -73,11 +74,13 @@ class Config:
     clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", _CLIP)
     kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", _NOT_NEGATIVE)
     kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", _POSITIVE)
-    early_stop_kl: float | None = _leaf(None, "nats after which an iteration's updates end; None: never", _POSITIVE)
+    early_stop_kl: float | None = _leaf(
+        None, "nats after which an iteration's updates end; None: never", _NONE_OR_POSITIVE
+    )
     max_kl: float = _leaf(0.01, "delta: TRPO's bound on the divergence of a step, in nats", _POSITIVE)
     cg_damping: float = _leaf(0.1, "TRPO adds this times the identity to the Fisher matrix", _NOT_NEGATIVE)
     cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", _POSITIVE_INT)
-    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is that of every so many-th sample", _POSITIVE_INT)
+    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is of one sample in so many", _POSITIVE_INT)
     line_search_steps: int = _static(10, "lengths that TRPO's line search tries", _POSITIVE_INT)
     line_search_shrink: float = _leaf(0.8, "each length is this times the one before", _CLIP)
     vf_coef: float = _leaf(0.5, "c1: weight of the value loss", _NOT_NEGATIVE)
@@ -184,21 +187,27 @@ def validate(config: Config) -> Config:
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
             f"{config.batch_size}; the nearest number that does is {nearest}"
         )
+    if config.objective == "adaptive_kl" and _is_zero_somewhere(config.kl_coef):
+        raise ConfigError("kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0")
     if config.algorithm == "trpo":
         _require_trpo_fits(config)
     return config
 
 
 def _require_trpo_fits(config: Config) -> None:
-    """Nothing that TRPO has no use for is asked of it."""
+    """PPO's settings are not asked of TRPO; of the leaves, which may be traced, ``ent_coef`` alone is looked at."""
     if config.shared_trunk:
         raise ConfigError(
             "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
         )
-    if config.objective != "clip" or config.early_stop_kl is not None:
-        raise ConfigError("objective and early_stop_kl are PPO's: leave them out, or set algorithm='ppo'")
+    if config.objective != "clip" or config.early_stop_kl is not None or config.clip_value:
+        raise ConfigError("objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'")
     if not isinstance(config.ent_coef, jax.core.Tracer) and np.any(config.ent_coef):
         raise ConfigError("trpo has no entropy bonus: ent_coef=0, or algorithm='ppo'")
+
+
+def _is_zero_somewhere(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer) and bool(np.any(np.asarray(value) == 0))
 
 
 def require_scalars(config: Config) -> None:

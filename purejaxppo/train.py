@@ -71,6 +71,7 @@ def make_trainer(
     """
     config = _checked(config)
     env, model = resolve(config, env, model)
+    _require_enough_sequences(config, model)
     vector_env = vectorize(env, config.num_envs)
     rollout = make_rollout(env, vector_env, model, config.num_steps)
     update = UPDATES[config.algorithm](config, model, make_optimizer(config))
@@ -167,6 +168,19 @@ def _checked(config: Config | Mapping[str, Any]) -> Config:
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     require_scalars(config)
     return config
+
+
+def _require_enough_sequences(config: Config, model: Model) -> None:
+    """A model with memory learns from whole sequences, of which there are ``num_envs``; one without from steps."""
+    has_memory = jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs)))
+    sequences = config.num_envs if has_memory else config.batch_size
+    if sequences % config.num_minibatches:
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}: "
+            "a model with memory learns from whole sequences"
+        )
+    if config.fisher_subsample > sequences:
+        raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples")
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:

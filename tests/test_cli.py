@@ -255,7 +255,7 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
     ("options", "message"),
     [
         (["--env", "CartPole-v2"], "'CartPole-v2' is not an environment; did you mean 'CartPole-v1'?"),
-        (["--algorithm", "ppq"], "algorithm = 'ppq': it must be one of ppo; did you mean 'ppo'?"),
+        (["--algorithm", "ppq"], "algorithm = 'ppq': it must be one of ppo, trpo; did you mean 'ppo'?"),
         (["--activation", "rellu"], "did you mean 'relu'?"),
         (
             ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "5"],

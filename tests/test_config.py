@@ -18,9 +18,13 @@ from purejaxppo import Config, ConfigError, envs, make_train
 from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, OBJECTIVES, tuned, validate
 
 CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
-CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl"}
+CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl", "max_kl", "cg_damping", "line_search_shrink"}
+MAY_BE_0 = {"lr", "vf_coef", "ent_coef", "kl_coef", "cg_damping", "gamma", "gae_lambda"}
+BELOW_1 = float(np.nextafter(1, 0))
+HIGHEST = {"gamma": 1, "gae_lambda": 1, "clip_eps": BELOW_1, "line_search_shrink": BELOW_1}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
+SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps"}
 
 
 def sentence_of(make):
@@ -236,7 +240,7 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"anneal_lr": 1}, "anneal_lr = 1: it must be True or False"),
         ({"debug": "yes"}, "debug = 'yes': it must be True or False"),
         ({"env": 3}, "env = 3: it must be a string"),
-        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo; did you mean 'ppo'?"),
+        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo, trpo; did you mean 'ppo'?"),
         ({"network": "transformer"}, "network = 'transformer': it must be one of mlp"),
         (
             {"activation": "rellu"},
@@ -422,10 +426,8 @@ def assert_valid(config):
             array = np.asarray(value, np.float64)
             assert type(value) is float or isinstance(value, np.ndarray | jax.Array)
             assert np.asarray(value).dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
-            lowest = (
-                0 if name in {"lr", "vf_coef", "ent_coef", "kl_coef", "gamma", "gae_lambda"} else np.nextafter(0, 1)
-            )
-            highest = {"gamma": 1, "gae_lambda": 1, "clip_eps": np.nextafter(1, 0)}.get(name, np.inf)
+            lowest = 0 if name in MAY_BE_0 else np.nextafter(0, 1)
+            highest = HIGHEST.get(name, np.inf)
             assert (array >= lowest).all() and (array <= highest).all()
         elif name in SWITCHES:
             assert type(value) is bool

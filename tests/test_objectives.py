@@ -22,8 +22,9 @@ from ppo_reference import (
 )
 from small_envs import counter, linear_model
 
-from purejaxppo import Config, make_train
+from purejaxppo import Config, ConfigError, make_train
 from purejaxppo.config import OBJECTIVES
+from purejaxppo.train import make_optimizer
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.ppo import adapted
 
@@ -81,6 +82,10 @@ def test_all_objectives_have_the_policy_gradient_at_the_old_policy():
 def test_the_penalty_is_halved_doubled_or_kept():
     for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.0149, 1.0), (0.0151, 2.0), (9.0, 2.0)):
         assert adapted(jnp.asarray(3.0), jnp.asarray(kl), 0.01) == 3.0 * factor
+    assert adapted(jnp.asarray(1e6), jnp.asarray(1.0), 0.01) == np.float32(1e6)
+    assert adapted(jnp.asarray(1e-6), jnp.asarray(0.0), 0.01) == np.float32(1e-6)
+    with pytest.raises(ConfigError, match="must start above 0"):
+        make_train(Config(objective="adaptive_kl", kl_coef=0.0))
 
 
 def test_the_adaptive_penalty_is_carried_from_iteration_to_iteration():
@@ -113,3 +118,15 @@ def test_early_stopping_takes_no_step_after_the_limit():
     jax.tree.map(close, free, whole)
     assert metrics["steps_taken"] == 1.0
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True))
+
+
+def test_early_stopping_leaves_the_schedule_of_the_learning_rate_alone():
+    config = ONE_STEP.replace(num_epochs=4, early_stop_kl=1e-9, lr=0.1, total_timesteps=1000)
+    params, batch = parameters(), arrays(random_batch(9))
+    distribution, _ = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
+    batch = batch._replace(log_prob=distribution.log_prob(batch.action))
+    update = UPDATES["ppo"](config, linear_model(False, A), make_optimizer(config))
+    _, state, metrics = jax.jit(update.step)(jax.random.key(0), params, update.init(params), batch)
+    assert metrics["steps_taken"] == 0.25
+    _, (adam, schedule) = state.optimizer
+    assert (adam.count, schedule.count) == (1, 4)

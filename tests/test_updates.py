@@ -6,16 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ppo_reference import A, B, T, arrays, parameters, random_batch
-from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
+from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, memory_model
 
-from purejaxppo import Config, make_train
+from purejaxppo import Config, ConfigError, make_train
 from purejaxppo.config import ALGORITHMS, OBJECTIVES
 from purejaxppo.train import make_optimizer
 from purejaxppo.types import Update
 from purejaxppo.updates import UPDATES
 
 SIZES = Config(num_envs=B, num_steps=T, num_epochs=2, num_minibatches=3, total_timesteps=4 * T * B, hidden_sizes=(4,))
-VARIANTS = {"ppo": SIZES, "ppo early stop": SIZES.replace(early_stop_kl=0.01), "trpo": SIZES.replace(algorithm="trpo")}
+VARIANTS = {
+    "ppo": SIZES,
+    "ppo early stop": SIZES.replace(early_stop_kl=1e-3, lr=0.02),
+    "trpo": SIZES.replace(algorithm="trpo"),
+    "trpo subsample": SIZES.replace(algorithm="trpo", fisher_subsample=2),
+}
 VARIANTS |= {f"ppo {name}": SIZES.replace(objective=name) for name in OBJECTIVES if name != "clip"}
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 KEY = jax.random.key(5)
@@ -48,6 +53,8 @@ def test_an_update_keeps_every_shape_and_compiles_once(config):
         chex.assert_trees_all_equal_shapes_and_dtypes(before, (params, state))
         assert metrics["first_ratio_deviation"] < 1e-5
         assert all(x.shape == () and np.isfinite(x) for x in metrics.values())
+    if config.early_stop_kl:
+        assert 0 < metrics["steps_taken"] < 1  # or its masks would not be tested
     assert {"policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm"} <= metrics.keys()
 
 
@@ -90,3 +97,14 @@ def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
     assert metrics.first_ratio_deviation.max() < 1e-4
     assert metrics.timesteps.tolist() == [[15, 30, 45, 60]] * 2
     assert all(x.shape == (2, 4) for x in jax.tree.leaves(metrics))
+
+
+@pytest.mark.parametrize("name", ["trpo subsample", "ppo adaptive_kl"])
+def test_a_model_with_memory_learns_from_whole_sequences(name):
+    """PPO's clipped objective has its own test."""
+    config, model = VARIANTS[name], memory_model(3)
+    state, metrics = jax.jit(make_train(config, counter(), model))(KEY)
+    assert metrics.first_ratio_deviation.max() < 1e-4
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    with pytest.raises(ConfigError, match="whole sequences"):
+        make_train(config.replace(num_envs=4, num_steps=6, num_minibatches=3), counter(), model)

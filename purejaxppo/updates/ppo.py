@@ -38,8 +38,9 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     adaptive one is halved after an iteration whose KL is below ``kl_target`` / 1.5 and doubled above 1.5 ``kl_target``.
 
     With ``early_stop_kl`` the first minibatch whose estimated KL exceeds it ends the iteration's updates: the steps
-    that are left are computed and not taken, so that it vmaps. Every metric is the mean over all minibatches, but
-    ``first_ratio_deviation``, which is of the first one, before any step.
+    that are left are computed and measured but not taken, so that it vmaps. Metrics are means over all minibatches,
+    but ``first_ratio_deviation``, of the first one before any step, ``largest_ratio_deviation``, and ``kl``, which is
+    exact and of the whole batch after the last step.
     """
     penalised, adaptive = config.objective in ("fixed_kl", "adaptive_kl"), config.objective == "adaptive_kl"
 
@@ -88,7 +89,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.going)
             if config.early_stop_kl is not None:
                 going = loop.going & (losses.approximate_kl(ratio, minibatch[0].mask) <= config.early_stop_kl)
-                after = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, loop)._replace(going=going)
+                after = where_but_schedules(going, after, loop)._replace(going=going)
                 metrics["steps_taken"] = going.astype(ratio.dtype)
             return after, (metrics, ratio)
 
@@ -116,6 +117,21 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     return Update(init, step)
 
 
+def where_but_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where the condition holds, else ``old``; but the count of a schedule, which goes by time, goes on."""
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(condition, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_schedule)
+
+
 def adapted(kl_coef: Array, kl: Array, target: Array | float) -> Array:
-    """β / 2 where KL < target / 1.5, 2 β where KL > 1.5 target, else β (Schulman et al. 2017, section 4)."""
-    return kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0))
+    """β / 2 where KL < target / 1.5, 2 β where KL > 1.5 target, else β (Schulman et al. 2017, section 4).
+
+    Within 1e-6 … 1e6, so that a β gone to 0 or infinity does not stay there.
+    """
+    return jnp.clip(kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0)), 1e-6, 1e6)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from purejaxppo import losses
 from purejaxppo.config import Config
 from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
-from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
+from purejaxppo.updates.minibatches import as_sequences, random_order, shuffled_minibatches
 
 Product = Callable[[PyTree], PyTree]
 
@@ -33,7 +33,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         maximise   L(θ) = E[r(θ) Â]   subject to   E[KL(π_old ‖ π_θ)] ≤ δ        (eq. 14)
 
     with δ = ``max_kl``. The direction x ≈ (F + ``cg_damping`` I)⁻¹ g comes from ``cg_iterations`` steps of conjugate
-    gradient on products with the Fisher matrix F of every ``fisher_subsample``-th sample, and the longest step
+    gradient on products with the Fisher matrix F of one sample in ``fisher_subsample``, and the longest step
     √(2δ / xᵀ(F + ``cg_damping`` I)x) x is shortened by ``line_search_shrink`` until L has improved and the constraint
     holds on the whole batch (appendix C). Where none of ``line_search_steps`` lengths does, the policy stays as it is
     and ``line_search_failed`` is 1.
@@ -47,7 +47,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {sorted(params)}")
         return optimizer.init(params["value"])
 
-    def policy_step(params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
+    def policy_step(key: PRNGKey, params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
         theta_old = params["policy"]
 
         def policy(theta: PyTree, batch: Batch) -> Distribution:
@@ -61,19 +61,20 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
             return losses.surrogate(ratio, advantage, batch.mask), (ratio, distribution)
 
-        some = every(config.fisher_subsample, batch)
+        some = one_in(config.fisher_subsample, key, batch)
         old_of_some = policy(theta_old, some)
         advantage = losses.standardize(batch.advantage, batch.mask) if config.normalize_advantage else batch.advantage
         (before, (ratio, old)), gradient = jax.value_and_grad(surrogate, has_aux=True)(theta_old)
 
         fisher = damped(fisher_vector_product(mean_kl, theta_old), config.cg_damping)
-        direction, residual = conjugate_gradient(fisher, gradient, config.cg_iterations)
-        curvature = optax.tree.vdot(direction, fisher(direction))
+        direction = conjugate_gradient(fisher, gradient, config.cg_iterations)
+        image = fisher(direction)
+        curvature = optax.tree.vdot(direction, image)
         longest = jnp.where(curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
 
         def attempt(tried: Array) -> Attempt:
             length = longest * config.line_search_shrink**tried
-            theta = jax.tree.map(lambda x, s: x + length * s, theta_old, direction)
+            theta = plus(theta_old, length, direction)
             after, (ratio, distribution) = surrogate(theta)
             kl = losses.masked_mean(old.kl(distribution), batch.mask)
             return Attempt(theta, tried, (kl <= config.max_kl) & (after > before), after, kl, ratio)
@@ -95,7 +96,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             "grad_norm": optax.tree.norm(gradient),
             "first_ratio_deviation": jnp.abs(ratio - 1).max(),
             "largest_ratio_deviation": if_accepted(jnp.abs(found.ratio - 1).max(), 0.0),
-            "cg_residual": residual,
+            "cg_residual": relative_error(image, gradient),
             "step_fraction": if_accepted(config.line_search_shrink**found.tried, 0.0),
             "line_search_failed": if_accepted(0.0, 1.0),
         }
@@ -122,19 +123,22 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         sequences = as_sequences(batch)
-        policy, measured = policy_step(params, sequences)
-        value, update_state, value_loss = value_steps(key, params, update_state, sequences)
+        key_policy, key_value = jax.random.split(key)
+        policy, measured = policy_step(key_policy, params, sequences)
+        value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
         return {"policy": policy, "value": value}, update_state, measured | {"value_loss": value_loss}
 
     return Update(init, step)
 
 
-def every(k: int, batch: Batch) -> Batch:
-    """Every k-th of the sequences."""
+def one_in(k: int, key: PRNGKey, batch: Batch) -> Batch:
+    """A random k-th of the sequences, rounded up."""
     if k == 1:
         return batch
-    some = jax.tree.map(lambda x: x[:, ::k], batch._replace(carry=()))
-    return some._replace(carry=jax.tree.map(lambda x: x[::k], batch.carry))
+    n = batch.mask.shape[1]
+    chosen = random_order(key, n)[: -(-n // k)]
+    some = jax.tree.map(lambda x: x[:, chosen], batch._replace(carry=()))
+    return some._replace(carry=jax.tree.map(lambda x: x[chosen], batch.carry))
 
 
 def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> Product:
@@ -151,8 +155,8 @@ def damped(product: Product, damping: Array | float) -> Product:
     return lambda v: jax.tree.map(lambda fv, v: fv + damping * v, product(v), v)
 
 
-def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> tuple[PyTree, Array]:
-    """x ≈ A⁻¹ b for a positive definite A given by its product, and ‖b − A x‖ / ‖b‖ (Hestenes & Stiefel 1952).
+def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> PyTree:
+    """x ≈ A⁻¹ b for a positive definite A given by its product (Hestenes & Stiefel 1952).
 
     The number of iterations is fixed; those after the exact solution change nothing.
     """
@@ -163,14 +167,23 @@ def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> tuple[Py
         curvature = optax.tree.vdot(direction, image)
         going = (norm2 > 0) & (curvature > 0)
         length = jnp.where(going, norm2 / jnp.where(going, curvature, 1), 0)
-        x = jax.tree.map(lambda x, d: x + length * d, x, direction)
-        residual = jax.tree.map(lambda r, a: r - length * a, residual, image)
+        x = plus(x, length, direction)
+        residual = plus(residual, -length, image)
         next_norm2 = optax.tree.vdot(residual, residual)
         turn = jnp.where(going, next_norm2 / jnp.where(going, norm2, 1), 0)
-        direction = jax.tree.map(lambda r, d: r + turn * d, residual, direction)
-        return (x, residual, direction, next_norm2), None
+        return (x, residual, plus(residual, turn, direction), next_norm2), None
 
-    norm2 = optax.tree.vdot(b, b)
-    start = (jax.tree.map(jnp.zeros_like, b), b, b, norm2)
-    (x, _, _, left), _ = jax.lax.scan(iteration, start, None, iterations)
-    return x, jnp.sqrt(left / jnp.where(norm2 > 0, norm2, 1))
+    start = (jax.tree.map(jnp.zeros_like, b), b, b, optax.tree.vdot(b, b))
+    (x, _, _, _), _ = jax.lax.scan(iteration, start, None, iterations)
+    return x
+
+
+def plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
+    """x + scale · y in the types of x."""
+    return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), x, y)
+
+
+def relative_error(x: PyTree, b: PyTree) -> Array:
+    """‖x − b‖ / ‖b‖; 0 where b is 0."""
+    norm = optax.tree.norm(b)
+    return optax.tree.norm(jax.tree.map(jnp.subtract, x, b)) / jnp.where(norm > 0, norm, 1)
