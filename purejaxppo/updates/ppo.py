@@ -46,7 +46,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
     def loss(
         params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
-    ) -> tuple[Array, tuple[dict[str, Array], Array]]:
+    ) -> tuple[Array, dict[str, Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
         advantage = batch.advantage
@@ -66,7 +66,14 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         entropy = losses.masked_mean(distribution.entropy(), batch.mask)
 
         objective = surrogate - config.vf_coef * value_loss + config.ent_coef * entropy
-        return -objective, ({"policy_loss": -surrogate, "value_loss": value_loss, "entropy": entropy}, ratio)
+        return -objective, {
+            "policy_loss": -surrogate,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "approx_kl": losses.approximate_kl(ratio, batch.mask),
+            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
+            "ratio_deviation": jnp.abs(ratio - 1).max(),
+        }
 
     def init(params: PyTree) -> PPOState:
         return PPOState(optimizer.init(params), jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else ())
@@ -82,26 +89,20 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         old = policy(params) if penalised else None
 
-        def minibatch_step(loop: Loop, minibatch: tuple[Batch, Distribution | None]) -> tuple[Loop, tuple]:
-            gradient, (metrics, ratio) = jax.grad(loss, has_aux=True)(loop.params, *minibatch, kl_coef)
+        def minibatch_step(loop: Loop, minibatch: tuple[Batch, Distribution | None]) -> tuple[Loop, dict[str, Array]]:
+            gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, *minibatch, kl_coef)
             change, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
             metrics["grad_norm"] = optax.tree.norm(gradient)
             after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.going)
             if config.early_stop_kl is not None:
-                going = loop.going & (losses.approximate_kl(ratio, minibatch[0].mask) <= config.early_stop_kl)
+                going = loop.going & (metrics["approx_kl"] <= config.early_stop_kl)
                 after = where_but_schedules(going, after, loop)._replace(going=going)
-                metrics["steps_taken"] = going.astype(ratio.dtype)
-            return after, (metrics, ratio)
+                metrics["steps_taken"] = going.astype(metrics["approx_kl"].dtype)
+            return after, metrics
 
         def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
-            minibatches, old_parts = shuffled_minibatches(key, sequences, config.num_minibatches, old)
-            loop, (metrics, ratio) = jax.lax.scan(minibatch_step, loop, (minibatches, old_parts))
-            # What nothing is differentiated through is measured for all minibatches at once: it is faster.
-            return loop, metrics | {
-                "approx_kl": losses.approximate_kl(ratio, minibatches.mask),
-                "clip_fraction": losses.clip_fraction(ratio, minibatches.mask, config.clip_eps),
-                "ratio_deviation": jnp.abs(ratio - 1).max(axis=(1, 2)),
-            }
+            minibatches = shuffled_minibatches(key, sequences, config.num_minibatches, old)
+            return jax.lax.scan(minibatch_step, loop, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
         loop, metrics = jax.lax.scan(epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys)
