@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from purejaxppo import envs as envs
+    from purejaxppo.comparison import compare as compare
     from purejaxppo.config import Config as Config
     from purejaxppo.evaluation import EpisodeStatistics as EpisodeStatistics
     from purejaxppo.evaluation import evaluate as evaluate
@@ -42,6 +43,7 @@ _HOME = {
     "Trainer": "types",
     "TrainState": "types",
     "UPDATES": "updates",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "fit": "fitting",
     "load_policy": "policy",

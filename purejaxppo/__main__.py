@@ -1,4 +1,4 @@
-"""The command line: ``purejaxppo train | evaluate | render | envs``, a thin layer on the Python functions."""
+"""The command line: ``purejaxppo train | evaluate | render | envs | compare``, a thin layer on the Python functions."""
 
 import time
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "evaluate": evaluate,
             "render": render,
             "envs": envs,
+            "compare": compare,
         }
         chosen = tyro.extras.subcommand_cli_from_dict(
             commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
@@ -127,6 +128,53 @@ def envs(suite: str | None = None) -> None:
     with_settings = tuned()
     for name in environments.list_envs(suite):
         console.print(name + ("  (tuned settings)" if name in with_settings else ""))
+
+
+def compare(
+    envs: tuple[str, ...] = ("CartPole-v1",),
+    algorithms: tuple[str, ...] = ("ppo", "trpo", "reinforce"),
+    seeds: int = 8,
+    total_timesteps: int | None = None,
+    eval_episodes: int = 128,
+    sampled: bool = False,
+    key: int = 0,
+    directory: Path | None = None,
+) -> None:
+    """Train several algorithms in several environments and compare them: a table, data and a picture.
+
+    Args:
+        envs: environments
+        algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl, ppo/unclipped,
+            reinforce/value, reinforce/leave_one_out, reinforce/running_mean, reinforce/none
+        seeds: agents of each
+        total_timesteps: steps of each agent; as tuned for each algorithm, if not given
+        eval_episodes: fresh episodes in which each final policy is scored
+        sampled: score sampled actions instead of the most probable ones
+        key: number that the random key is made of
+        directory: where the results go; must be new
+    """
+    from purejaxppo import comparison
+    from purejaxppo import console as show
+
+    directory = directory or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
+    with screen.live():
+        entries = comparison.compare(
+            envs,
+            algorithms,
+            seeds=seeds,
+            key=key,
+            eval_episodes=eval_episodes,
+            deterministic=not sampled,
+            changes={} if total_timesteps is None else {"total_timesteps": total_timesteps},
+            directory=directory,
+            on_start=screen.on_start,
+            on_progress=screen.on_progress,
+        )
+    show.show_comparison(console, comparison.rows(entries))
+    console.print(f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
+    if len(entries) < len(envs) * len(algorithms):
+        raise SystemExit(INTERRUPTED)
 
 
 # ---------------------------------------------------------------------------------------- options

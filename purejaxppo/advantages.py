@@ -1,4 +1,4 @@
-"""Advantage estimators."""
+"""Advantage estimators, all of one signature: `ADVANTAGES` has them by name."""
 
 import chex
 import jax
@@ -40,3 +40,32 @@ def gae(
 
     _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
     return advantage, advantage + value
+
+
+def returns(
+    reward: Float[Array, "T B"],
+    value: Float[Array, "T B"],
+    next_value: Float[Array, "T B"],
+    terminated: Bool[Array, "T B"],
+    truncated: Bool[Array, "T B"],
+    gamma: Float[Array, ""] | float,
+    gae_lambda: Float[Array, ""] | float,
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """Returns-to-go of whole episodes, without bootstrapping (Williams 1992; Sutton & Barto 2018, section 13.3).
+
+        G_t = r_t + γ (1 − end_t) G_{t+1},     G_T = 0,     end = terminated or truncated
+        Â_t = G_t − V(s_t)
+
+    What is maximised is the return as it is played, so an end by a time limit is an end like any other; nothing is
+    estimated, and the estimate has no bias. ``next_value`` and ``gae_lambda`` are not used. A row must be played to
+    the end of its episode, as ``whole_episodes`` sees to.
+
+    Returns the advantages and G, both [T, B].
+    """
+    end = terminated | truncated
+    zero = jnp.zeros_like(value)
+    _, G = gae(reward, zero, zero, end, jnp.zeros_like(end), gamma, 1.0)
+    return G - value, G
+
+
+ADVANTAGES = {"gae": gae, "returns": returns}

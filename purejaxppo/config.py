@@ -1,8 +1,7 @@
 """`Config`: what is trained, on what and how, and the checks that turn a mistake into one clear sentence."""
 
 import dataclasses
-import difflib
-import math
+import functools
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -11,35 +10,36 @@ from typing import Any
 import jax
 import numpy as np
 
+from purejaxppo.checks import (
+    INSIDE_UNIT,
+    NONE_OR_POSITIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    UNIT,
+    Check,
+    checked_int,
+    checked_leaf,
+    checked_sizes,
+    nearest,
+    wrong,
+)
 from purejaxppo.types import ConfigError
 
-ALGORITHMS = ("ppo", "trpo")
+ALGORITHMS = ("ppo", "trpo", "reinforce")
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
+ESTIMATORS = ("auto", "gae", "returns")
+BASELINES = ("value", "leave_one_out", "running_mean", "none")
 NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
-# Each field says what may stand in it: a predicate for one number and the words for it, or the allowed names.
-@dataclasses.dataclass(frozen=True)
-class _Check:
-    ok: Callable[[Any], bool]
-    words: str
-
-
-_POSITIVE_INT = _Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
-_POSITIVE = _Check(lambda x: x > 0, "a finite number above 0")
-_NONE_OR_POSITIVE = _Check(lambda x: x > 0, "None or a finite number above 0")
-_NOT_NEGATIVE = _Check(lambda x: x >= 0, "a finite number of at least 0")
-_UNIT = _Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
-_CLIP = _Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
-
-
-def _static(default: Any, doc: str, check: _Check | tuple[str, ...] | None = None) -> Any:
+def _static(default: Any, doc: str, check: Check | tuple[str, ...] | None = None) -> Any:
     """A size, a name or a switch: another value is another compiled program."""
     return dataclasses.field(default=default, metadata={"static": True, "doc": doc, "check": check})
 
 
-def _leaf(default: float | None, doc: str, check: _Check) -> Any:
+def _leaf(default: float | None, doc: str, check: Check) -> Any:
     """A continuous hyper-parameter: it may be traced, batched and swept within one compiled program."""
     return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
 
@@ -58,33 +58,37 @@ class Config:
 
     env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
     algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
-    total_timesteps: int = _static(1_000_000, "environment steps in all, rounded up to whole iterations", _POSITIVE_INT)
-    num_envs: int = _static(64, "parallel environments (B)", _POSITIVE_INT)
-    num_steps: int = _static(128, "steps of each environment per iteration (T)", _POSITIVE_INT)
-    num_epochs: int = _static(4, "passes over each iteration's data", _POSITIVE_INT)
-    num_minibatches: int = _static(8, "gradient steps per pass; must divide num_envs * num_steps", _POSITIVE_INT)
+    total_timesteps: int = _static(1_000_000, "environment steps in all, rounded up to whole iterations", POSITIVE_INT)
+    num_envs: int = _static(64, "parallel environments (B)", POSITIVE_INT)
+    num_steps: int = _static(128, "steps of each environment per iteration (T)", POSITIVE_INT)
+    num_epochs: int = _static(4, "passes over each iteration's data", POSITIVE_INT)
+    num_minibatches: int = _static(8, "gradient steps per pass; must divide num_envs * num_steps", POSITIVE_INT)
 
-    lr: float = _leaf(3e-4, "learning rate of Adam", _NOT_NEGATIVE)
+    lr: float = _leaf(3e-4, "learning rate of Adam", NOT_NEGATIVE)
     anneal_lr: bool = _static(True, "take the learning rate linearly to 0 over the run")
-    adam_eps: float = _leaf(1e-5, "epsilon of Adam", _POSITIVE)
-    max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", _POSITIVE)
-    gamma: float = _leaf(0.99, "discount per step", _UNIT)
-    gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", _UNIT)
+    adam_eps: float = _leaf(1e-5, "epsilon of Adam", POSITIVE)
+    max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", POSITIVE)
+    gamma: float = _leaf(0.99, "discount per step", UNIT)
+    gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", UNIT)
+    advantage: str = _static("auto", "estimator of the advantage; auto: returns for reinforce, else gae", ESTIMATORS)
+    episodic: bool = _static(False, "restart all environments every iteration, one whole episode each, as returns do")
+    baseline: str = _static("value", "what reinforce takes off the returns", BASELINES)
+    baseline_decay: float = _leaf(0.9, "weight of the past, per iteration, in reinforce's running mean", UNIT)
     objective: str = _static("clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES)
-    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", _CLIP)
-    kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", _NOT_NEGATIVE)
-    kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", _POSITIVE)
+    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", INSIDE_UNIT)
+    kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", NOT_NEGATIVE)
+    kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", POSITIVE)
     early_stop_kl: float | None = _leaf(
-        None, "nats after which an iteration's updates end; None: never", _NONE_OR_POSITIVE
+        None, "nats after which an iteration's updates end; None: never", NONE_OR_POSITIVE
     )
-    max_kl: float = _leaf(0.01, "delta: TRPO's bound on the divergence of a step, in nats", _POSITIVE)
-    cg_damping: float = _leaf(0.1, "TRPO adds this times the identity to the Fisher matrix", _NOT_NEGATIVE)
-    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", _POSITIVE_INT)
-    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is of one sample in so many", _POSITIVE_INT)
-    line_search_steps: int = _static(10, "lengths that TRPO's line search tries", _POSITIVE_INT)
-    line_search_shrink: float = _leaf(0.8, "each length is this times the one before", _CLIP)
-    vf_coef: float = _leaf(0.5, "c1: weight of the value loss", _NOT_NEGATIVE)
-    ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", _NOT_NEGATIVE)
+    max_kl: float = _leaf(0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE)
+    cg_damping: float = _leaf(0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE)
+    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", POSITIVE_INT)
+    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT)
+    line_search_steps: int = _static(10, "lengths that TRPO's line search tries", POSITIVE_INT)
+    line_search_shrink: float = _leaf(0.8, "each length is this times the one before", INSIDE_UNIT)
+    vf_coef: float = _leaf(0.5, "c1: weight of the value loss", NOT_NEGATIVE)
+    ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", NOT_NEGATIVE)
     normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
     clip_value: bool = _static(False, "clip the value's change to ± clip_eps too, as OpenAI's baselines do")
 
@@ -106,13 +110,29 @@ class Config:
         return self.num_envs * self.num_steps
 
     @property
+    def estimator(self) -> str:
+        """The name in `ADVANTAGES` that ``advantage`` stands for."""
+        return {"auto": "returns" if self.algorithm == "reinforce" else "gae"}.get(self.advantage, self.advantage)
+
+    @property
+    def whole_episodes(self) -> bool:
+        """Every iteration plays one whole episode in each environment: returns that are cut off would be biased."""
+        return self.episodic or self.estimator == "returns"
+
+    @property
     def num_iterations(self) -> int:
-        """K = ⌈total_timesteps / N⌉."""
-        return -(-self.total_timesteps // self.batch_size)
+        """K = ⌈total_timesteps / N⌉; with whole episodes the most there can be, if each took one step."""
+        return -(-self.total_timesteps // (self.num_envs if self.whole_episodes else self.batch_size))
 
     @property
     def actual_timesteps(self) -> int:
-        """The environment steps that will run: ``total_timesteps`` rounded up to whole iterations."""
+        """The environment steps that will run: ``total_timesteps`` rounded up to whole iterations.
+
+        With whole episodes it is the most there can be: steps count up to the end of an episode, and the iteration in
+        which ``total_timesteps`` are reached is the last.
+        """
+        if self.whole_episodes:
+            return self.total_timesteps + self.batch_size - 1
         return self.num_iterations * self.batch_size
 
     # ---------------------------------------------------------------------------- making and changing
@@ -126,7 +146,7 @@ class Config:
         """The ``in_axes`` of `jax.vmap` for a config batched in these fields: ``config.axes("lr", "gamma")``."""
         for name in names:
             if name not in LEAVES:
-                raise ConfigError(f"{name!r} cannot be batched{_nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}")
+                raise ConfigError(f"{name!r} cannot be batched{nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}")
         axes: dict[str, Any] = {name: 0 if name in names else None for name in LEAVES}
         return dataclasses.replace(self, **axes)
 
@@ -134,14 +154,16 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], base: "Config | None" = None) -> "Config":
         """A validated config from a mapping of our keys, or of PureJaxRL's upper-case ones; ``base`` fills the rest.
 
-        Raises `ConfigError` for an unknown key, a wrong type and a value out of range. The mapping is not changed.
+        Without ``base`` the rest is the general settings of the algorithm. The mapping is not changed. Raises
+        `ConfigError` for an unknown key, a wrong type and a value out of range.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a Config or a mapping, not {type(values).__name__}")
         if any(isinstance(key, str) and key.isupper() for key in values):
             values, base = _from_purejaxrl(values), base or cls(clip_value=True)
         _require_known(values)
-        return validate(dataclasses.replace(base or cls(), **values))
+        base = base or dataclasses.replace(cls(), **general(values.get("algorithm")))
+        return validate(dataclasses.replace(base, **values))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them; `from_dict` takes those of an unbatched config back."""
@@ -152,8 +174,8 @@ class Config:
 
     @classmethod
     def for_env(cls, name: str, **changes: Any) -> "Config":
-        """PPO's tuned settings for an environment (``purejaxppo/tuned.toml``), general ones where there are none."""
-        known = tuned().get(name, {}) if changes.get("algorithm", cls.algorithm) == "ppo" else {}
+        """The settings of an algorithm tuned for an environment (``purejaxppo/tuned.toml``), else its general ones."""
+        known = tuned(changes.get("algorithm", cls.algorithm)).get(name, {})
         settings = {key: value for key, value in known.items() if key != "result"}
         return cls.from_dict({"env": name} | settings | changes)
 
@@ -162,8 +184,18 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LEAVES = tuple(name for name, field in FIELDS.items() if not field.metadata.get("static"))
 
 
-def tuned() -> dict[str, dict[str, Any]]:
-    """The tuned settings by environment name, each with the result it reached under ``result``."""
+def tuned(algorithm: str = Config.algorithm) -> dict[str, dict[str, Any]]:
+    """The settings tuned for an algorithm by environment name, each with the result it reached under ``result``."""
+    return _settings().get(algorithm, {})
+
+
+def general(algorithm: Any) -> dict[str, Any]:
+    """What an algorithm needs other than the defaults of `Config`, in any environment."""
+    return _settings()["general"].get(algorithm, {}) if isinstance(algorithm, str) else {}
+
+
+@functools.cache
+def _settings() -> dict[str, Any]:
     return tomllib.loads(resources.files("purejaxppo").joinpath("tuned.toml").read_text())
 
 
@@ -187,27 +219,57 @@ def validate(config: Config) -> Config:
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
             f"{config.batch_size}; the nearest number that does is {nearest}"
         )
-    if config.objective == "adaptive_kl" and _is_zero_somewhere(config.kl_coef):
-        raise ConfigError("kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0")
-    if config.algorithm == "trpo":
-        _require_trpo_fits(config)
+    if config.whole_episodes and config.actual_timesteps >= 2**31:
+        raise ConfigError(f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps")
+    _require_sense(config)
+    if config.whole_episodes and config.anneal_lr:
+        raise ConfigError(
+            "anneal_lr needs a known number of iterations, and whole episodes have none: set anneal_lr=False"
+        )
     return config
 
 
-def _require_trpo_fits(config: Config) -> None:
-    """PPO's settings are not asked of TRPO; of the leaves, which may be traced, ``ent_coef`` alone is looked at."""
-    if config.shared_trunk:
+def _require_sense(config: Config) -> None:
+    """Settings that contradict each other. What only another algorithm asks for may stand at any plain value.
+
+    Of the leaves, which may be traced, those are looked at whose value would change what is computed.
+    """
+    algorithm = config.algorithm
+    if config.objective == "adaptive_kl" and _is_somewhere(np.equal, config.kl_coef):
+        raise ConfigError("kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0")
+    if algorithm != "ppo" and (config.objective != "clip" or config.early_stop_kl is not None or config.clip_value):
+        raise ConfigError("objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'")
+    if algorithm != "reinforce" and config.baseline != "value":
+        raise ConfigError(f"baseline = {config.baseline!r} is reinforce's: {algorithm} has the value function")
+    if algorithm == "trpo" and config.shared_trunk:
         raise ConfigError(
             "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
         )
-    if config.objective != "clip" or config.early_stop_kl is not None or config.clip_value:
-        raise ConfigError("objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'")
-    if not isinstance(config.ent_coef, jax.core.Tracer) and np.any(config.ent_coef):
+    if algorithm == "trpo" and _is_somewhere(np.not_equal, config.ent_coef):
         raise ConfigError("trpo has no entropy bonus: ent_coef=0, or algorithm='ppo'")
+    if algorithm == "reinforce":
+        _require_reinforce_fits(config)
 
 
-def _is_zero_somewhere(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer) and bool(np.any(np.asarray(value) == 0))
+def _require_reinforce_fits(config: Config) -> None:
+    if (config.num_epochs, config.num_minibatches) != (1, 1):
+        raise ConfigError(
+            f"num_epochs = {config.num_epochs}, num_minibatches = {config.num_minibatches}: reinforce takes one step "
+            "on each batch, because its gradient holds for the policy that played it: set num_epochs=1 and "
+            "num_minibatches=1"
+        )
+    if config.baseline == "leave_one_out" and config.num_envs < 2:
+        raise ConfigError("baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2")
+    if config.estimator == "gae" and config.baseline != "value":
+        raise ConfigError(
+            f"advantage = 'gae' bootstraps from the value function, which baseline = {config.baseline!r} does not "
+            "train: set baseline='value' or advantage='returns'"
+        )
+
+
+def _is_somewhere(compare: Callable[..., Any], value: Any) -> bool:
+    """Whether a leaf equals 0, or does not, in any element; False of a traced one."""
+    return not isinstance(value, jax.core.Tracer) and bool(np.any(compare(np.asarray(value), 0)))
 
 
 def require_scalars(config: Config) -> None:
@@ -223,77 +285,26 @@ def require_scalars(config: Config) -> None:
 def _checked(name: str, value: Any) -> Any:
     default, check = FIELDS[name].default, FIELDS[name].metadata["check"]
     if name in LEAVES:
-        return None if value is None is default else _checked_leaf(name, value, check)
+        return None if value is None is default else checked_leaf(name, value, check)
     if name == "hidden_sizes":
-        return _checked_sizes(name, value)
+        return checked_sizes(name, value)
     if isinstance(default, bool):
         if not isinstance(value, bool | np.bool_):
-            raise _wrong(name, value, "True or False")
+            raise wrong(name, value, "True or False")
         return bool(value)
     if isinstance(default, int):
-        return _checked_int(name, value, check)
+        return checked_int(name, value, check)
     if not isinstance(value, str):
-        raise _wrong(name, value, "a string")
+        raise wrong(name, value, "a string")
     if check and value not in check:
-        raise _wrong(name, value, f"one of {', '.join(check)}", _nearest(value, check))
+        raise wrong(name, value, f"one of {', '.join(check)}", nearest(value, check))
     return value
-
-
-def _checked_int(name: str, value: Any, check: _Check) -> int:
-    if isinstance(value, np.generic) and _is_numeric(value):
-        value = value.item()
-    if isinstance(value, float) and abs(value) < 2**62 and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value):
-        raise _wrong(name, value, check.words)
-    return int(value)
-
-
-def _checked_sizes(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(name, value, "a sequence of positive integers, such as (64, 64)")
-    return tuple(_checked_int(f"{name}[{i}]", size, _POSITIVE_INT) for i, size in enumerate(value))
-
-
-def _is_numeric(value: Any) -> bool:
-    """Integers and reals; a time span or a random key is neither, whatever NumPy derives it from."""
-    dtype = getattr(value, "dtype", np.dtype(float))
-    return not isinstance(value, bool) and isinstance(dtype, np.dtype) and dtype.kind in "iuf"
-
-
-def _checked_leaf(name: str, value: Any, check: _Check) -> Any:
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(value):
-        raise _wrong(name, value, check.words)
-    if not np.size(value):
-        raise _wrong(name, value, check.words)
-    array = np.asarray(value)
-    try:
-        elements = [float(element) for element in array.ravel()]
-    except OverflowError:
-        raise _wrong(name, value, check.words) from None
-    for element in elements:
-        if not math.isfinite(element) or not check.ok(element):
-            raise _wrong(name, element, check.words)
-    return float(value) if array.ndim == 0 and not isinstance(value, jax.Array) else value
-
-
-def _wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return ConfigError(f"{name} = {shown}: it must be {allowed}{hint}")
-
-
-def _nearest(word: Any, choices: Any) -> str:
-    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _require_known(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in FIELDS:
-            raise ConfigError(f"{key!r} is not a setting{_nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
+            raise ConfigError(f"{key!r} is not a setting{nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
 
 
 # ---------------------------------------------------------------------------- PureJaxRL's upper-case keys
@@ -315,7 +326,7 @@ def _from_purejaxrl(values: Mapping[str, Any]) -> dict[str, Any]:
         names = ("normalize_obs", "normalize_reward") if key == "NORMALIZE_ENV" else (_PUREJAXRL.get(key, key),)
         if names[0] not in FIELDS:
             known = [*_PUREJAXRL, "NORMALIZE_ENV"]
-            raise ConfigError(f"{key!r} is not a setting{_nearest(key, known) or '; known: ' + ', '.join(known)}")
+            raise ConfigError(f"{key!r} is not a setting{nearest(key, known) or '; known: ' + ', '.join(known)}")
         if repeated := [name for name in names if name in ours]:
             raise ConfigError(f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out")
         ours |= dict.fromkeys(names, value)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from purejaxppo import envs, fitting
+from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
 from purejaxppo.statistics import estimate
@@ -34,7 +35,6 @@ class Screen:
             console=console,
             disable=not console.is_terminal,
         )
-        self.next_line = 1
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
@@ -44,14 +44,19 @@ class Screen:
     def on_start(self, plan: fitting.Plan) -> None:
         """What exactly will run, and what it took to get here."""
         config = plan.config
-        objective = "" if config.objective == "clip" else f" ({config.objective})"
         rounded = config.actual_timesteps != config.total_timesteps
+        epochs = f"{config.num_epochs} epochs of {config.num_minibatches} minibatches"
+        data = f"{config.num_steps} × {config.num_envs} steps"
+        length = f"{config.actual_timesteps:,} per agent in {config.num_iterations:,} iterations" + (
+            f" ({config.total_timesteps:,} rounded up)" if rounded else ""
+        )
+        if config.whole_episodes:
+            data = f"one whole episode in each of {config.num_envs} environments"
+            length = f"{config.total_timesteps:,} to {config.actual_timesteps:,} per agent, until so many are counted"
         rows = {
             "environment": f"{config.env}, {config.num_envs} copies per agent",
-            "algorithm": f"{config.algorithm.upper()}{objective}, {config.num_epochs} epochs of "
-            f"{config.num_minibatches} minibatches on {config.num_steps} × {config.num_envs} steps",
-            "steps": f"{config.actual_timesteps:,} per agent in {config.num_iterations:,} iterations"
-            + (f" ({config.total_timesteps:,} rounded up)" if rounded else ""),
+            "algorithm": f"{algorithm_title(config)}, {epochs} on {data}",
+            "steps": length,
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
             "memory": f"{decimal(plan.memory_bytes)}, as compiled",
@@ -61,21 +66,27 @@ class Screen:
         for name, text in rows.items():
             table.add_row(f"[bold]{name}", text)
         self.console.print(table)
-        self.task = self.bar.add_task("", total=config.num_iterations, text="")
-        self.total = config.num_iterations
+        self.total, self.next_line = config.total_timesteps if config.whole_episodes else config.actual_timesteps, 1
+        self.task = self.bar.add_task("", total=self.total, text="")
 
     def on_progress(self, now: fitting.Progress) -> None:
         """The bar of a terminal; elsewhere a line now and then."""
         text = f"return {_number(now.episode_return)}  {_rate(now.steps_per_second)}"
-        self.bar.update(self.task, completed=now.iterations, text=text)
-        if not self.console.is_terminal and now.iterations * LINES >= self.next_line * self.total:
-            self.next_line = now.iterations * LINES // self.total + 1
+        self.bar.update(self.task, completed=now.timesteps, text=text)
+        if not self.console.is_terminal and now.timesteps * LINES >= self.next_line * self.total:
+            self.next_line = now.timesteps * LINES // self.total + 1
             self.console.print(f"{now.timesteps:>12,} steps  {text}")
+
+
+def algorithm_title(config: Config) -> str:
+    """The algorithm, and in brackets what of it is not the default."""
+    variant = [x for x in (config.objective, config.baseline) if x not in ("clip", "value")]
+    return config.algorithm.upper() + (f" ({', '.join(variant)})" if variant else "")
 
 
 def show_result(console: Console, run: fitting.Run) -> None:
     """A table of how the run ended; a run that diverged says so."""
-    steps = run.metrics.timesteps.shape[1] * run.config.batch_size * run.seeds
+    steps = int(run.metrics.timesteps[:, -1].sum(dtype=float))
     console.print(
         f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
         + (" (interrupted)" if run.interrupted else "")
@@ -83,8 +94,8 @@ def show_result(console: Console, run: fitting.Run) -> None:
     for seed, iteration in enumerate(run.diverged_at):
         if iteration is not None:
             console.print(
-                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration {iteration} "
-                f"of {run.config.num_iterations}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
+                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration "
+                f"{iteration}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
             )
 
 
@@ -107,6 +118,16 @@ def show_evaluation(console: Console, policies: list[Policy], num_episodes: int,
         table.add_section()
         cells = [f"{p:.1f} \\[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
         table.add_row("interquartile mean, 95 % interval", *cells, "")
+    console.print(table)
+
+
+def show_comparison(console: Console, rows: list[dict[str, str]]) -> None:
+    """The table of `comparison.rows`."""
+    table = Table()
+    for i, column in enumerate(rows[0]):
+        table.add_column(column.replace("[", "\\["), justify="left" if i < 2 else "right")
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row.values()))
     console.print(table)
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo import envs, run_directory
 from purejaxppo.config import Config, validate
+from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
 from purejaxppo.train import make_trainer
@@ -99,7 +99,7 @@ def fit(
     named_key, key = key, jax.random.key(key) if isinstance(key, int) else key
     trainer = make_trainer(config, env, model, reward_fn)
     if directory is not None:
-        directory = run_directory.reserve(directory, config, seeds, named_key)
+        directory = run_directory.reserve(directory, {"config": config.to_dict()}, seeds, named_key)
 
     def init(keys: PRNGKey) -> TrainState:
         def one(key: PRNGKey) -> TrainState:
@@ -107,24 +107,21 @@ def fit(
 
         return jax.vmap(one)(keys) if seeds > 1 else one(keys)
 
-    def step(state: TrainState, frozen: PyTree) -> tuple[TrainState, Metrics]:
-        return jax.vmap(trainer.step, (0, None))(state, frozen) if seeds > 1 else trainer.step(state, frozen)
-
     def chunk(frozen: PyTree, state: TrainState, rows: Metrics, count: Any) -> tuple[TrainState, Metrics]:
         """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
 
-        def iteration(i: Any, loop: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, metrics = step(loop[0], frozen)
-            return state, jax.tree.map(lambda row, x: row.at[i].set(x), loop[1], metrics)
+        def one(state: TrainState, rows: Metrics) -> tuple[TrainState, Metrics]:
+            return run_iterations(config, partial(trainer.step, frozen=frozen), state, rows, count)
 
-        return jax.lax.fori_loop(0, count, iteration, (state, rows))
+        return jax.vmap(one)(state, rows) if seeds > 1 else one(state, rows)
 
     started = time.perf_counter()
     keys = jax.random.split(key, seeds) if seeds > 1 else key
     shapes = jax.eval_shape(init, keys)
     capacity = min(CHUNK_ITERATIONS, config.num_iterations)
-    row = jax.eval_shape(step, shapes, frozen)[1]
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
+    one_state = jax.eval_shape(trainer.init, keys[0] if seeds > 1 else keys, params)
+    sizes = (seeds, capacity) if seeds > 1 else (capacity,)
+    rows = empty_rows(jax.eval_shape(trainer.step, one_state, frozen)[1], *sizes)
     programs = jax.jit(init).lower(keys), jax.jit(chunk, donate_argnums=(1, 2)).lower(frozen, shapes, rows, 1)
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
@@ -145,25 +142,31 @@ def _run_chunks(
     chunk: Callable, state: TrainState, rows: Metrics, plan: Plan, on_progress: Callable[[Progress], None] | None
 ) -> tuple[TrainState, Metrics, bool]:
     """All iterations, `CHUNK_SECONDS` at a time; returns state, metrics [seeds, iterations], whether interrupted."""
-    config, capacity = plan.config, len(rows.timesteps)
-    done, count, collected = 0, 1, []
+    config, capacity = plan.config, rows.timesteps.shape[-1]
+    ahead = (slice(None),) * (rows.timesteps.ndim - 1)  # the axis of agents, where there are several
+    done, count, played, collected = 0, 1, 0.0, []
     with _interruptible() as interrupted:
         while done < config.num_iterations and not interrupted():
             started = time.perf_counter()
             state, rows = chunk(state, rows, count)
-            new = jax.tree.map(lambda x, n=count: np.array(x[:n]), rows)  # waits; a copy, since `rows` is given away
+            new = jax.tree.map(
+                lambda x, n=count: np.array(x[*ahead, :n]), rows
+            )  # waits; a copy, since `rows` is given away
             seconds = time.perf_counter() - started
             collected.append(new)
             done += count
+            before, played = played, new.timesteps[..., -1].sum(dtype=float)  # of all agents
             if on_progress:
-                on_progress(_progress(new, done, count * config.batch_size * plan.seeds / seconds))
-            if not np.isfinite(new.value_loss[-1]).any():
+                on_progress(_progress(new, done, (played - before) / seconds))
+            if not np.isfinite(new.policy_loss + new.grad_norm)[..., -1].any():
                 break  # every agent has diverged
+            if config.whole_episodes and (new.timesteps[..., -1] >= config.total_timesteps).all():
+                break
             count = int(
                 np.clip(count * CHUNK_SECONDS / seconds, 1, min(capacity, max(config.num_iterations - done, 1)))
             )
-    metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
-    return state, jax.tree.map(lambda x: x.T if plan.seeds > 1 else x[None], metrics), interrupted()
+    metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=len(ahead)), *collected)
+    return state, metrics if ahead else jax.tree.map(lambda x: x[None], metrics), interrupted()
 
 
 def _progress(new: Metrics, iterations: int, steps_per_second: float) -> Progress:

@@ -51,11 +51,15 @@ def no_moments(shape: tuple[int, ...]) -> Moments:
     return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def moments_of(x: Shaped[Array, "n ..."]) -> Moments:
-    """The moments of n samples."""
+def moments_of(x: Shaped[Array, "n ..."], valid: Bool[Array, "n"] | None = None) -> Moments:
+    """The moments of n samples, or of those that are valid."""
     x = jnp.asarray(x, jnp.result_type(float))
-    mean = x.mean(axis=0)
-    return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0))
+    if valid is None:
+        mean = x.mean(axis=0)
+        return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0))
+    samples, column = valid.sum(dtype=x.dtype), valid.reshape((-1,) + (1,) * (x.ndim - 1))
+    mean = jnp.where(column, x, 0).sum(axis=0) / jnp.maximum(samples, 1)
+    return Moments(samples, mean, jnp.where(column, (x - mean[None]) ** 2, 0).sum(axis=0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -76,23 +80,29 @@ def normalize_obs(moments: Moments | None, obs: Array) -> Array:
 
 
 def normalize_reward(
-    scale: ReturnScale | None, reward: Float[Array, "T B"], done: Bool[Array, "T B"], gamma: Float[Array, ""] | float
+    scale: ReturnScale | None,
+    reward: Float[Array, "T B"],
+    reset: Bool[Array, "T B"],
+    gamma: Float[Array, ""] | float,
+    valid: Bool[Array, "T B"] | None = None,
 ) -> tuple[Float[Array, "T B"], ReturnScale | None]:
     """Rewards divided by the deviation of the discounted return R_t = γ R_{t−1} + r_t, cut at ± 10.
 
-    The last reward of an episode counts in its return, and the return is forgotten after it. This rollout's returns
-    count in the scale that it is divided by: a scale from before the first rollout would be a guess, and rewards,
-    unlike observations, enter nothing before the advantages do.
+    The last reward of an episode counts in its return, which is forgotten where the next one begins: ``reset[t]`` says
+    that step t is the first of its episode. Returns of steps that are not ``valid`` do not count. This rollout's
+    returns count in the scale that it is divided by: a scale from before the first rollout would be a guess, and
+    rewards, unlike observations, enter nothing before the advantages do.
     """
     if scale is None:
         return reward, None
 
     def discount(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        reward, done = step
-        total = gamma * running + reward
-        return jnp.where(done, 0, total), total
+        reward, reset = step
+        total = gamma * jnp.where(reset, 0, running) + reward
+        return total, total
 
-    running, returns = jax.lax.scan(discount, scale.discounted_return, (reward, done))
-    moments = merge(scale.moments, moments_of(returns.reshape(-1)))
+    running, returns = jax.lax.scan(discount, scale.discounted_return, (reward, reset))
+    flat = None if valid is None else valid.reshape(-1)
+    moments = merge(scale.moments, moments_of(returns.reshape(-1), flat))
     scaled = jnp.clip(reward / jnp.sqrt(moments.variance + EPSILON), -LIMIT, LIMIT)
     return scaled, ReturnScale(running, moments)

@@ -1,8 +1,10 @@
 """Pictures of training: what the command line writes and a notebook shows."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -11,10 +13,11 @@ from purejaxppo.statistics import Estimate, estimate
 from purejaxppo.types import Metrics
 
 BLUE = "#1f6fb4"
+COLOURS = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e", "#555555")  # after Okabe and Ito
 
 
 class Curve(NamedTuple):
-    """Mean return over windows of iterations, one row per agent; NaN where no episode finished in a window."""
+    """Mean return over windows of environment steps, one row per agent; NaN where no episode finished in a window."""
 
     timesteps: NDArray[np.floating]  # [windows] steps at the end of each
     returns: NDArray[np.floating]  # [agents, windows]
@@ -24,18 +27,32 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
     """Episode returns in windows: Σ return · episodes / Σ episodes, so that every episode counts once.
 
     An iteration in which no episode ended has no return, and an agent has none from the iteration on at which its loss
-    was no longer finite.
+    was no longer finite. Agents that count whole episodes do not take the same number of steps in an iteration: the
+    windows are the same for all of them, and end where the first has taken its last step.
     """
-    returns, episodes, finite = (
-        np.atleast_2d(np.asarray(x)) for x in (metrics.episode_return, metrics.episodes, finite_so_far(metrics))
+    returns, episodes, finite, steps = (
+        np.atleast_2d(np.asarray(x))
+        for x in (metrics.episode_return, metrics.episodes, finite_so_far(metrics), metrics.timesteps)
     )
-    steps = np.atleast_2d(np.asarray(metrics.timesteps))[0]
+    steps = steps.astype(np.int64)
+    alike = (steps == steps[:1]).all()
+    num_windows = max(1, min(num_windows, steps.shape[1] if alike else steps.shape[1] // 4))
+    last = steps[:, -1].min()
+    within = steps <= last
+    window = np.where(within, (steps * num_windows - 1) // last, 0)
+    agent = np.arange(len(steps))[:, None]
+
+    def in_windows(x: NDArray[Any]) -> NDArray[Any]:
+        total = np.zeros((len(steps), num_windows))
+        np.add.at(total, (agent, window), np.where(within, x, 0))
+        return total
+
     episodes = np.where(finite, episodes, 0)
-    starts = np.unique(np.linspace(0, len(steps), num_windows, endpoint=False).astype(int))
-    total = np.add.reduceat(np.where(episodes > 0, returns * episodes, 0), starts, axis=1)
-    count = np.add.reduceat(episodes, starts, axis=1)
+    total, count = in_windows(np.where(episodes > 0, returns * episodes, 0)), in_windows(episodes)
+    ends = np.zeros(num_windows)
+    np.maximum.at(ends, window, np.where(within, steps, 0))
     with np.errstate(invalid="ignore"):
-        return Curve(steps[np.append(starts[1:], len(steps)) - 1].astype(float), total / count)
+        return Curve(ends[ends > 0], (total / count)[:, ends > 0])
 
 
 def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> Figure:
@@ -48,20 +65,53 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     seen = np.isfinite(curve.returns).any(axis=0)
-    steps, returns = curve.timesteps[seen], curve.returns[:, seen]
-    if agents > 1 and returns.size:
-        axes.plot(steps, returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6)
-        windows = [estimate(window[np.isfinite(window)]) for window in returns.T]  # over the agents that have a return
-        middle = Estimate(*np.transpose(windows))
-        label = f"interquartile mean of {agents} seeds, 95 % interval"
-        axes.fill_between(steps, middle.low, middle.high, color=BLUE, alpha=0.25, linewidth=0)
-        axes.plot(steps, middle.point, color=BLUE, linewidth=1.8, label=label)
+    curve = Curve(curve.timesteps[seen], curve.returns[:, seen])
+    if agents > 1 and curve.returns.size:
+        axes.plot(curve.timesteps, curve.returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6)
+        _plot_middle(axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval")
     else:
-        axes.plot(steps, returns[0], color=BLUE, linewidth=1.8, label="one seed, mean over finished episodes")
-    axes.set(xlabel="environment steps", ylabel="episode return", title=title)
+        label = "one seed, mean over finished episodes"
+        axes.plot(curve.timesteps, curve.returns[0], color=BLUE, linewidth=1.8, label=label)
+    _dress(axes, "episode return", title)
+    axes.legend(frameon=False, loc="best", fontsize="small")
+    return figure
+
+
+def comparison_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """For each environment a row: the algorithms' returns, and how far apart their seeds are.
+
+    On the left the interquartile mean over the seeds with its 95 % interval; on the right the distance between the
+    seeds' quartiles. ``curves[environment][algorithm]`` has the seeds of one algorithm.
+    """
+    figure = Figure(figsize=(9.6, 3.6 * len(curves)), dpi=150, layout="constrained")
+    names = list(dict.fromkeys(name for row in curves.values() for name in row))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    grid = figure.subplots(len(curves), 2, squeeze=False)
+    for (env, row), (left, right) in zip(curves.items(), grid, strict=True):
+        for name, curve in row.items():
+            seen = np.isfinite(curve.returns).any(axis=0)
+            curve = Curve(curve.timesteps[seen], curve.returns[:, seen])
+            if curve.returns.size:
+                _plot_middle(left, curve, colours[name], name)
+                low, high = np.nanpercentile(curve.returns, [25, 75], axis=0)
+                right.plot(curve.timesteps, high - low, color=colours[name], linewidth=1.4)
+        _dress(left, "episode return", f"{env}: interquartile mean, 95 % interval")
+        _dress(right, "distance of the quartiles", f"{env}: spread between seeds")
+        left.legend(frameon=False, loc="best", fontsize="small")
+    return figure
+
+
+def _plot_middle(axes: Axes, curve: Curve, colour: str, label: str) -> None:
+    """The interquartile mean over the agents that have a return in a window, and its interval."""
+    windows = [estimate(window[np.isfinite(window)]) for window in curve.returns.T]
+    middle = Estimate(*np.transpose(windows))
+    axes.fill_between(curve.timesteps, middle.low, middle.high, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(curve.timesteps, middle.point, color=colour, linewidth=1.8, label=label)
+
+
+def _dress(axes: Axes, ylabel: str, title: str) -> None:
+    axes.set(xlabel="environment steps", ylabel=ylabel, title=title)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, loc="best", fontsize="small")
     axes.margins(x=0.02)
-    return figure

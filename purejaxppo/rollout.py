@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs
-from purejaxppo.types import Env, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
+from purejaxppo.types import Env, EpisodeSums, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
 
 Rollout = Callable[
     [PRNGKey, PyTree, Moments | None, VectorState, PyTree], tuple[Transition, VectorState, PyTree, Moments | None]
 ]
 
 
-def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) -> Rollout:
+def make_rollout(
+    env: Env, vector_env: VectorEnv, model: Model, num_steps: int, whole_episodes: bool = False
+) -> Rollout:
     """``rollout(key, params, obs_moments, env_state, carry) -> (transitions, env_state, carry, seen)``.
 
     Every environment takes ``num_steps`` steps under the policy. Observations are normalised by ``obs_moments``, which
@@ -24,20 +26,28 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
     step, but where time cut the episode. Cuts come ``max_episode_steps`` apart, so a rollout that is no longer has at
     most one per environment: its carry and final observation are kept aside and evaluated once. In a longer rollout,
     or where cuts have no bound, every successor is evaluated.
+
+    With ``whole_episodes`` every environment starts anew and its first episode alone counts: the steps after its end
+    are taken, but are neither ``valid`` nor in the ``mask``, and count in no statistic. Episodes that happen to end
+    within a window are the short ones, and an average over them alone is biased.
     """
     bound = env.max_episode_steps
-    one_cut_at_most = env.truncates and bound is not None and num_steps <= bound
+    one_cut_at_most = env.truncates and bound is not None and (whole_episodes or num_steps <= bound)
     many_cuts = env.truncates and not one_cut_at_most
 
     def rollout(
         key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
         key_refill, key_steps = jax.random.split(key)
-        env_state = vector_env.refill(key_refill, env_state)
+        if whole_episodes:
+            env_state, carry = vector_env.reset(key_refill), model.initial_carry(env_state.reset.shape[0])
+        else:
+            env_state = vector_env.refill(key_refill, env_state)
         no_reset = jnp.zeros_like(env_state.reset)
 
         def step(loop: tuple, keys: PRNGKey) -> tuple[tuple, Transition]:
-            env_state, carry, cut, seen = loop
+            env_state, carry, cut, seen, ended = loop
+            valid = ~ended
             key_action, key_env = keys
             obs = normalize_obs(obs_moments, env_state.obs)
             carry, distribution, value = model.step(params, carry, obs, env_state.reset)
@@ -49,9 +59,11 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
             if many_cuts:
                 _, _, next_value = model.step(params, *successor, no_reset)
             if one_cut_at_most:
-                cut = _where(truncated, successor, cut)
+                cut = _where(truncated & valid, successor, cut)
             if seen is not None:
-                seen = merge(seen, moments_of(env_state.obs))
+                seen = merge(seen, moments_of(env_state.obs, valid if whole_episodes else None))
+            if whole_episodes:
+                ended |= out.terminated | truncated
 
             transition = Transition(
                 obs=obs,
@@ -63,15 +75,18 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
                 terminated=out.terminated,
                 truncated=truncated,
                 reset=env_state.reset,
-                mask=jnp.asarray(out.mask),
-                valid=jnp.ones_like(truncated),
+                mask=jnp.asarray(out.mask) & valid,
+                valid=valid,
             )
-            return (next_env_state, carry, cut, seen), transition
+            return (next_env_state, carry, cut, seen, ended), transition
 
         cut = (carry, normalize_obs(obs_moments, env_state.obs)) if one_cut_at_most else ()
         keys = jax.random.split(key_steps, (num_steps, 2))
         seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
-        (env_state, carry, cut, seen), transitions = jax.lax.scan(step, (env_state, carry, cut, seen), keys)
+        start = (env_state, carry, cut, seen, no_reset)
+        (env_state, carry, cut, seen, _), transitions = jax.lax.scan(step, start, keys)
+        if whole_episodes:
+            env_state = env_state._replace(finished=_first_episodes(transitions))
         if many_cuts:
             return transitions, env_state, carry, seen
 
@@ -85,6 +100,14 @@ def make_rollout(env: Env, vector_env: VectorEnv, model: Model, num_steps: int) 
         return transitions._replace(next_value=next_value), env_state, carry, seen
 
     return rollout
+
+
+def _first_episodes(transitions: Transition) -> EpisodeSums:
+    """The sums over the first episode of every row: no valid step comes after its end."""
+    done = (transitions.terminated | transitions.truncated) & transitions.valid
+    played = transitions.valid & done.any(axis=0)[None]
+    returns = jnp.where(played, transitions.reward, 0).sum()
+    return EpisodeSums(returns, played.sum(dtype=returns.dtype), done.sum(dtype=jnp.int32))
 
 
 def _where(condition: Any, new: PyTree, old: PyTree) -> PyTree:

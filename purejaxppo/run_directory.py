@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 import purejaxppo
-from purejaxppo.config import Config
 from purejaxppo.policy import Policy, load_policy, save_policy
 from purejaxppo.types import ConfigError, Metrics
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from purejaxppo.fitting import Run
 
 
-def reserve(directory: str | os.PathLike, config: Config, seeds: int, key: Any) -> Path:
+def reserve(directory: str | os.PathLike, described: dict[str, Any], seeds: int, key: Any) -> Path:
     """Make the directory, which must be new, and write ``config.json``: a mistake shows before hours of training."""
     directory = Path(directory)
     try:
@@ -35,14 +34,14 @@ def reserve(directory: str | os.PathLike, config: Config, seeds: int, key: Any) 
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}") from None
     description = {
-        "config": config.to_dict(),
+        **described,
         "seeds": seeds,
         "key": key if isinstance(key, int) else np.asarray(_key_data(key)).tolist(),
         "purejaxppo": purejaxppo.__version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
-    _whole(directory / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+    whole(directory / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
     return directory
 
 
@@ -52,11 +51,9 @@ def write(directory: str | os.PathLike, run: "Run") -> None:
 
     directory = Path(directory)
     table = metrics_table(run.metrics)
-    _whole(directory / "metrics.csv", lambda path: table.to_csv(path, index=False))
+    whole(directory / "metrics.csv", lambda path: table.to_csv(path, index=False))
     title = f"{run.config.algorithm.upper()} on {run.config.env}"
-    _whole(
-        directory / "learning_curve.png", lambda path: learning_curve(run.metrics, title).savefig(path, format="png")
-    )
+    whole(directory / "learning_curve.png", lambda path: learning_curve(run.metrics, title).savefig(path, format="png"))
     for seed in range(run.seeds):
         save_policy(directory / "policy" / f"seed_{seed}" if run.seeds > 1 else directory / "policy", run.policy(seed))
 
@@ -86,7 +83,8 @@ def metrics_table(metrics: Metrics) -> Any:
     return pd.DataFrame(index | {name: x.ravel() for name, x in columns.items()})
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+def whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     write(temporary)
     temporary.replace(path)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from purejaxppo import advantages, envs
+from purejaxppo import envs
+from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.envs.wrappers import bound_actions, flatten_observations
+from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
@@ -49,10 +51,14 @@ def make_train(
     config = _checked(config)
 
     def train(key: PRNGKey, params: PyTree = None, frozen: PyTree = None) -> Result:
-        def iteration(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, _: None = None) -> tuple[TrainState, Metrics]:
             return trainer.step(state, frozen)
 
-        return Result(*jax.lax.scan(iteration, trainer.init(key, params), None, config.num_iterations))
+        state = trainer.init(key, params)
+        if not config.whole_episodes:
+            return Result(*jax.lax.scan(step, state, None, config.num_iterations))
+        rows = empty_rows(jax.eval_shape(step, state)[1], config.num_iterations)
+        return Result(*run_iterations(config, step, state, rows, config.num_iterations))
 
     return train
 
@@ -72,8 +78,10 @@ def make_trainer(
     config = _checked(config)
     env, model = resolve(config, env, model)
     _require_enough_sequences(config, model)
+    _require_room_for_episodes(config, env)
     vector_env = vectorize(env, config.num_envs)
-    rollout = make_rollout(env, vector_env, model, config.num_steps)
+    rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
+    estimate = ADVANTAGES[config.estimator]
     update = UPDATES[config.algorithm](config, model, make_optimizer(config))
     reward = _reward(reward_fn)
 
@@ -90,6 +98,7 @@ def make_trainer(
             reward=reward.init(config),
             key=key_run,
             iteration=jnp.zeros((), jnp.int32),
+            timesteps=no_steps(config),
         )
         return _tied(state, (key, config))
 
@@ -100,11 +109,13 @@ def make_trainer(
         # Run policy π_old in the environments for T steps.
         transitions, env_state, carry, seen = rollout(key_rollout, state.params, obs_moments, state.env, state.carry)
         rewards, reward_state, reward_metrics = reward.step(state.reward, transitions, config, frozen)
-        done = transitions.terminated | transitions.truncated
-        rewards, reward_scale = normalize_reward(state.normalizer.reward, rewards, done, config.gamma)
+        valid = transitions.valid if config.whole_episodes else None
+        rewards, reward_scale = normalize_reward(
+            state.normalizer.reward, rewards, transitions.reset, config.gamma, valid
+        )
 
         # Compute advantage estimates Â_1, …, Â_T.
-        advantage, target = advantages.gae(
+        advantage, target = estimate(
             rewards,
             transitions.value,
             transitions.next_value,
@@ -121,13 +132,15 @@ def make_trainer(
         # The observations of this rollout count from the next one on, or its ratios would not start at 1.
         obs_moments = None if seen is None else merge(obs_moments, seen)
         iteration = state.iteration + 1
-        metrics = iteration_metrics(config, iteration, env_state.finished, batch, measured | reward_metrics)
+        timesteps = count_steps(config, iteration, state.timesteps, batch.mask)
+        metrics = iteration_metrics(timesteps, env_state.finished, batch, measured | reward_metrics)
         if config.debug:
             message = "timesteps {}: episode return {}"
             jax.debug.print(message, metrics.timesteps, metrics.episode_return)
         normalizer = Normalizer(obs_moments, reward_scale)
-        state = TrainState(params, update_state, normalizer, env_state, carry, reward_state, key_next, iteration)
-        return state, metrics
+        return TrainState(
+            params, update_state, normalizer, env_state, carry, reward_state, key_next, iteration, timesteps
+        ), metrics
 
     return Trainer(init, step)
 
@@ -181,6 +194,24 @@ def _require_enough_sequences(config: Config, model: Model) -> None:
         )
     if config.fisher_subsample > sequences:
         raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples")
+
+
+def _require_room_for_episodes(config: Config, env: Env) -> None:
+    if not config.whole_episodes:
+        return
+    bound = env.max_episode_steps
+    if bound is None:
+        raise ConfigError(f"{env.name} has no bound on the length of an episode, so no rollout holds whole ones")
+    if config.num_steps < bound:
+        instead = (
+            "advantage='gae', which bootstraps from the value function and is no longer unbiased"
+            if config.estimator == "returns"
+            else "episodic=False"
+        )
+        raise ConfigError(
+            f"num_steps = {config.num_steps}: {config.algorithm} plays whole episodes, and those of {env.name} take up "
+            f"to {bound} steps: set num_steps={bound}, or {instead}"
+        )
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:

@@ -221,6 +221,7 @@ class TrainState(NamedTuple):
     reward: PyTree  # the reward function's state
     key: PRNGKey
     iteration: Int[Array, ""]  # iterations done
+    timesteps: Array  # environment steps done: all, or with whole episodes those in a mask
 
 
 class Metrics(NamedTuple):

@@ -40,7 +40,7 @@ def numpy_kl(old, new, obs, gaussian):
 def random_batch(seed, gaussian=False, masked=True):
     """A batch as NumPy arrays, whose ratios leave the clipping interval on both sides."""
     rng = np.random.default_rng(seed)
-    return {
+    batch = {
         "obs": rng.normal(size=(T, B, F)),
         "action": rng.normal(size=(T, B, A)) if gaussian else rng.integers(0, A, (T, B)),
         "log_prob": rng.normal(-1.2, 0.3, (T, B)),
@@ -52,6 +52,7 @@ def random_batch(seed, gaussian=False, masked=True):
         "valid": rng.random((T, B)) < 0.7 if masked else np.ones((T, B), bool),
         "carry": (),
     }
+    return batch | {"mask": batch["mask"] & batch["valid"]}  # what does not exist has no action that counts
 
 
 def numpy_objective(theta, batch, config, gaussian, old_policy=None):

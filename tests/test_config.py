@@ -18,10 +18,10 @@ from purejaxppo import Config, ConfigError, envs, make_train
 from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, OBJECTIVES, tuned, validate
 
 CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
-CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl", "max_kl", "cg_damping", "line_search_shrink"}
-MAY_BE_0 = {"lr", "vf_coef", "ent_coef", "kl_coef", "cg_damping", "gamma", "gae_lambda"}
+CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl", "max_kl", "cg_damping", "line_search_shrink", "baseline_decay"}
+MAY_BE_0 = {"lr", "vf_coef", "ent_coef", "kl_coef", "cg_damping", "gamma", "gae_lambda", "baseline_decay"}
 BELOW_1 = float(np.nextafter(1, 0))
-HIGHEST = {"gamma": 1, "gae_lambda": 1, "clip_eps": BELOW_1, "line_search_shrink": BELOW_1}
+HIGHEST = {"gamma": 1, "gae_lambda": 1, "baseline_decay": 1, "clip_eps": BELOW_1, "line_search_shrink": BELOW_1}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
 SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps"}
@@ -240,7 +240,7 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"anneal_lr": 1}, "anneal_lr = 1: it must be True or False"),
         ({"debug": "yes"}, "debug = 'yes': it must be True or False"),
         ({"env": 3}, "env = 3: it must be a string"),
-        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo, trpo; did you mean 'ppo'?"),
+        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo, trpo, reinforce; did you mean 'ppo'?"),
         ({"network": "transformer"}, "network = 'transformer': it must be one of mlp"),
         (
             {"activation": "rellu"},
@@ -323,18 +323,20 @@ def test_tuned_settings_are_there_for_existing_environments_only():
     assert set(BUDGETS) <= set(tuned()) <= set(envs.list_envs())
 
 
-@pytest.mark.parametrize("name", sorted(tuned()))
-def test_tuned_settings_are_valid_and_stay_within_the_budget(name):
-    config = Config.for_env(name)
-    assert validate(config) == config and config.env == name
+TUNED = [(algorithm, name) for algorithm in ALGORITHMS for name in tuned(algorithm)]
+
+
+@pytest.mark.parametrize(("algorithm", "name"), TUNED)
+def test_tuned_settings_are_valid_and_stay_within_the_budget(algorithm, name):
+    config = Config.for_env(name, algorithm=algorithm)
+    assert validate(config) == config and (config.env, config.algorithm) == (name, algorithm)
     assert config.actual_timesteps <= BUDGETS.get(name, 10_000_000)
-    assert config != Config(env=name)
-    for key, value in tuned()[name].items():
+    for key, value in tuned(algorithm)[name].items():
         assert key == "result" or getattr(config, key) == value
 
 
 def test_every_tuned_environment_says_what_it_reached():
-    assert [name for name, settings in tuned().items() if "result" not in settings] == []
+    assert [pair for pair in TUNED if "result" not in tuned(pair[0])[pair[1]]] == []
 
 
 def test_for_env_takes_changes_and_general_settings_elsewhere():

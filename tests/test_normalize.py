@@ -56,7 +56,7 @@ def test_observations_are_standardised_and_cut_at_10_deviations():
 def test_the_reward_normaliser_equals_a_loop():
     """The terminal reward counts in the return, which is forgotten after it and not before (PureJaxRL, rejax)."""
     rng, gamma, T, B = np.random.default_rng(0), 0.9, 12, 3
-    running, returns = np.zeros(B), []
+    running, returns, ended = np.zeros(B), [], np.ones(B, bool)
     normalize = jax.jit(normalize_reward)
     with jax.enable_x64(True):
         scale = init_normalizer(jnp.zeros((B, 1)), False, True).reward
@@ -67,10 +67,12 @@ def test_the_reward_normaliser_equals_a_loop():
                     running[b] = gamma * running[b] + reward[t, b]
                     returns.append(running[b])
                     running[b] = 0.0 if done[t, b] else running[b]
-            scaled, scale = normalize(scale, reward, done, gamma)
+            scaled, scale = normalize(scale, reward, np.concatenate([ended[None], done[:-1]]), gamma)
+            ended = done[-1]
             expected = np.clip(reward / np.sqrt(np.var(returns) + EPSILON), -10, 10)
             np.testing.assert_allclose(scaled, expected, rtol=1e-10)
-            np.testing.assert_allclose(scale.discounted_return, running, rtol=1e-12, atol=1e-12)
+            going = ~done[-1]  # of an ended episode it is forgotten when the next one begins
+            np.testing.assert_allclose(scale.discounted_return[going], running[going], rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(scale.moments.mean, np.mean(returns), rtol=1e-12)
 
 
@@ -79,12 +81,24 @@ def test_a_terminal_reward_counts_in_its_own_episode_only():
     _, scale = normalize_reward(
         init_normalizer(jnp.zeros((1, 1)), False, True).reward,
         jnp.asarray([[5.0], [1.0]]),
-        jnp.asarray([[True], [False]]),
+        jnp.asarray([[True], [True]]),
         0.9,
     )
     np.testing.assert_allclose(scale.moments.mean, 3.0, rtol=1e-6)
     np.testing.assert_allclose(scale.moments.variance, 4.0, rtol=1e-6)
     np.testing.assert_allclose(scale.discounted_return, [1.0], rtol=1e-6)
+
+
+def test_returns_of_steps_that_do_not_exist_do_not_count():
+    """Rewards 1, 2 | 100, 100 of which the last two come after the end, and a row of 3, 4, 5, 6 that goes on."""
+    reward = jnp.asarray([[1.0, 3.0], [2.0, 4.0], [100.0, 5.0], [100.0, 6.0]])
+    reset = jnp.asarray([[True, True], [False, False], [True, False], [False, False]])
+    valid = jnp.asarray([[True, True], [True, True], [False, True], [False, True]])
+    _, scale = normalize_reward(init_normalizer(jnp.zeros((2, 1)), False, True).reward, reward, reset, 1.0, valid)
+    returns = [1.0, 3.0, 3.0, 7.0, 12.0, 18.0]
+    np.testing.assert_allclose(scale.moments.samples, 6)
+    np.testing.assert_allclose(scale.moments.mean, np.mean(returns), rtol=1e-6)
+    np.testing.assert_allclose(scale.moments.variance, np.var(returns), rtol=1e-5)
 
 
 def test_statistics_are_merged_after_the_update_and_equal_those_of_what_was_seen():

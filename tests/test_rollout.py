@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from small_envs import BOX, DISCRETE, counter, linear_model, memory_model
 
-from purejaxppo import Config
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.envs.wrappers import bound_actions
 from purejaxppo.metrics import iteration_metrics
@@ -174,6 +173,55 @@ def test_episode_statistics_equal_a_loop(name):
     assert episodes > 0
 
 
+# ------------------------------------------------------------------------------------ whole episodes
+
+
+@pytest.mark.parametrize(("limit", "longest"), [(5, 8), (5, 0), (T, 5)], ids=["both ends", "cuts", "terminations"])
+def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(limit, longest):
+    env, model, rows = counter(DISCRETE, limit, longest), linear_model(), 16
+    vector_env = vectorize(env, rows)
+    rollout = make_rollout(env, vector_env, model, T, whole_episodes=True)
+    state = vector_env.reset(jax.random.key(0))
+    params = model.init(jax.random.key(1), state.obs)
+    run = jax.jit(lambda key, state: rollout(key, params, MOMENTS, state, ()))
+    first_starts = None
+    for seed in (2, 3):
+        transitions, state, _, seen = run(jax.random.key(seed), state)
+        transitions = jax.tree.map(np.asarray, transitions)
+        obs, done = raw(transitions.obs, MOMENTS), transitions.terminated | transitions.truncated
+        assert transitions.reset[0].all()
+        np.testing.assert_allclose(obs[0, :, 1], 0, atol=1e-5)  # all begin anew
+        if first_starts is not None:
+            assert not np.isin(np.round(obs[0, :, 0], 5), first_starts).any()
+        first_starts = np.round(obs[0, :, 0], 5)
+        lengths = done.argmax(axis=0) + 1
+        played = np.arange(T)[:, None] < lengths
+        np.testing.assert_array_equal(transitions.valid, played)
+        np.testing.assert_array_equal(transitions.mask, played)
+        assert len(np.unique(lengths)) > 1 or longest == 0
+        finished = state.finished
+        assert (finished.episodes, finished.lengths) == (rows, lengths.sum())
+        np.testing.assert_allclose(finished.returns, (lengths * (lengths + 1) / 2).sum())
+        np.testing.assert_allclose(seen.samples, lengths.sum())
+        np.testing.assert_allclose(seen.mean, obs[played].mean(axis=0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(seen.variance, obs[played].var(axis=0), rtol=1e-3, atol=1e-3)
+        cut = transitions.truncated & played
+        final = np.stack([obs[..., 0], np.round(obs[..., 1]) + 1, transitions.action], axis=-1)[cut]
+        final = normalize_obs(MOMENTS, jnp.asarray(final, jnp.float32))
+        _, _, value = model.step(params, (), final, jnp.zeros(len(final), bool))
+        np.testing.assert_allclose(transitions.next_value[cut], value, rtol=2e-4, atol=2e-4)
+
+
+def test_with_whole_episodes_memory_begins_anew():
+    env, model = counter(DISCRETE, 5, 8), memory_model(3)
+    vector_env = vectorize(env, B)
+    rollout = make_rollout(env, vector_env, model, T, whole_episodes=True)
+    state = vector_env.reset(jax.random.key(0))
+    params = model.init(jax.random.key(1), state.obs)
+    transitions, _, _, _ = rollout(jax.random.key(2), params, None, state, (jnp.full(B, 100.0),))
+    np.testing.assert_allclose(transitions.value[0], params["value"] * transitions.obs[0].sum(-1), rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- actions
 
 
@@ -215,6 +263,6 @@ def test_a_mean_over_no_finished_episode_is_nan():
     plane = jnp.zeros((T, B))
     batch = Batch(*[plane] * 6, plane > 0, plane == 0, plane == 0, ())
     nothing = EpisodeSums(jnp.zeros(()), jnp.zeros(()), jnp.int32(0))
-    metrics = iteration_metrics(Config(num_envs=B, num_steps=T), jnp.int32(3), nothing, batch, {})
+    metrics = iteration_metrics(jnp.int32(7), nothing, batch, {})
     assert np.isnan(metrics.episode_return) and np.isnan(metrics.episode_length)
-    assert (metrics.episodes, metrics.timesteps) == (0, 3 * T * B)
+    assert (metrics.episodes, metrics.timesteps) == (0, 7)

@@ -9,7 +9,7 @@ from ppo_reference import A, B, T, arrays, parameters, random_batch
 from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, make_train
-from purejaxppo.config import ALGORITHMS, OBJECTIVES
+from purejaxppo.config import ALGORITHMS, BASELINES, OBJECTIVES
 from purejaxppo.train import make_optimizer
 from purejaxppo.types import Update
 from purejaxppo.updates import UPDATES
@@ -22,6 +22,8 @@ VARIANTS = {
     "trpo subsample": SIZES.replace(algorithm="trpo", fisher_subsample=2),
 }
 VARIANTS |= {f"ppo {name}": SIZES.replace(objective=name) for name in OBJECTIVES if name != "clip"}
+ONCE = SIZES.replace(algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False)
+VARIANTS |= {f"reinforce {name}": ONCE.replace(baseline=name) for name in BASELINES}
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 KEY = jax.random.key(5)
 
@@ -55,7 +57,8 @@ def test_an_update_keeps_every_shape_and_compiles_once(config):
         assert all(x.shape == () and np.isfinite(x) for x in metrics.values())
     if config.early_stop_kl:
         assert 0 < metrics["steps_taken"] < 1  # or its masks would not be tested
-    assert {"policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm"} <= metrics.keys()
+    assert {"policy_loss", "entropy", "approx_kl", "grad_norm"} <= metrics.keys()
+    assert ("value_loss" in metrics) == (config.baseline == "value")
 
 
 @every_variant
@@ -87,19 +90,22 @@ def test_vmapped_updates_are_the_updates_alone(config):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine)
 
 
-@pytest.mark.parametrize("space", [DISCRETE, MULTI, BOX], ids=["discrete", "multi-discrete", "continuous"])
-@pytest.mark.parametrize("name", ["trpo", "ppo adaptive_kl"])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [("trpo", MULTI), ("trpo", BOX), ("ppo adaptive_kl", BOX), ("reinforce value", DISCRETE)],
+    ids=["trpo multi-discrete", "trpo continuous", "adaptive_kl continuous", "reinforce discrete"],
+)
 def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
-    """PPO's clipped objective has its own test."""
+    """PPO's clipped objective has its own test, over every kind of space; here each kind stands once."""
     config = VARIANTS[name].replace(normalize_obs=True)
     state, metrics = jax.jit(jax.vmap(make_train(config, counter(space))))(jax.random.split(KEY, 2))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert metrics.first_ratio_deviation.max() < 1e-4
-    assert metrics.timesteps.tolist() == [[15, 30, 45, 60]] * 2
-    assert all(x.shape == (2, 4) for x in jax.tree.leaves(metrics))
+    assert config.whole_episodes or metrics.timesteps.tolist() == [[15, 30, 45, 60]] * 2
+    assert all(x.shape == (2, config.num_iterations) for x in jax.tree.leaves(metrics))
 
 
-@pytest.mark.parametrize("name", ["trpo subsample", "ppo adaptive_kl"])
+@pytest.mark.parametrize("name", ["trpo subsample", "ppo adaptive_kl", "reinforce running_mean"])
 def test_a_model_with_memory_learns_from_whole_sequences(name):
     """PPO's clipped objective has its own test."""
     config, model = VARIANTS[name], memory_model(3)
@@ -107,4 +113,4 @@ def test_a_model_with_memory_learns_from_whole_sequences(name):
     assert metrics.first_ratio_deviation.max() < 1e-4
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     with pytest.raises(ConfigError, match="whole sequences"):
-        make_train(config.replace(num_envs=4, num_steps=6, num_minibatches=3), counter(), model)
+        make_train(VARIANTS["ppo"].replace(num_envs=4, num_steps=6, num_minibatches=3), counter(), model)

@@ -1,0 +1,84 @@
+"""Checks of single values: what stands in a field of `Config`, or one clear sentence on what should."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from purejaxppo.types import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What may stand in a field: a predicate for one number, and the words for it."""
+
+    ok: Callable[[Any], bool]
+    words: str
+
+
+POSITIVE_INT = Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
+POSITIVE = Check(lambda x: x > 0, "a finite number above 0")
+NONE_OR_POSITIVE = Check(lambda x: x > 0, "None or a finite number above 0")
+NOT_NEGATIVE = Check(lambda x: x >= 0, "a finite number of at least 0")
+UNIT = Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
+INSIDE_UNIT = Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+
+
+def checked_int(name: str, value: Any, check: Check) -> int:
+    """The value as an integer; an integral float such as 5e7 is one."""
+    if isinstance(value, np.generic) and _is_numeric(value):
+        value = value.item()
+    if isinstance(value, float) and abs(value) < 2**62 and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or not _is_numeric(value) or not check.ok(value):
+        raise wrong(name, value, check.words)
+    return int(value)
+
+
+def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
+    """The value as a tuple of positive integers."""
+    if not isinstance(value, list | tuple):
+        raise wrong(name, value, "a sequence of positive integers, such as (64, 64)")
+    return tuple(checked_int(f"{name}[{i}]", size, POSITIVE_INT) for i, size in enumerate(value))
+
+
+def _is_numeric(value: Any) -> bool:
+    """Integers and reals; a time span or a random key is neither, whatever NumPy derives it from."""
+    dtype = getattr(value, "dtype", np.dtype(float))
+    return not isinstance(value, bool) and isinstance(dtype, np.dtype) and dtype.kind in "iuf"
+
+
+def checked_leaf(name: str, value: Any, check: Check) -> Any:
+    """A continuous value: a number as a float, an array as it is with every element checked, a traced one unseen."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(value):
+        raise wrong(name, value, check.words)
+    if not np.size(value):
+        raise wrong(name, value, check.words)
+    array = np.asarray(value)
+    try:
+        elements = [float(element) for element in array.ravel()]
+    except OverflowError:
+        raise wrong(name, value, check.words) from None
+    for element in elements:
+        if not math.isfinite(element) or not check.ok(element):
+            raise wrong(name, element, check.words)
+    return float(value) if array.ndim == 0 and not isinstance(value, jax.Array) else value
+
+
+def wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:
+    """The error that says what stands there and what should."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ConfigError(f"{name} = {shown}: it must be {allowed}{hint}")
+
+
+def nearest(word: Any, choices: Any) -> str:
+    """What was probably meant, as the end of a sentence; empty where nothing is close."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,57 @@
+"""How long a run is: counting its steps, and running its iterations."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from purejaxppo.config import Config
+from purejaxppo.types import Metrics, PyTree, TrainState
+
+Step = Callable[[TrainState], tuple[TrainState, Metrics]]
+
+
+def no_steps(config: Config) -> Array:
+    """Zero, in int32; where the count passes 2³¹, in float32, which then holds it to 7 digits."""
+    return jnp.zeros((), jnp.int32 if config.actual_timesteps < 2**31 else jnp.float32)
+
+
+def count_steps(config: Config, iteration: Array, before: Array, mask: Bool[Array, "T B"]) -> Array:
+    """The environment steps of all iterations up to this one; of whole episodes those where the mask is true."""
+    if config.whole_episodes:
+        return before + mask.sum(dtype=before.dtype)
+    return iteration.astype(before.dtype) * config.batch_size
+
+
+def empty_rows(metrics: PyTree, *sizes: int) -> PyTree:
+    """Room for metrics in front of whose shapes stand these sizes: how many iterations, or agents and iterations."""
+    return jax.tree.map(lambda x: jnp.zeros((*sizes, *x.shape), x.dtype), metrics)
+
+
+def run_iterations(
+    config: Config, step: Step, state: TrainState, rows: Metrics, count: Int[Array, ""] | int
+) -> tuple[TrainState, Metrics]:
+    """Up to ``count`` iterations; the metrics of the i-th go to row i.
+
+    With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
+    steps are counted, and the rows that were not reached repeat the last one, with no episodes. (``rows`` of the call
+    before, given back, are enough to know it.)
+    """
+
+    def going(loop: tuple[TrainState, Metrics, Array]) -> Array:
+        state, _, i = loop
+        return (i < count) & (state.timesteps < config.total_timesteps) if config.whole_episodes else i < count
+
+    def iteration(loop: tuple[TrainState, Metrics, Array]) -> tuple[TrainState, Metrics, Array]:
+        state, rows, i = loop
+        state, metrics = step(state)
+        return state, jax.tree.map(lambda row, x: row.at[i].set(x), rows, metrics), i + 1
+
+    state, rows, done = jax.lax.while_loop(going, iteration, (state, rows, jnp.zeros((), jnp.int32)))
+    if not config.whole_episodes:
+        return state, rows
+    row = jnp.arange(rows.timesteps.shape[0])
+    # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
+    rows = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], rows)
+    return state, rows._replace(episodes=jnp.where(row < done, rows.episodes, 0))

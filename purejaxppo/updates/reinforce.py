@@ -1,0 +1,117 @@
+"""REINFORCE (Williams 1992, 'Simple statistical gradient-following algorithms')."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from purejaxppo import losses
+from purejaxppo.config import Config
+from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
+
+
+class RunningMean(NamedTuple):
+    """The mean return-to-go of the batches before this one, with weights that decay by age."""
+
+    total: Float[Array, ""]  # Σ weight · mean
+    weight: Float[Array, ""]  # Σ weight
+
+
+class ReinforceState(NamedTuple):
+    """What REINFORCE remembers between iterations."""
+
+    optimizer: PyTree
+    past: RunningMean | None  # where the baseline is the running mean
+
+
+def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
+    """One step along the gradient of the return, estimated from B episodes, each batch used once:
+
+        ∇J ≈ 1/B Σ_i Σ_t ∇log π(a_t | s_t) (G_t − b_t)
+
+    The sum over a batch is divided by the number of episodes, a constant: dividing by the number of steps, which
+    depends on the actions, would bias it. No baseline below does, because none looks at the action it is taken off
+    (Greensmith et al. 2004). By ``baseline``:
+
+        none           b = 0
+        leave_one_out  the mean of G_t over the other episodes that still run at step t; 0 where none does
+        running_mean   the mean of G over all steps of earlier batches, an iteration weighing ``baseline_decay`` times
+                       the one after it; 0 at first
+        value          V(s_t), fitted to G_t by the same step: ``vf_coef`` weighs its loss
+
+    With γ < 1, G_t is discounted and the factor γ^t of the discounted objective is left out, as everywhere (Nota &
+    Thomas 2020). With ``normalize_advantage`` the differences G − b are standardised over the batch, which is no longer
+    unbiased; with ``advantage="gae"`` the differences are GAE's, bootstrapped from V: no longer unbiased either, but
+    windows may then cut episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
+    """
+
+    def loss(params: PyTree, batch: Batch, weight: Array) -> tuple[Array, dict[str, Array]]:
+        distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
+        log_prob = distribution.log_prob(batch.action)
+        rows = batch.mask.shape[1]
+        score = jnp.where(batch.mask, log_prob * weight, 0).sum() / rows
+        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / rows
+        metrics = {"policy_loss": -score, "entropy": losses.masked_mean(distribution.entropy(), batch.mask)}
+        ratio = losses.probability_ratio(log_prob, batch.log_prob, batch.mask)
+        metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
+        objective = score + config.ent_coef * entropy
+        if config.baseline == "value":
+            metrics["value_loss"] = losses.value_loss(value, batch.target, batch.valid)
+            objective -= config.vf_coef * metrics["value_loss"]
+        return -objective, metrics
+
+    def init(params: PyTree) -> ReinforceState:
+        zero = jnp.zeros((), jnp.result_type(float))
+        return ReinforceState(
+            optimizer.init(params), RunningMean(zero, zero) if config.baseline == "running_mean" else None
+        )
+
+    def step(
+        key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
+    ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
+        def policy(params: PyTree) -> Distribution:
+            return model.unroll(params, batch.carry, batch.obs, batch.reset)[0]
+
+        weight, past = off_baseline(config, update_state.past, batch)
+        gradient, metrics = jax.grad(loss, has_aux=True)(params, batch, weight)
+        change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
+        new = optax.apply_updates(params, change)
+
+        old, after = policy(params), policy(new)
+        ratio = losses.probability_ratio(after.log_prob(batch.action), batch.log_prob, batch.mask)
+        metrics |= {
+            "grad_norm": optax.tree.norm(gradient),
+            "approx_kl": losses.masked_mean(old.kl(after), batch.mask),
+            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
+            "largest_ratio_deviation": jnp.abs(ratio - 1).max(),
+        }
+        return new, ReinforceState(opt_state, past), metrics
+
+    return Update(init, step)
+
+
+def off_baseline(
+    config: Config, past: RunningMean | None, batch: Batch
+) -> tuple[Float[Array, "T B"], RunningMean | None]:
+    """G − b, 0 outside of the mask, and what the running mean remembers."""
+    if config.baseline == "value":
+        weight = batch.advantage
+    elif config.baseline == "leave_one_out":
+        weight = batch.target - mean_of_the_others(batch.target, batch.valid)
+    elif past is not None:
+        weight = batch.target - past.total / jnp.maximum(past.weight, 1)
+        decay, mean = config.baseline_decay, losses.masked_mean(batch.target, batch.valid)
+        past = RunningMean(decay * past.total + mean, decay * past.weight + 1)
+    else:
+        weight = batch.target
+    weight = jnp.where(batch.mask, weight, 0)
+    return losses.standardize(weight, batch.mask) if config.normalize_advantage else weight, past
+
+
+def mean_of_the_others(x: Float[Array, "T B"], valid: Bool[Array, "T B"]) -> Float[Array, "T B"]:
+    """At each step the mean over the other rows that are valid there; 0 where there are none."""
+    x = jnp.where(valid, x, 0)
+    total, count = x.sum(axis=1, keepdims=True) - x, valid.sum(axis=1, keepdims=True) - valid
+    return total / jnp.maximum(count, 1)
