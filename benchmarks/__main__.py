@@ -1,21 +1,23 @@
-"""``python -m benchmarks learning | table | speed``: the figures of the README, re-made."""
+"""``python -m benchmarks learning | table | speed | table1``: the figures of the README, re-made."""
 
 import tyro
 
 from benchmarks import learning as learning_benchmark
+from benchmarks import table1 as table1_benchmark
 
 
 def learning(
-    envs: tuple[str, ...] = tuple(learning_benchmark.GOALS), seeds: int = 16, at_once: int | None = None
+    algorithm: str = "ppo", envs: tuple[str, ...] | None = None, seeds: int = 16, at_once: int | None = None
 ) -> None:
     """Train the tuned settings over many seeds and store the scores of the final policies.
 
     Args:
-        envs: which environments
+        algorithm: ppo, trpo or reinforce
+        envs: which environments (all that have a goal, if not given)
         seeds: how many agents each
         at_once: how many of them in one compiled call (all, if not given)
     """
-    learning_benchmark.run(list(envs), seeds, at_once)
+    learning_benchmark.run(algorithm, list(envs or learning_benchmark.GOALS[algorithm]), seeds, at_once)
 
 
 def table() -> None:
@@ -35,7 +37,24 @@ def speed(cases: tuple[str, ...] = ("wide", "single", "seeds"), repeats: int = 5
     speed_benchmark.run(list(cases), repeats)
 
 
+def table1(
+    envs: tuple[str, ...] = table1_benchmark.ENVS, seeds: int = 3, timesteps: int = 1_000_000, show: bool = False
+) -> None:
+    """Repeat table 1 of the PPO paper on continuous environments, all settings and seeds, and store the scores.
+
+    Args:
+        envs: which environments
+        seeds: runs of each setting in each environment
+        timesteps: of each run
+        show: only print the stored table
+    """
+    if not show:
+        table1_benchmark.run(list(envs), seeds, timesteps)
+    else:
+        table1_benchmark.table()
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"learning": learning, "table": table, "speed": speed}, prog="python -m benchmarks"
+        {"learning": learning, "table": table, "speed": speed, "table1": table1}, prog="python -m benchmarks"
     )

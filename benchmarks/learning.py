@@ -25,53 +25,69 @@ class Goal(NamedTuple):
 
 
 GOALS = {
-    "CartPole-v1": Goal(500, 100_000),
-    "Acrobot-v1": Goal(-75, 1_000_000),
-    "MountainCar-v0": Goal(-110, 1_000_000),
-    "MountainCarContinuous-v0": Goal(92, 100_000),
-    "Pendulum-v1": Goal(-165, 1_000_000, episodes=1024),
-    "Breakout-MinAtar": Goal(50, 10_000_000, deterministic=False),
-    "Freeway-MinAtar": Goal(60, 10_000_000, deterministic=False),
-    "SpaceInvaders-MinAtar": Goal(165, 10_000_000, deterministic=False),
+    "ppo": {
+        "CartPole-v1": Goal(500, 100_000),
+        "Acrobot-v1": Goal(-75, 1_000_000),
+        "MountainCar-v0": Goal(-110, 1_000_000),
+        "MountainCarContinuous-v0": Goal(92, 100_000),
+        "Pendulum-v1": Goal(-165, 1_000_000, episodes=1024),
+        "Breakout-MinAtar": Goal(50, 10_000_000, deterministic=False),
+        "Freeway-MinAtar": Goal(60, 10_000_000, deterministic=False),
+        "SpaceInvaders-MinAtar": Goal(165, 10_000_000, deterministic=False),
+    },
+    "trpo": {
+        "CartPole-v1": Goal(500, 100_000),
+        "Acrobot-v1": Goal(-83, 100_000),
+        "MountainCarContinuous-v0": Goal(92, 100_000),
+        "Pendulum-v1": Goal(-170, 300_000, episodes=1024),
+    },
+    "reinforce": {"CartPole-v1": Goal(480, 500_000)},
 }
 
 
-def scorer(config: Config, goal: Goal) -> Callable[[jax.Array], jax.Array]:
-    """From keys to the mean return of each one's final policy; all of them trained in one compiled function."""
+def scorer(config: Config, goal: Goal) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """From keys to the mean return of each one's final policy, and the steps that it took to train it.
+
+    All of them are trained in one compiled function.
+    """
     env = envs.make(config.env)
 
-    def one(key: jax.Array) -> jax.Array:
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_train, key_evaluate = jax.random.split(key)
-        result = make_train(config, env)(key_train)
-        policy = Policy.from_state(config, result.state, env=env)
-        return evaluate(policy, env, key_evaluate, goal.episodes, goal.deterministic).returns.mean()
+        state = make_train(config, env)(key_train).state
+        policy = Policy.from_state(config, state, env=env)
+        returns = evaluate(policy, env, key_evaluate, goal.episodes, goal.deterministic).returns
+        return returns.mean(), state.timesteps
 
     return jax.jit(jax.vmap(one))
 
 
-def run(names: list[str], seeds: int, at_once: int | None) -> None:
+def run(algorithm: str, names: list[str], seeds: int, at_once: int | None) -> None:
     """Score each environment, ``at_once`` seeds in one call, and store what came out after every call."""
     for name in names:
-        goal = GOALS[name]
-        config = Config.for_env(name)
+        goal = GOALS[algorithm][name]
+        config = Config.for_env(name, algorithm=algorithm)
         assert config.actual_timesteps <= goal.timesteps, f"{name} is tuned for more steps than the goal allows"
         keys = jax.random.split(jax.random.key(SCORING_KEY), seeds)
-        score, scores = scorer(config, goal), []
+        score, scores, steps = scorer(config, goal), [], []
         started = time.perf_counter()
         for group in np.split(np.arange(seeds), range(at_once or seeds, seeds, at_once or seeds)):
-            scores += score(keys[group]).tolist()
-            store(name, config, goal, scores, time.perf_counter() - started)
-            print(row(read(name)), flush=True)
+            scored, taken = score(keys[group])
+            scores, steps = scores + scored.tolist(), steps + taken.tolist()
+            store(config, goal, scores, max(steps), time.perf_counter() - started)
+            print(row(read(algorithm, name)), flush=True)
 
 
-def store(name: str, config: Config, goal: Goal, scores: list[float], seconds: float) -> None:
+def store(config: Config, goal: Goal, scores: list[float], most_steps: int, seconds: float) -> None:
     middle = estimate(scores)
+    command = f"python -m benchmarks learning --algorithm {config.algorithm} --envs {config.env} --seeds {len(scores)}"
     result = {
-        "env": name,
-        "command": f"python -m benchmarks learning --envs {name} --seeds {len(scores)}",
+        "algorithm": config.algorithm,
+        "env": config.env,
+        "command": command,
         "goal": goal._asdict(),
         "config": config.to_dict(),
-        "actual_timesteps": config.actual_timesteps,
+        "timesteps": most_steps,  # of the agent that took most
         "scores": [round(x, 3) for x in scores],
         "interquartile_mean": round(float(middle.point), 3),
         "interval_95": [round(float(middle.low), 3), round(float(middle.high), 3)],
@@ -79,31 +95,36 @@ def store(name: str, config: Config, goal: Goal, scores: list[float], seconds: f
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULTS / config.algorithm / f"{config.env}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def read(algorithm: str, name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / algorithm / f"{name}.json").read_text())
 
 
 def row(result: dict[str, Any]) -> str:
-    low, high = result["interval_95"]
     goal = result["goal"]["score"]
-    met = "yes" if high >= goal else "no"
+    met = "yes" if result["interval_95"][1] >= goal else "no"
     return (
-        f"| {result['env']} | {result['actual_timesteps']:,} | {result['interquartile_mean']:.1f} "
-        f"[{low:.1f}, {high:.1f}] | {goal:g} | {met} | {len(result['scores'])} |"
+        f"| {result['algorithm']} | {result['env']} | {result['timesteps']:,} | {summary(result)} | {goal:g} | {met} | "
+        f"{len(result['scores'])} |"
     )
+
+
+def summary(result: dict[str, Any]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(result["interquartile_mean"], *result["interval_95"])
 
 
 def table() -> None:
     """The stored results as Markdown, in the order of the goals."""
-    print("| environment | steps | return: interquartile mean [95 % interval] | goal | met | seeds |")
-    print("|---|---|---|---|---|---|")
-    for name in GOALS:
-        if (RESULTS / f"{name}.json").exists():
-            print(row(read(name)))
+    print("| algorithm | environment | steps | return: interquartile mean [95 % interval] | goal | met | seeds |")
+    print("|---|---|---|---|---|---|---|")
+    for algorithm, goals in GOALS.items():
+        for name in goals:
+            if (RESULTS / algorithm / f"{name}.json").exists():
+                print(row(read(algorithm, name)))
 
 
-assert set(GOALS) <= set(tuned()), "a goal for an environment without tuned settings"
+assert all(set(goals) <= set(tuned(algorithm)) for algorithm, goals in GOALS.items()), "a goal without tuned settings"

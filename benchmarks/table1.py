@@ -1,0 +1,150 @@
+"""Table 1 of the PPO paper (Schulman et al. 2017, section 6.1) again, on the continuous environments at hand.
+
+The paper's protocol: 1M steps, T = 2048 of one environment, Adam at 3e-4 without annealing, 10 epochs of minibatches of
+64, γ = 0.99, λ = 0.95, two separate networks of 64 × 64 tanh units, no entropy bonus. A run's score is the mean return
+of its last 100 episodes; in each environment the scores are shifted and scaled so that a random policy has 0 and the
+best setting 1; a setting's score is the mean over all its runs.
+
+What the paper leaves open is as in the code it was made with: observations and returns are normalised, and the gradient
+is not clipped. The random policy is the untrained network's. The environments are others: the paper has seven of
+MuJoCo's.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from purejaxppo import Config, Metrics, Policy, envs, evaluate, make_train, make_trainer
+
+RESULTS = Path(__file__).parent / "results" / "table1.json"
+ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "Reacher-misc", "Swimmer-misc", "PointRobot-misc")
+PROTOCOL = Config(
+    num_envs=1,
+    num_steps=2048,
+    num_epochs=10,
+    num_minibatches=32,
+    lr=3e-4,
+    anneal_lr=False,
+    max_grad_norm=1e6,
+    gamma=0.99,
+    gae_lambda=0.95,
+    ent_coef=0.0,
+    normalize_obs=True,
+    normalize_reward=True,
+)
+LAST_EPISODES = 100
+
+
+class Row(NamedTuple):
+    """A setting of the paper's table, and the score that it has there."""
+
+    label: str
+    objective: str
+    value: float
+    paper: float
+
+
+FIELD = {"unclipped": "clip_eps", "clip": "clip_eps", "adaptive_kl": "kl_target", "fixed_kl": "kl_coef"}
+ROWS = (
+    Row("no clipping or penalty", "unclipped", 0.2, -0.39),
+    Row("clipping, ε = 0.1", "clip", 0.1, 0.76),
+    Row("clipping, ε = 0.2", "clip", 0.2, 0.82),
+    Row("clipping, ε = 0.3", "clip", 0.3, 0.70),
+    Row("adaptive KL, d_targ = 0.003", "adaptive_kl", 0.003, 0.68),
+    Row("adaptive KL, d_targ = 0.01", "adaptive_kl", 0.01, 0.74),
+    Row("adaptive KL, d_targ = 0.03", "adaptive_kl", 0.03, 0.71),
+    Row("fixed KL, β = 0.3", "fixed_kl", 0.3, 0.62),
+    Row("fixed KL, β = 1", "fixed_kl", 1.0, 0.71),
+    Row("fixed KL, β = 3", "fixed_kl", 3.0, 0.72),
+    Row("fixed KL, β = 10", "fixed_kl", 10.0, 0.69),
+)
+
+
+def run(names: list[str], seeds: int, timesteps: int) -> None:
+    """Train every setting in every environment, one compilation for each objective, and store the raw scores."""
+    stored: dict[str, Any] = {"seeds": seeds, "timesteps": timesteps, "jax": jax.__version__, "scores": {}}
+    stored["command"] = f"python -m benchmarks table1 --seeds {seeds} --timesteps {timesteps}"
+    for name in names:
+        stored["scores"][name] = {"random policy": random_policy(name)}
+        for objective, field in FIELD.items():
+            rows = [row for row in ROWS if row.objective == objective]
+            started = time.perf_counter()
+            scores = train(name, objective, field, [row.value for row in rows], seeds, timesteps)
+            for row, of_seeds in zip(rows, scores, strict=True):
+                stored["scores"][name][row.label] = [round(float(x), 4) for x in of_seeds]
+            print(
+                f"{name}, {objective}: {np.round(scores, 2).tolist()}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    table()
+
+
+def train(
+    name: str, objective: str, field: str, values: list[float], seeds: int, timesteps: int
+) -> NDArray[np.floating]:
+    """The score of every value and seed [values, seeds]."""
+    config = PROTOCOL.replace(env=name, objective=objective, total_timesteps=timesteps)
+    env = envs.make(name)
+
+    def one(config: Config, key: jax.Array) -> Metrics:
+        return make_train(config, env)(key).metrics
+
+    over_seeds = jax.vmap(one, in_axes=(None, 0))
+    over_values = jax.vmap(over_seeds, in_axes=(config.axes(field), None))
+    keys = jax.random.split(jax.random.key(2017), seeds)
+    return last_episodes(jax.jit(over_values)(config.replace(**{field: jnp.asarray(values)}), keys))
+
+
+def last_episodes(metrics: Metrics) -> NDArray[np.floating]:
+    """The mean return over the last iterations in which at least `LAST_EPISODES` episodes ended."""
+    returns, episodes = (np.asarray(x)[..., ::-1] for x in (metrics.episode_return, metrics.episodes))
+    before = np.cumsum(episodes, axis=-1) - episodes
+    counted = np.where(before < LAST_EPISODES, episodes, 0)
+    return np.where(counted > 0, returns * counted, 0).sum(axis=-1) / counted.sum(axis=-1)
+
+
+def random_policy(name: str) -> float:
+    config, env = PROTOCOL.replace(env=name), envs.make(name)
+    state = jax.jit(make_trainer(config, env).init)(jax.random.key(0))
+    policy = Policy.from_state(config, state, env=env)
+    return round(float(evaluate(policy, env, jax.random.key(1), 512, deterministic=False).returns.mean()), 4)
+
+
+def table() -> None:
+    """The stored scores as the paper's table, with the mean over seeds in each environment beside them."""
+    stored = json.loads(RESULTS.read_text())
+    names = list(stored["scores"])
+    normalised = {name: normalise(scores) for name, scores in stored["scores"].items()}
+    print("| setting | paper | here [95 %] | " + " | ".join(names) + " |")
+    print("|---" * (3 + len(names)) + "|")
+    for row in ROWS:
+        runs = np.stack([normalised[name][row.label] for name in names])  # [environments, seeds]
+        low, high = interval(runs)
+        cells = [f"{np.mean(stored['scores'][name][row.label]):.1f}" for name in names]
+        print(
+            f"| {row.label} | {row.paper:.2f} | {runs.mean():.2f} [{low:.2f}, {high:.2f}] | " + " | ".join(cells) + " |"
+        )
+    cells = [f"{stored['scores'][name]['random policy']:.1f}" for name in names]
+    print("| random policy | 0 | 0 | " + " | ".join(cells) + " |")
+
+
+def normalise(scores: dict[str, Any]) -> dict[str, NDArray[np.floating]]:
+    """The random policy at 0, the best setting's mean at 1."""
+    zero = scores["random policy"]
+    one = max(np.mean(scores[row.label]) for row in ROWS)
+    return {row.label: (np.asarray(scores[row.label]) - zero) / (one - zero) for row in ROWS}
+
+
+def interval(runs: NDArray[np.floating], resamples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over runs [environments, seeds], seeds drawn within each environment."""
+    drawn = np.random.default_rng(0).integers(0, runs.shape[1], (resamples, *runs.shape))
+    means = np.take_along_axis(np.broadcast_to(runs, drawn.shape), drawn, axis=2).mean(axis=(1, 2))
+    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
