@@ -29,12 +29,24 @@ def speed(cases: tuple[str, ...] = ("wide", "single", "seeds"), repeats: int = 5
     """Measure steps per second and compile time.
 
     Args:
-        cases: wide (2,048 environments), single (one agent, 4 environments), seeds (16 vmapped agents)
+        cases: wide (2,048 environments), single (one agent, 4 environments), seeds (16 vmapped agents), trpo and
+            trpo_seeds (one agent and 16, at the zoo's settings)
         repeats: timed runs of each
     """
     from benchmarks import speed as speed_benchmark
 
     speed_benchmark.run(list(cases), repeats)
+
+
+def trpo_cost(repeats: int = 15) -> None:
+    """Measure an iteration of TRPO against one of PPO.
+
+    Args:
+        repeats: timed runs of each
+    """
+    from benchmarks import speed as speed_benchmark
+
+    speed_benchmark.iteration_cost(repeats)
 
 
 def table1(
@@ -56,5 +68,6 @@ def table1(
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"learning": learning, "table": table, "speed": speed, "table1": table1}, prog="python -m benchmarks"
+        {"learning": learning, "table": table, "speed": speed, "trpo_cost": trpo_cost, "table1": table1},
+        prog="python -m benchmarks",
     )

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from purejaxppo.checks import integer
 from purejaxppo.config import FIELDS, Config, tuned
 from purejaxppo.types import ConfigError
 
@@ -134,7 +135,7 @@ def compare(
     envs: tuple[str, ...] = ("CartPole-v1",),
     algorithms: tuple[str, ...] = ("ppo", "trpo", "reinforce"),
     seeds: int = 8,
-    total_timesteps: int | None = None,
+    total_timesteps: str | None = None,
     eval_episodes: int = 128,
     sampled: bool = False,
     key: int = 0,
@@ -147,7 +148,7 @@ def compare(
         algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl, ppo/unclipped,
             reinforce/value, reinforce/leave_one_out, reinforce/running_mean, reinforce/none
         seeds: agents of each
-        total_timesteps: steps of each agent; as tuned for each algorithm, if not given
+        total_timesteps: steps of each agent; if not given, the largest that one of the algorithms is tuned for
         eval_episodes: fresh episodes in which each final policy is scored
         sampled: score sampled actions instead of the most probable ones
         key: number that the random key is made of
@@ -166,14 +167,15 @@ def compare(
             key=key,
             eval_episodes=eval_episodes,
             deterministic=not sampled,
-            changes={} if total_timesteps is None else {"total_timesteps": total_timesteps},
+            changes={} if total_timesteps is None else {"total_timesteps": _number(total_timesteps)},
             directory=directory,
             on_start=screen.on_start,
             on_progress=screen.on_progress,
         )
-    show.show_comparison(console, comparison.rows(entries))
-    console.print(f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
-    if len(entries) < len(envs) * len(algorithms):
+    if entries:
+        show.show_comparison(console, comparison.rows(entries))
+        console.print(f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
+    if len(entries) < len(envs) * len(algorithms) or entries[-1].interrupted:
         raise SystemExit(INTERRUPTED)
 
 
@@ -187,7 +189,11 @@ def _train_options(arguments: Sequence[str]) -> type:
     first.add_argument("--algorithm", nargs="?", default=Config.algorithm, const=Config.algorithm)
     first.add_argument("--no-tuned", dest="tuned", action="store_false")
     asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
-    defaults = Config.for_env(asked.env, algorithm=asked.algorithm) if asked.tuned else Config(env=asked.env)
+    defaults = (
+        Config.for_env(asked.env, algorithm=asked.algorithm)
+        if asked.tuned
+        else Config.from_dict({"env": asked.env, "algorithm": asked.algorithm})
+    )
 
     options: list[tuple[str, Any, Any]] = [
         _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
@@ -232,10 +238,7 @@ def _number(text: Any) -> Any:
 
 
 def _count(name: str, text: str, least: int) -> int:
-    value = _number(text)
-    if not isinstance(value, int) or not least <= value < 2**32:
-        raise ConfigError(f"{name} = {text}: it must be an integer of at least {least} and below 2**32")
-    return value
+    return integer(name, _number(text), least)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,13 @@ def checked_int(name: str, value: Any, check: Check) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any, least: int) -> int:
+    """An argument that is an integer within bounds, as it is."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+        raise ConfigError(f"{name} = {value!r}: it must be an integer of at least {least} and below 2**32")
+    return value
+
+
 def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     """The value as a tuple of positive integers."""
     if not isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """`compare`: algorithms side by side over many seeds, as a table, as data and as a picture."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from purejaxppo import fitting, run_directory
+from purejaxppo.checks import integer
 from purejaxppo.config import BASELINES, OBJECTIVES, Config
 from purejaxppo.evaluation import evaluate
 from purejaxppo.plots import Curve, comparison_figure, windowed
@@ -24,20 +26,22 @@ VARIANTS = {"ppo": ("objective", OBJECTIVES), "reinforce": ("baseline", BASELINE
 class Entry(NamedTuple):
     """One algorithm in one environment."""
 
-    name: str  # as asked for: ppo, ppo/unclipped, reinforce/none, …
+    env: str  # as asked for
+    name: str  # likewise: ppo, ppo/unclipped, reinforce/none, …
     config: Config
     curve: Curve  # returns during training, [seeds, windows]
     scores: NDArray[np.floating]  # [seeds] mean return of the final policy in fresh episodes; NaN of a diverged one
     timesteps: float  # that one agent took, mean over the seeds
     steps_per_second: float  # of all agents together, without compilation
+    interrupted: bool  # by Ctrl-C, before the end of the training
 
     @property
     def largest_fall(self) -> float:
         """How far a seed's curve fell at most below its own best so far; the median over the seeds."""
-        returns = self.curve.returns[:, np.isfinite(self.curve.returns).all(axis=0)]
+        returns = self.curve.returns[np.isfinite(self.curve.returns).any(axis=1)]
         if not returns.size:
             return float("nan")
-        return float(np.median((np.maximum.accumulate(returns, axis=1) - returns).max(axis=1)))
+        return float(np.median(np.nanmax(np.fmax.accumulate(returns, axis=1) - returns, axis=1)))
 
 
 def variant(env: str, name: str, **changes: Any) -> Config:
@@ -50,7 +54,11 @@ def variant(env: str, name: str, **changes: Any) -> Config:
     if stroke and kind not in kinds:
         known = [f"{algorithm}/{kind}" for algorithm, (_, kinds) in VARIANTS.items() for kind in kinds]
         raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {', '.join(known)}")
-    return Config.for_env(env, algorithm=algorithm, **({field: kind} if stroke else {}), **changes)
+    said = {"env": env, "algorithm": algorithm} | ({field: kind} if stroke else {})
+    if twice := sorted(said.keys() & changes.keys()):
+        raise ConfigError(f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is")
+    settings = {key: value for key, value in said.items() if key != "env"}
+    return Config.for_env(env, **settings, **changes)
 
 
 def compare(
@@ -68,40 +76,56 @@ def compare(
 ) -> list[Entry]:
     """Train each algorithm in each environment, ``seeds`` agents at once, and score the final policies.
 
-    Each has the settings tuned for it, with ``changes`` on top: ``{"total_timesteps": 100_000}`` gives all the same
-    budget. All settings are checked before anything is trained. ``directory``, which must be new, gets
-    ``comparison.md``, ``scores.csv``, ``curves.csv``, ``comparison.png`` and ``config.json``, written anew after every
-    entry. Ctrl-C ends it with the entries so far.
+    Each has the settings tuned for it, with ``changes`` on top; unless these say another ``total_timesteps``, all
+    algorithms of an environment get the largest that one of them is tuned for. All settings are checked before anything
+    is trained. ``directory``, which must be new, gets ``comparison.md``, ``scores.csv``, ``curves.csv``,
+    ``comparison.png`` and ``config.json``, written anew after every entry. Ctrl-C ends it with the entries so far.
     """
     if not envs or not algorithms or len(set(envs)) < len(envs) or len(set(algorithms)) < len(algorithms):
         raise ConfigError("compare needs at least one environment and one algorithm, and each of them once")
-    if isinstance(eval_episodes, bool) or not isinstance(eval_episodes, int) or eval_episodes < 1:
-        raise ConfigError(f"eval_episodes = {eval_episodes!r}: it must be an integer of at least 1")
-    configs = [(name, variant(env, name, **changes or {})) for env in envs for name in algorithms]
-    for _, config in configs:
+    seeds, key = integer("seeds", seeds, 1), integer("key", key, 0)
+    eval_episodes = integer("eval_episodes", eval_episodes, 1)
+    planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
+    for _, _, config in planned:
         make_trainer(config)
     if directory is not None:
-        described = [{"name": name, **config.to_dict()} for name, config in configs]
+        described = [{"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned]
         directory = run_directory.reserve(directory, {"configs": described}, seeds, key)
     entries: list[Entry] = []
-    for name, config in configs:
-        run = fitting.fit(config, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
-        entries.append(_entry(name, run, key, eval_episodes, deterministic))
-        if directory is not None:
-            write(directory, entries)
-        if run.interrupted:
-            break
+    with contextlib.suppress(KeyboardInterrupt):  # while it compiles or writes; `fit` sees to it while it trains
+        for env, name, config in planned:
+            run = fitting.fit(config, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
+            entries.append(_entry(env, name, run, key, eval_episodes, deterministic))
+            if directory is not None:
+                write(directory, entries)
+            if run.interrupted:
+                break
     return entries
 
 
-def _entry(name: str, run: fitting.Run, key: int, eval_episodes: int, deterministic: bool) -> Entry:
+def _planned(env: str, algorithms: Sequence[str], changes: Mapping[str, Any]) -> list[tuple[str, str, Config]]:
+    """The environment, the name and the settings of each algorithm, all with one number of steps."""
+    configs = [variant(env, name, **changes) for name in algorithms]
+    if "total_timesteps" not in changes:
+        configs = [x.replace(total_timesteps=max(y.total_timesteps for y in configs)) for x in configs]
+    return [(env, name, config) for name, config in zip(algorithms, configs, strict=True)]
+
+
+def _entry(env: str, name: str, run: fitting.Run, key: int, eval_episodes: int, deterministic: bool) -> Entry:
     scores = np.full(run.seeds, np.nan)
     for seed, one in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(key), 1), run.seeds)):
         if run.diverged_at[seed] is None:
             scores[seed] = evaluate(run.policy(seed), run.env, one, eval_episodes, deterministic).returns.mean()
     steps = run.metrics.timesteps[:, -1].astype(float)
     return Entry(
-        name, run.config, windowed(run.metrics), scores, float(steps.mean()), float(steps.sum() / run.train_seconds)
+        env,
+        name,
+        run.config,
+        windowed(run.metrics),
+        scores,
+        float(steps.mean()),
+        float(steps.sum() / run.train_seconds),
+        run.interrupted,
     )
 
 
@@ -113,7 +137,7 @@ def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
     directory = Path(directory)
     curves: dict[str, dict[str, Curve]] = {}
     for entry in entries:
-        curves.setdefault(entry.config.env, {})[entry.name] = entry.curve
+        curves.setdefault(entry.env, {})[entry.name] = entry.curve
     run_directory.whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries)))
     run_directory.whole(directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False))
     run_directory.whole(directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False))
@@ -132,12 +156,14 @@ def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
             low, high = np.percentile(scores, [25, 75])
             spread = f"{high - low:.1f} ({scores.min():.1f} … {scores.max():.1f})"
         return {
-            "environment": entry.config.env,
-            "algorithm": entry.name + (f" ({lost} of {len(entry.scores)} seeds diverged)" if lost else ""),
+            "environment": entry.env,
+            "algorithm": entry.name
+            + (f" ({lost} of {len(entry.scores)} seeds diverged)" if lost else "")
+            + (" (interrupted)" if entry.interrupted else ""),
             "steps": f"{entry.timesteps:,.0f}",
             "final return [95 %]": "{:.1f} [{:.1f}, {:.1f}]".format(*estimate(scores)) if len(scores) else "–",
             "spread (worst … best)": spread,
-            "largest fall": f"{entry.largest_fall:.1f}",
+            "largest fall": "–" if np.isnan(entry.largest_fall) else f"{entry.largest_fall:.1f}",
             "steps/s": f"{entry.steps_per_second:,.0f}",
         }
 
@@ -161,7 +187,7 @@ def scores_table(entries: Sequence[Entry]) -> pd.DataFrame:
     """One row for each environment, algorithm and seed."""
     return pd.DataFrame(
         [
-            {"env": entry.config.env, "algorithm": entry.name, "seed": seed, "score": score}
+            {"env": entry.env, "algorithm": entry.name, "seed": seed, "score": score}
             for entry in entries
             for seed, score in enumerate(entry.scores)
         ]
@@ -172,7 +198,7 @@ def curves_table(entries: Sequence[Entry]) -> pd.DataFrame:
     """One row for each environment, algorithm, seed and window of steps."""
     return pd.DataFrame(
         [
-            {"env": entry.config.env, "algorithm": entry.name, "seed": seed, "timesteps": steps, "episode_return": mean}
+            {"env": entry.env, "algorithm": entry.name, "seed": seed, "timesteps": steps, "episode_return": mean}
             for entry in entries
             for seed, returns in enumerate(entry.curve.returns)
             for steps, mean in zip(entry.curve.timesteps, returns, strict=True)

@@ -121,7 +121,7 @@ class Config:
 
     @property
     def num_iterations(self) -> int:
-        """K = ⌈total_timesteps / N⌉; with whole episodes the most there can be, if each took one step."""
+        """K = ⌈total_timesteps / N⌉; with whole episodes the most there are, which one step of each episode takes."""
         return -(-self.total_timesteps // (self.num_envs if self.whole_episodes else self.batch_size))
 
     @property
@@ -160,7 +160,8 @@ class Config:
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a Config or a mapping, not {type(values).__name__}")
         if any(isinstance(key, str) and key.isupper() for key in values):
-            values, base = _from_purejaxrl(values), base or cls(clip_value=True)
+            values = _from_purejaxrl(values)
+            values = {"clip_value": values.get("algorithm", "ppo") == "ppo"} | values if base is None else values
         _require_known(values)
         base = base or dataclasses.replace(cls(), **general(values.get("algorithm")))
         return validate(dataclasses.replace(base, **values))
@@ -186,7 +187,7 @@ LEAVES = tuple(name for name, field in FIELDS.items() if not field.metadata.get(
 
 def tuned(algorithm: str = Config.algorithm) -> dict[str, dict[str, Any]]:
     """The settings tuned for an algorithm by environment name, each with the result it reached under ``result``."""
-    return _settings().get(algorithm, {})
+    return _settings().get(algorithm, {}) if isinstance(algorithm, str) else {}
 
 
 def general(algorithm: Any) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def _require_reinforce_fits(config: Config) -> None:
         raise ConfigError(
             f"num_epochs = {config.num_epochs}, num_minibatches = {config.num_minibatches}: reinforce takes one step "
             "on each batch, because its gradient holds for the policy that played it: set num_epochs=1 and "
-            "num_minibatches=1"
+            "num_minibatches=1, or start from Config.for_env(env, algorithm='reinforce')"
         )
     if config.baseline == "leave_one_out" and config.num_envs < 2:
         raise ConfigError("baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2")

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from purejaxppo import envs, run_directory
+from purejaxppo.checks import integer
 from purejaxppo.config import Config, validate
 from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
 from purejaxppo.train import make_trainer
-from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
+from purejaxppo.types import Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
 
 CHUNK_SECONDS = 0.3  # how often a person sees progress
 CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
@@ -40,7 +41,7 @@ class Progress(NamedTuple):
     """Where a run stands after a chunk."""
 
     iterations: int
-    timesteps: int  # of one agent
+    timesteps: int  # of one agent, with whole episodes of the one that is furthest behind
     episode_return: float  # of the episodes that finished in the chunk, all agents; NaN where none did
     steps_per_second: float  # of all agents together
 
@@ -92,8 +93,7 @@ def fit(
     gets what `run_directory` describes.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ConfigError(f"seeds = {seeds!r}: it must be an integer of at least 1")
+    seeds = integer("seeds", seeds, 1)
     env = envs.make(config.env) if env is None else env
     config = dataclasses.replace(config, env=env.name)
     named_key, key = key, jax.random.key(key) if isinstance(key, int) else key
@@ -166,6 +166,8 @@ def _run_chunks(
                 np.clip(count * CHUNK_SECONDS / seconds, 1, min(capacity, max(config.num_iterations - done, 1)))
             )
     metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=len(ahead)), *collected)
+    longest = int(np.max(state.iteration))  # the last chunk may have room for more
+    metrics = jax.tree.map(lambda x: x[*ahead, :longest], metrics)
     return state, metrics if ahead else jax.tree.map(lambda x: x[None], metrics), interrupted()
 
 
@@ -173,7 +175,7 @@ def _progress(new: Metrics, iterations: int, steps_per_second: float) -> Progres
     episodes = new.episodes.sum()
     total = np.where(new.episodes > 0, new.episode_return * new.episodes, 0).sum()
     mean = total / episodes if episodes else float("nan")
-    return Progress(iterations, int(new.timesteps.max()), float(mean), steps_per_second)
+    return Progress(iterations, int(new.timesteps[..., -1].min()), float(mean), steps_per_second)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ def run_iterations(
     """Up to ``count`` iterations; the metrics of the i-th go to row i.
 
     With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
-    steps are counted, and the rows that were not reached repeat the last one, with no episodes. (``rows`` of the call
-    before, given back, are enough to know it.)
+    steps are counted, and the rows that were not reached repeat the last one, but for the episodes, of which they have
+    none. (``rows`` of the call before, given back, are enough to know it.)
     """
 
     def going(loop: tuple[TrainState, Metrics, Array]) -> Array:
@@ -54,4 +54,8 @@ def run_iterations(
     row = jnp.arange(rows.timesteps.shape[0])
     # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
     rows = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], rows)
-    return state, rows._replace(episodes=jnp.where(row < done, rows.episodes, 0))
+    return state, rows._replace(
+        episodes=jnp.where(row < done, rows.episodes, 0),
+        episode_return=jnp.where(row < done, rows.episode_return, jnp.nan),
+        episode_length=jnp.where(row < done, rows.episode_length, jnp.nan),
+    )

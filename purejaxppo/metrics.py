@@ -30,9 +30,10 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:
     """[..., iterations] whether the losses and the gradient were finite up to and with this iteration.
 
-    A value loss that is NaN throughout was not measured: there is no value function that is fitted.
+    Where value loss and explained variance are NaN throughout, there is no value function that is fitted.
     """
     value_loss = np.asarray(metrics.value_loss)
-    value_loss = np.where(np.isnan(value_loss).all(axis=-1, keepdims=True), 0, value_loss)
+    unmeasured = np.isnan([value_loss, np.asarray(metrics.explained_variance)]).all(axis=(0, -1), keepdims=True)[0]
+    value_loss = np.where(unmeasured, 0, value_loss)
     fine = np.isfinite(np.asarray([metrics.policy_loss, value_loss, metrics.grad_norm])).all(axis=0)
     return np.logical_and.accumulate(fine, axis=-1)

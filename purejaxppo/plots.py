@@ -35,9 +35,9 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
         for x in (metrics.episode_return, metrics.episodes, finite_so_far(metrics), metrics.timesteps)
     )
     steps = steps.astype(np.int64)
-    alike = (steps == steps[:1]).all()
-    num_windows = max(1, min(num_windows, steps.shape[1] if alike else steps.shape[1] // 4))
     last = steps[:, -1].min()
+    # No window is shorter than an iteration of any agent, so that each has one of every agent in it.
+    num_windows = max(1, min(num_windows, last // np.diff(steps, axis=1, prepend=0).max()))
     within = steps <= last
     window = np.where(within, (steps * num_windows - 1) // last, 0)
     agent = np.arange(len(steps))[:, None]
@@ -52,7 +52,7 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
     ends = np.zeros(num_windows)
     np.maximum.at(ends, window, np.where(within, steps, 0))
     with np.errstate(invalid="ignore"):
-        return Curve(ends[ends > 0], (total / count)[:, ends > 0])
+        return Curve(ends, total / count)
 
 
 def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> Figure:

@@ -80,7 +80,9 @@ def metrics_table(metrics: Metrics) -> Any:
         "seed": np.repeat(np.arange(seeds), iterations),
         "iteration": np.tile(np.arange(1, iterations + 1), seeds),
     }
-    return pd.DataFrame(index | {name: x.ravel() for name, x in columns.items()})
+    table = pd.DataFrame(index | {name: x.ravel() for name, x in columns.items()})
+    steps = np.diff(columns["timesteps"], axis=1, prepend=0)
+    return table[((steps > 0) | (columns["episodes"] > 0)).ravel()]  # an agent that was done waited for the others
 
 
 def whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -46,6 +46,10 @@ def make_train(
     ``config`` is a `Config` or a mapping, PureJaxRL's upper-case keys included. ``env`` and ``model`` replace what the
     config names. ``reward_fn`` makes the rewards: see `make_trainer`. ``params`` starts from given parameters, and
     ``frozen`` is handed to ``reward_fn`` (a reference model, say). Raises `ConfigError` for what cannot run.
+
+    Runs of whole episodes end when their steps are counted: the metrics have room for ⌈total_timesteps / num_envs⌉
+    iterations, of which those that were not needed have no episodes, and reverse-mode differentiation through the run
+    (a loop of unknown length) is not possible.
     """
     trainer = make_trainer(config, env, model, reward_fn)
     config = _checked(config)
@@ -77,8 +81,8 @@ def make_trainer(
     """
     config = _checked(config)
     env, model = resolve(config, env, model)
+    config = _for_whole_episodes(config, env)
     _require_enough_sequences(config, model)
-    _require_room_for_episodes(config, env)
     vector_env = vectorize(env, config.num_envs)
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
     estimate = ADVANTAGES[config.estimator]
@@ -196,9 +200,10 @@ def _require_enough_sequences(config: Config, model: Model) -> None:
         raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples")
 
 
-def _require_room_for_episodes(config: Config, env: Env) -> None:
+def _for_whole_episodes(config: Config, env: Env) -> Config:
+    """With whole episodes no more steps than an episode can have, none of which would be valid."""
     if not config.whole_episodes:
-        return
+        return config
     bound = env.max_episode_steps
     if bound is None:
         raise ConfigError(f"{env.name} has no bound on the length of an episode, so no rollout holds whole ones")
@@ -212,6 +217,7 @@ def _require_room_for_episodes(config: Config, env: Env) -> None:
             f"num_steps = {config.num_steps}: {config.algorithm} plays whole episodes, and those of {env.name} take up "
             f"to {bound} steps: set num_steps={bound}, or {instead}"
         )
+    return validate(config.replace(num_steps=bound))
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:

@@ -1,6 +1,8 @@
 """`compare`: what it trains, what it says of it, and what it leaves."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pandas as pd
@@ -35,9 +37,9 @@ def compared(tmp_path_factory):
     return entries, directory, plans
 
 
-def entry(scores, returns=((1.0, 3.0, 2.0), (4.0, 1.0, 5.0)), name="ppo", env=ENV):
+def entry(scores, returns=((1.0, 3.0, 2.0), (4.0, 1.0, 5.0)), name="ppo", env=ENV, interrupted=False):
     curve = Curve(np.asarray([10.0, 20.0, 30.0]), np.asarray(returns))
-    return Entry(name, Config(env=env), curve, np.asarray(scores), 30.0, 1000.0)
+    return Entry(env, name, Config(env=env), curve, np.asarray(scores), 30.0, 1000.0, interrupted)
 
 
 def test_each_algorithm_is_trained_and_scored_with_its_own_settings(compared):
@@ -62,7 +64,7 @@ def test_it_leaves_a_table_data_and_a_picture(compared):
     ]
     assert (directory / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     described = json.loads((directory / "config.json").read_text())
-    assert [config.pop("name") for config in described["configs"]] == NAMES
+    assert [config.pop("asked") for config in described["configs"]] == [f"{name} on {ENV}" for name in NAMES]
     assert [Config.from_dict(config) for config in described["configs"]] == [one.config for one in entries]
     scores = pd.read_csv(directory / "scores.csv")
     np.testing.assert_allclose(scores.score, np.concatenate([one.scores for one in entries]), rtol=1e-6)
@@ -84,7 +86,8 @@ def test_a_row_in_a_literal_example():
 
 
 def test_a_seed_that_diverged_is_told_and_counts_in_no_mean():
-    rows = comparison.rows([entry([3.0, NAN, 3.0]), entry([NAN], [[NAN] * 3])])
+    rows = comparison.rows([entry([3.0, NAN, 3.0], [[1, 5, 2], [4, NAN, NAN], [9, 2, 3]]), entry([NAN], [[NAN] * 3])])
+    assert [row["largest fall"] for row in rows] == ["3.0", "–"]
     assert rows[0]["algorithm"] == "ppo (1 of 3 seeds diverged)"
     assert rows[0]["final return [95 %]"] == "3.0 [3.0, 3.0]"
     assert (rows[1]["final return [95 %]"], rows[1]["spread (worst … best)"]) == ("–", "–")
@@ -110,6 +113,9 @@ def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm
         ([ENV], ["ppo/none"], {}, "'ppo/none' is not a variant of an algorithm; known: ppo/clip"),
         ([ENV], ["trpo/clip"], {}, "not a variant"),
         ([ENV], ["pppo"], {}, "did you mean 'ppo'"),
+        ([ENV], ["ppo"], {"seeds": 0}, "seeds = 0"),
+        ([ENV], ["ppo"], {"key": 2**32}, "key = 4294967296"),
+        ([ENV], ["ppo/clip"], {"changes": {"objective": "unclipped"}}, "objective cannot be changed"),
         (["CartPole-v2"], ["ppo"], {}, "did you mean 'CartPole-v1'?"),
         ([ENV], ["ppo"], {"eval_episodes": 0}, "eval_episodes = 0"),
         ([ENV], ["ppo", "reinforce"], {"changes": {"num_steps": 4, "num_minibatches": 1}}, "set num_steps=5"),
@@ -120,6 +126,24 @@ def test_a_mistake_is_told_before_anything_is_trained_or_written(tmp_path, names
         compare(names, algorithms, directory=tmp_path / "new", on_start=pytest.fail, **more)
     assert sentence in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_without_a_budget_all_get_the_largest_one_that_is_tuned(monkeypatch):
+    planned = comparison._planned("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
+    tuned = [Config.for_env("CartPole-v1", algorithm=name).total_timesteps for name in ("ppo", "trpo", "reinforce")]
+    assert len(set(tuned)) == 3 and [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
+    assert comparison._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})[0][2].total_timesteps == 7
+
+
+def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch):
+    def stop(plan):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    changes = {**SMALL, "total_timesteps": 400}
+    (cut,) = compare([ENV], NAMES, seeds=2, eval_episodes=2, changes=changes, on_progress=stop)
+    assert cut.interrupted and comparison.rows([cut])[0]["algorithm"] == "ppo/unclipped (interrupted)"
+    monkeypatch.setattr(comparison.fitting, "fit", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    assert compare([ENV], NAMES, changes=changes) == []
 
 
 def test_a_variant_is_the_tuned_settings_with_one_word_changed():

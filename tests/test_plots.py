@@ -54,6 +54,14 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+def test_agents_whose_iterations_differ_in_length_share_their_windows():
+    """Steps 10, 30, 60, 100 and 20, 40, 60, 80; no window is shorter than 40; the first 80 steps have both agents."""
+    both = metrics([[1.0, 2, 3, 4], [5, 6, 7, 8]], [[1, 1, 2, 1], [1, 3, 1, 1]])
+    curve = windowed(both._replace(timesteps=np.asarray([[10, 30, 60, 100], [20, 40, 60, 80]])))
+    np.testing.assert_array_equal(curve.timesteps, [40, 80])
+    np.testing.assert_allclose(curve.returns, [[(1 + 2) / 2, 3.0], [(5 + 3 * 6) / 4, (7 + 8) / 2]])
+
+
 @pytest.mark.parametrize("bad", [NAN, np.inf])
 def test_an_agent_has_no_return_from_its_divergence_on(bad):
     loss = [[1.0, 1, 1, 1], [1, bad, 1, 1]]

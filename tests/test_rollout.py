@@ -214,8 +214,12 @@ def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(
 
 def test_with_whole_episodes_memory_begins_anew():
     env, model = counter(DISCRETE, 5, 8), memory_model(3)
+
+    def never_reset(params, carry, obs, reset):
+        return model.step(params, carry, obs, jnp.zeros_like(reset))
+
     vector_env = vectorize(env, B)
-    rollout = make_rollout(env, vector_env, model, T, whole_episodes=True)
+    rollout = make_rollout(env, vector_env, model._replace(step=never_reset), T, whole_episodes=True)
     state = vector_env.reset(jax.random.key(0))
     params = model.init(jax.random.key(1), state.obs)
     transitions, _, _, _ = rollout(jax.random.key(2), params, None, state, (jnp.full(B, 100.0),))

@@ -1,5 +1,6 @@
 """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), in the four variants of its table 1."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,36 +45,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     """
     penalised, adaptive = config.objective in ("fixed_kl", "adaptive_kl"), config.objective == "adaptive_kl"
 
-    def loss(
-        params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
-    ) -> tuple[Array, dict[str, Array]]:
-        distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
-        ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
-        advantage = batch.advantage
-        if config.normalize_advantage:
-            advantage = losses.standardize(advantage, batch.mask)
-
-        if config.objective == "clip":
-            surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
-        else:
-            surrogate = losses.surrogate(ratio, advantage, batch.mask)
-        if old is not None:
-            surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
-        if config.clip_value:
-            value_loss = losses.clipped_value_loss(value, batch.value, batch.target, batch.valid, config.clip_eps)
-        else:
-            value_loss = losses.value_loss(value, batch.target, batch.valid)
-        entropy = losses.masked_mean(distribution.entropy(), batch.mask)
-
-        objective = surrogate - config.vf_coef * value_loss + config.ent_coef * entropy
-        return -objective, {
-            "policy_loss": -surrogate,
-            "value_loss": value_loss,
-            "entropy": entropy,
-            "approx_kl": losses.approximate_kl(ratio, batch.mask),
-            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
-            "ratio_deviation": jnp.abs(ratio - 1).max(),
-        }
+    loss = make_loss(config, model)
 
     def init(params: PyTree) -> PPOState:
         return PPOState(optimizer.init(params), jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else ())
@@ -116,6 +88,43 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         return loop.params, state, measured | {"kl": kl, "kl_coef": kl_coef}
 
     return Update(init, step)
+
+
+def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """``(params, batch, old, kl_coef) -> (loss, metrics)`` of one minibatch; ``old`` is π_old where KL is penalised."""
+
+    def loss(
+        params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
+    ) -> tuple[Array, dict[str, Array]]:
+        distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
+        ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+        advantage = batch.advantage
+        if config.normalize_advantage:
+            advantage = losses.standardize(advantage, batch.mask)
+
+        if config.objective == "clip":
+            surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
+        else:
+            surrogate = losses.surrogate(ratio, advantage, batch.mask)
+        if old is not None:
+            surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
+        if config.clip_value:
+            value_loss = losses.clipped_value_loss(value, batch.value, batch.target, batch.valid, config.clip_eps)
+        else:
+            value_loss = losses.value_loss(value, batch.target, batch.valid)
+        entropy = losses.masked_mean(distribution.entropy(), batch.mask)
+
+        objective = surrogate - config.vf_coef * value_loss + config.ent_coef * entropy
+        return -objective, {
+            "policy_loss": -surrogate,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "approx_kl": losses.approximate_kl(ratio, batch.mask),
+            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
+            "ratio_deviation": jnp.abs(ratio - 1).max(),
+        }
+
+    return loss
 
 
 def where_but_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:

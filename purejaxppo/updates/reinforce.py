@@ -42,12 +42,13 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         value          V(s_t), fitted to G_t by the same step: ``vf_coef`` weighs its loss
 
     With γ < 1, G_t is discounted and the factor γ^t of the discounted objective is left out, as everywhere (Nota &
-    Thomas 2020). With ``normalize_advantage`` the differences G − b are standardised over the batch, which is no longer
-    unbiased; with ``advantage="gae"`` the differences are GAE's, bootstrapped from V: no longer unbiased either, but
-    windows may then cut episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
+    Thomas 2020). These take the lack of bias away: ``normalize_advantage`` standardises the differences G − b over the
+    batch; ``normalize_reward`` scales the rewards by what is in the same batch; with ``shared_trunk`` the value's loss
+    moves the policy; with ``advantage="gae"`` the differences are GAE's, bootstrapped from V, so that windows may cut
+    episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
     """
 
-    def loss(params: PyTree, batch: Batch, weight: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(params: PyTree, batch: Batch, weight: Array) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         log_prob = distribution.log_prob(batch.action)
         rows = batch.mask.shape[1]
@@ -60,7 +61,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         if config.baseline == "value":
             metrics["value_loss"] = losses.value_loss(value, batch.target, batch.valid)
             objective -= config.vf_coef * metrics["value_loss"]
-        return -objective, metrics
+        return -objective, (metrics, distribution)
 
     def init(params: PyTree) -> ReinforceState:
         zero = jnp.zeros((), jnp.result_type(float))
@@ -71,15 +72,12 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     def step(
         key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
     ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
-        def policy(params: PyTree) -> Distribution:
-            return model.unroll(params, batch.carry, batch.obs, batch.reset)[0]
-
         weight, past = off_baseline(config, update_state.past, batch)
-        gradient, metrics = jax.grad(loss, has_aux=True)(params, batch, weight)
+        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, weight)
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
         new = optax.apply_updates(params, change)
 
-        old, after = policy(params), policy(new)
+        after, _ = model.unroll(new, batch.carry, batch.obs, batch.reset)
         ratio = losses.probability_ratio(after.log_prob(batch.action), batch.log_prob, batch.mask)
         metrics |= {
             "grad_norm": optax.tree.norm(gradient),

@@ -41,11 +41,27 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     ``params["policy"]`` and ``params["value"]`` share nothing. ``optimizer`` fits the value function, in
     ``num_epochs`` of ``num_minibatches``, and ``update_state`` is its state.
     """
+    policy_step, value_steps = make_policy_step(config, model), make_value_steps(config, model, optimizer)
 
     def init(params: PyTree) -> PyTree:
         if set(params) != {"policy", "value"}:
             raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {sorted(params)}")
         return optimizer.init(params["value"])
+
+    def step(
+        key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        sequences = as_sequences(batch)
+        key_policy, key_value = jax.random.split(key)
+        policy, measured = policy_step(key_policy, params, sequences)
+        value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
+        return {"policy": policy, "value": value}, update_state, measured | {"value_loss": value_loss}
+
+    return Update(init, step)
+
+
+def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
+    """``(key, params, batch) -> (policy, metrics)``: the natural-gradient step and its line search."""
 
     def policy_step(key: PRNGKey, params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
         theta_old = params["policy"]
@@ -101,6 +117,14 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             "line_search_failed": if_accepted(0.0, 1.0),
         }
 
+    return policy_step
+
+
+def make_value_steps(
+    config: Config, model: Model, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[PyTree, PyTree, Array]]:
+    """``(key, params, opt_state, batch) -> (value, opt_state, mean loss)``: epochs of minibatch steps on L_VF."""
+
     def value_steps(key: PRNGKey, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Array]:
         def loss(theta: PyTree, batch: Batch) -> Array:
             _, value = model.unroll(params | {"value": theta}, batch.carry, batch.obs, batch.reset)
@@ -119,16 +143,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         (theta, opt_state), value_loss = jax.lax.scan(epoch, (params["value"], opt_state), keys)
         return theta, opt_state, value_loss.mean()
 
-    def step(
-        key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
-    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        sequences = as_sequences(batch)
-        key_policy, key_value = jax.random.split(key)
-        policy, measured = policy_step(key_policy, params, sequences)
-        value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
-        return {"policy": policy, "value": value}, update_state, measured | {"value_loss": value_loss}
-
-    return Update(init, step)
+    return value_steps
 
 
 def one_in(k: int, key: PRNGKey, batch: Batch) -> Batch:
