@@ -48,8 +48,8 @@ def random_batch(seed, gaussian=False, masked=True):
         "advantage": rng.normal(1.0, 2.0, (T, B)),
         "target": rng.normal(size=(T, B)),
         "reset": rng.random((T, B)) < 0.2,
-        "mask": rng.random((T, B)) < 0.6 if masked else np.ones((T, B), bool),
-        "valid": rng.random((T, B)) < 0.7 if masked else np.ones((T, B), bool),
+        "mask": rng.random((T, B)) < 0.7 if masked else np.ones((T, B), bool),
+        "valid": rng.random((T, B)) < 0.9 if masked else np.ones((T, B), bool),
         "carry": (),
     }
     return batch | {"mask": batch["mask"] & batch["valid"]}  # what does not exist has no action that counts

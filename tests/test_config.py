@@ -308,29 +308,33 @@ def test_a_batched_value_without_vmap_is_refused(values):
 # ---------------------------------------------------------------------------------- tuned settings
 
 BUDGETS = {
-    "CartPole-v1": 100_000,
-    "Acrobot-v1": 1_000_000,
-    "MountainCar-v0": 1_000_000,
-    "MountainCarContinuous-v0": 100_000,
-    "Pendulum-v1": 1_000_000,
-    "Breakout-MinAtar": 10_000_000,
-    "Freeway-MinAtar": 10_000_000,
-    "SpaceInvaders-MinAtar": 10_000_000,
+    ("ppo", "CartPole-v1"): 100_000,
+    ("ppo", "Acrobot-v1"): 1_000_000,
+    ("ppo", "MountainCar-v0"): 1_000_000,
+    ("ppo", "MountainCarContinuous-v0"): 100_000,
+    ("ppo", "Pendulum-v1"): 1_000_000,
+    ("ppo", "Breakout-MinAtar"): 10_000_000,
+    ("ppo", "Freeway-MinAtar"): 10_000_000,
+    ("ppo", "SpaceInvaders-MinAtar"): 10_000_000,
+    ("trpo", "CartPole-v1"): 100_000,
+    ("trpo", "Acrobot-v1"): 100_000,
+    ("trpo", "MountainCarContinuous-v0"): 100_000,
+    ("trpo", "Pendulum-v1"): 300_000,
+    ("reinforce", "CartPole-v1"): 200_000,
 }
+TUNED = [(algorithm, name) for algorithm in ALGORITHMS for name in tuned(algorithm)]
 
 
 def test_tuned_settings_are_there_for_existing_environments_only():
-    assert set(BUDGETS) <= set(tuned()) <= set(envs.list_envs())
-
-
-TUNED = [(algorithm, name) for algorithm in ALGORITHMS for name in tuned(algorithm)]
+    assert set(BUDGETS) <= set(TUNED)
+    assert {name for _, name in TUNED} <= set(envs.list_envs())
 
 
 @pytest.mark.parametrize(("algorithm", "name"), TUNED)
 def test_tuned_settings_are_valid_and_stay_within_the_budget(algorithm, name):
     config = Config.for_env(name, algorithm=algorithm)
     assert validate(config) == config and (config.env, config.algorithm) == (name, algorithm)
-    assert config.actual_timesteps <= BUDGETS.get(name, 10_000_000)
+    assert config.actual_timesteps <= BUDGETS[algorithm, name]
     for key, value in tuned(algorithm)[name].items():
         assert key == "result" or getattr(config, key) == value
 

@@ -270,7 +270,7 @@ def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path):
 @pytest.mark.parametrize("seeds", [0, -1, True])
 def test_seeds_are_a_positive_integer(seeds, tmp_path):
     message = sentence_of(lambda: fit(TINY, seeds=seeds, env=ENV, directory=tmp_path / "run"))
-    assert message == f"seeds = {seeds!r}: it must be an integer of at least 1"
+    assert message == f"seeds = {seeds!r}: it must be an integer of at least 1 and below 2**32"
     assert list(tmp_path.iterdir()) == []
 
 

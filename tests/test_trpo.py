@@ -166,7 +166,7 @@ def test_a_step_equals_an_independent_calculation(gaussian, max_kl, iterations, 
     config = CONFIG.replace(max_kl=max_kl, cg_iterations=iterations, cg_damping=damping)
     params = parameters(gaussian)
     theta, refusals = jax.tree.map(np.asarray, params["policy"]), set()
-    for seed in range(4):
+    for seed in range(12):
         batch = on_policy(random_batch(seed, gaussian), gaussian)
         expected, refused, kl = numpy_step(theta, batch, config, gaussian)
         new, _, metrics = compiled(gaussian)(config, params, arrays(batch))
