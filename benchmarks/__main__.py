@@ -1,4 +1,4 @@
-"""``python -m benchmarks learning | table | speed | table1``: the figures of the README, re-made."""
+"""``python -m benchmarks learning | table | speed | trpo_cost | table1``: the figures of the README, re-made."""
 
 import tyro
 

@@ -10,7 +10,15 @@ TIMESTEPS = 100_000
 if __name__ == "__main__":
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
     model = TRPO(
-        "MlpPolicy", env, n_steps=512, gae_lambda=0.98, cg_damping=1e-3, learning_rate=1e-3, n_critic_updates=20, seed=0
+        "MlpPolicy",
+        env,
+        n_steps=512,
+        batch_size=512,
+        gae_lambda=0.98,
+        cg_damping=1e-3,
+        learning_rate=1e-3,
+        n_critic_updates=20,
+        seed=0,
     )
     started = time.perf_counter()
     model.learn(TIMESTEPS)

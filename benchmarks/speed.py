@@ -25,13 +25,13 @@ PUREJAXRL = {
     "ENV_NAME": "CartPole-v1",
     "ANNEAL_LR": True,
 }
-# rl-baselines3-zoo's settings of TRPO on CartPole: minibatches of 128, 20 passes for the critic.
+# rl-baselines3-zoo's settings of TRPO on CartPole: minibatches of 512, 20 passes for the critic.
 ZOO_TRPO = {
     "algorithm": "trpo",
     "num_envs": 2,
     "num_steps": 512,
     "num_epochs": 20,
-    "num_minibatches": 8,
+    "num_minibatches": 2,
     "lr": 1e-3,
     "anneal_lr": False,
     "gae_lambda": 0.98,

@@ -2,12 +2,13 @@
 
 The paper's protocol: 1M steps, T = 2048 of one environment, Adam at 3e-4 without annealing, 10 epochs of minibatches of
 64, γ = 0.99, λ = 0.95, two separate networks of 64 × 64 tanh units, no entropy bonus. A run's score is the mean return
-of its last 100 episodes; in each environment the scores are shifted and scaled so that a random policy has 0 and the
-best setting 1; a setting's score is the mean over all its runs.
+of its last 100 episodes (here of the last iterations that have so many); in each environment the scores are shifted and
+scaled so that a random policy has 0 and the best result 1, which here is the best setting's mean over its runs; a
+setting's score is the mean over all its runs. A run that diverged has the random policy's score.
 
-What the paper leaves open is as in the code it was made with: observations and returns are normalised, and the gradient
-is not clipped. The random policy is the untrained network's. The environments are others: the paper has seven of
-MuJoCo's.
+What the paper leaves open is as in OpenAI's ppo1: observations are normalised, rewards are not, and the gradient is not
+clipped; but advantages are standardised in each minibatch. The random policy is the untrained network's. The
+environments are others: the paper has seven of MuJoCo's.
 """
 
 import json
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from purejaxppo import Config, Metrics, Policy, envs, evaluate, make_train, make_trainer
 
-RESULTS = Path(__file__).parent / "results" / "table1.json"
+RESULTS = Path(__file__).parent / "results" / "table1"
 ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "Reacher-misc", "Swimmer-misc", "PointRobot-misc")
 PROTOCOL = Config(
     num_envs=1,
@@ -36,7 +37,6 @@ PROTOCOL = Config(
     gae_lambda=0.95,
     ent_coef=0.0,
     normalize_obs=True,
-    normalize_reward=True,
 )
 LAST_EPISODES = 100
 
@@ -68,22 +68,22 @@ ROWS = (
 
 def run(names: list[str], seeds: int, timesteps: int) -> None:
     """Train every setting in every environment, one compilation for each objective, and store the raw scores."""
-    stored: dict[str, Any] = {"seeds": seeds, "timesteps": timesteps, "jax": jax.__version__, "scores": {}}
-    stored["command"] = f"python -m benchmarks table1 --seeds {seeds} --timesteps {timesteps}"
     for name in names:
-        stored["scores"][name] = {"random policy": random_policy(name)}
+        scores: dict[str, Any] = {"random policy": random_policy(name)}
         for objective, field in FIELD.items():
             rows = [row for row in ROWS if row.objective == objective]
             started = time.perf_counter()
-            scores = train(name, objective, field, [row.value for row in rows], seeds, timesteps)
-            for row, of_seeds in zip(rows, scores, strict=True):
-                stored["scores"][name][row.label] = [round(float(x), 4) for x in of_seeds]
+            trained = train(name, objective, field, [row.value for row in rows], seeds, timesteps)
+            for row, of_seeds in zip(rows, trained, strict=True):
+                scores[row.label] = [round(float(x), 4) if np.isfinite(x) else None for x in of_seeds]
             print(
-                f"{name}, {objective}: {np.round(scores, 2).tolist()}, {time.perf_counter() - started:.0f} s",
+                f"{name}, {objective}: {np.round(trained, 2).tolist()}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+        command = f"python -m benchmarks table1 --envs {name} --seeds {seeds} --timesteps {timesteps}"
+        stored = {"env": name, "command": command, "timesteps": timesteps, "jax": jax.__version__, "scores": scores}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
     table()
 
 
@@ -120,27 +120,34 @@ def random_policy(name: str) -> float:
 
 def table() -> None:
     """The stored scores as the paper's table, with the mean over seeds in each environment beside them."""
-    stored = json.loads(RESULTS.read_text())
-    names = list(stored["scores"])
-    normalised = {name: normalise(scores) for name, scores in stored["scores"].items()}
-    print("| setting | paper | here [95 %] | " + " | ".join(names) + " |")
-    print("|---" * (3 + len(names)) + "|")
+    stored = {name: read(name) for name in ENVS if (RESULTS / f"{name}.json").exists()}
+    normalised = {name: normalise(scores) for name, scores in stored.items()}
+    print("| setting | paper | here [95 %] | " + " | ".join(stored) + " |")
+    print("|---" * (3 + len(stored)) + "|")
     for row in ROWS:
-        runs = np.stack([normalised[name][row.label] for name in names])  # [environments, seeds]
+        runs = np.stack([scores[row.label] for scores in normalised.values()])  # [environments, seeds]
         low, high = interval(runs)
-        cells = [f"{np.mean(stored['scores'][name][row.label]):.1f}" for name in names]
+        cells = [f"{scores[row.label].mean():.1f}" for scores in stored.values()]
         print(
             f"| {row.label} | {row.paper:.2f} | {runs.mean():.2f} [{low:.2f}, {high:.2f}] | " + " | ".join(cells) + " |"
         )
-    cells = [f"{stored['scores'][name]['random policy']:.1f}" for name in names]
-    print("| random policy | 0 | 0 | " + " | ".join(cells) + " |")
+    print("| random policy | 0 | 0 | " + " | ".join(f"{x['random policy']:.1f}" for x in stored.values()) + " |")
 
 
-def normalise(scores: dict[str, Any]) -> dict[str, NDArray[np.floating]]:
+def read(name: str) -> dict[str, NDArray[np.floating]]:
+    """The scores of an environment by setting, [seeds]; a run that diverged has the random policy's."""
+    scores = json.loads((RESULTS / f"{name}.json").read_text())["scores"]
+    zero = scores.pop("random policy")
+    return {"random policy": np.asarray(zero)} | {
+        label: np.asarray([zero if x is None else x for x in of_seeds]) for label, of_seeds in scores.items()
+    }
+
+
+def normalise(scores: dict[str, NDArray[np.floating]]) -> dict[str, NDArray[np.floating]]:
     """The random policy at 0, the best setting's mean at 1."""
     zero = scores["random policy"]
-    one = max(np.mean(scores[row.label]) for row in ROWS)
-    return {row.label: (np.asarray(scores[row.label]) - zero) / (one - zero) for row in ROWS}
+    one = max(scores[row.label].mean() for row in ROWS)
+    return {row.label: (scores[row.label] - zero) / (one - zero) for row in ROWS}
 
 
 def interval(runs: NDArray[np.floating], resamples: int = 2000) -> tuple[float, float]:

@@ -187,7 +187,7 @@ def _train_options(arguments: Sequence[str]) -> type:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
     first.add_argument("--algorithm", nargs="?", default=Config.algorithm, const=Config.algorithm)
-    first.add_argument("--no-tuned", dest="tuned", action="store_false")
+    first.add_argument("--no-tuned", "--no_tuned", dest="tuned", action="store_false")
     asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
     defaults = (
         Config.for_env(asked.env, algorithm=asked.algorithm)

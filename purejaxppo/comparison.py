@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from purejaxppo import envs as environments
 from purejaxppo import fitting, run_directory
 from purejaxppo.checks import integer
 from purejaxppo.config import BASELINES, OBJECTIVES, Config
@@ -86,8 +87,11 @@ def compare(
     seeds, key = integer("seeds", seeds, 1), integer("key", key, 0)
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
     planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
-    for _, _, config in planned:
-        make_trainer(config)
+    for env, _, config in planned:
+        made = environments.make(env)
+        if made.max_episode_steps is None:
+            raise ConfigError(f"{env} has no bound on the length of an episode, so its policies cannot be scored")
+        make_trainer(config, made)
     if directory is not None:
         described = [{"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned]
         directory = run_directory.reserve(directory, {"configs": described}, seeds, key)

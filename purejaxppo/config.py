@@ -176,7 +176,7 @@ class Config:
     @classmethod
     def for_env(cls, name: str, **changes: Any) -> "Config":
         """The settings of an algorithm tuned for an environment (``purejaxppo/tuned.toml``), else its general ones."""
-        known = tuned(changes.get("algorithm", cls.algorithm)).get(name, {})
+        known = tuned(changes.get("algorithm", cls.algorithm)).get(str(name).removeprefix("gymnax/"), {})
         settings = {key: value for key, value in known.items() if key != "result"}
         return cls.from_dict({"env": name} | settings | changes)
 

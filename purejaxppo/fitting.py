@@ -21,7 +21,7 @@ from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
 from purejaxppo.train import make_trainer
-from purejaxppo.types import Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
+from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
 
 CHUNK_SECONDS = 0.3  # how often a person sees progress
 CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
@@ -121,7 +121,11 @@ def fit(
     capacity = min(CHUNK_ITERATIONS, config.num_iterations)
     one_state = jax.eval_shape(trainer.init, keys[0] if seeds > 1 else keys, params)
     sizes = (seeds, capacity) if seeds > 1 else (capacity,)
-    rows = empty_rows(jax.eval_shape(trainer.step, one_state, frozen)[1], *sizes)
+    row = jax.eval_shape(trainer.step, one_state, frozen)[1]
+    for name, x in row.extra.items():
+        if x.shape:
+            raise ConfigError(f"the metric {name!r} of reward_fn has the shape {x.shape}: it must be one number")
+    rows = empty_rows(row, *sizes)
     programs = jax.jit(init).lower(keys), jax.jit(chunk, donate_argnums=(1, 2)).lower(frozen, shapes, rows, 1)
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
@@ -158,9 +162,10 @@ def _run_chunks(
             before, played = played, new.timesteps[..., -1].sum(dtype=float)  # of all agents
             if on_progress:
                 on_progress(_progress(new, done, (played - before) / seconds))
-            if not np.isfinite(new.policy_loss + new.grad_norm)[..., -1].any():
-                break  # every agent has diverged
-            if config.whole_episodes and (new.timesteps[..., -1] >= config.total_timesteps).all():
+            over = ~np.isfinite(new.policy_loss + new.grad_norm)[..., -1]  # diverged
+            if config.whole_episodes:
+                over |= new.timesteps[..., -1] >= config.total_timesteps
+            if over.all():
                 break
             count = int(
                 np.clip(count * CHUNK_SECONDS / seconds, 1, min(capacity, max(config.num_iterations - done, 1)))

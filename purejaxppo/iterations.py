@@ -35,20 +35,24 @@ def run_iterations(
     """Up to ``count`` iterations; the metrics of the i-th go to row i.
 
     With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
-    steps are counted, and the rows that were not reached repeat the last one, but for the episodes, of which they have
-    none. (``rows`` of the call before, given back, are enough to know it.)
+    steps are counted, or when loss or gradient are no longer finite, and the rows that were not reached repeat the last
+    one, but for the episodes, of which they have none. (It is known from the ``rows`` of the call before, given back.)
     """
 
-    def going(loop: tuple[TrainState, Metrics, Array]) -> Array:
-        state, _, i = loop
-        return (i < count) & (state.timesteps < config.total_timesteps) if config.whole_episodes else i < count
+    def going(loop: tuple[TrainState, Metrics, Array, Array]) -> Array:
+        state, _, i, finite = loop
+        if not config.whole_episodes:
+            return i < count
+        return (i < count) & (state.timesteps < config.total_timesteps) & finite
 
-    def iteration(loop: tuple[TrainState, Metrics, Array]) -> tuple[TrainState, Metrics, Array]:
-        state, rows, i = loop
+    def iteration(loop: tuple[TrainState, Metrics, Array, Array]) -> tuple[TrainState, Metrics, Array, Array]:
+        state, rows, i, _ = loop
         state, metrics = step(state)
-        return state, jax.tree.map(lambda row, x: row.at[i].set(x), rows, metrics), i + 1
+        finite = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)
+        return state, jax.tree.map(lambda row, x: row.at[i].set(x), rows, metrics), i + 1, finite
 
-    state, rows, done = jax.lax.while_loop(going, iteration, (state, rows, jnp.zeros((), jnp.int32)))
+    start = (state, rows, jnp.zeros((), jnp.int32), jnp.asarray(True))
+    state, rows, done, _ = jax.lax.while_loop(going, iteration, start)
     if not config.whole_episodes:
         return state, rows
     row = jnp.arange(rows.timesteps.shape[0])

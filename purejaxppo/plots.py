@@ -27,30 +27,27 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
     """Episode returns in windows: Σ return · episodes / Σ episodes, so that every episode counts once.
 
     An iteration in which no episode ended has no return, and an agent has none from the iteration on at which its loss
-    was no longer finite. Agents that count whole episodes do not take the same number of steps in an iteration: the
-    windows are the same for all of them, and end where the first has taken its last step.
+    was no longer finite. Agents that count whole episodes do not take the same number of steps in an iteration; the
+    windows are the same for all of them.
     """
     returns, episodes, finite, steps = (
         np.atleast_2d(np.asarray(x))
         for x in (metrics.episode_return, metrics.episodes, finite_so_far(metrics), metrics.timesteps)
     )
     steps = steps.astype(np.int64)
-    last = steps[:, -1].min()
-    # No window is shorter than an iteration of any agent, so that each has one of every agent in it.
-    num_windows = max(1, min(num_windows, last // np.diff(steps, axis=1, prepend=0).max()))
-    within = steps <= last
-    window = np.where(within, (steps * num_windows - 1) // last, 0)
-    agent = np.arange(len(steps))[:, None]
+    # No window is shorter than an iteration, so that each has one of every agent that got as far.
+    num_windows = max(1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max()))
+    window, agent = (steps * num_windows - 1) // steps.max(), np.arange(len(steps))[:, None]
 
     def in_windows(x: NDArray[Any]) -> NDArray[Any]:
         total = np.zeros((len(steps), num_windows))
-        np.add.at(total, (agent, window), np.where(within, x, 0))
+        np.add.at(total, (agent, window), x)
         return total
 
     episodes = np.where(finite, episodes, 0)
     total, count = in_windows(np.where(episodes > 0, returns * episodes, 0)), in_windows(episodes)
     ends = np.zeros(num_windows)
-    np.maximum.at(ends, window, np.where(within, steps, 0))
+    np.maximum.at(ends, window, steps)
     with np.errstate(invalid="ignore"):
         return Curve(ends, total / count)
 

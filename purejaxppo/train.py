@@ -217,7 +217,12 @@ def _for_whole_episodes(config: Config, env: Env) -> Config:
             f"num_steps = {config.num_steps}: {config.algorithm} plays whole episodes, and those of {env.name} take up "
             f"to {bound} steps: set num_steps={bound}, or {instead}"
         )
-    return validate(config.replace(num_steps=bound))
+    if (config.num_envs * bound) % config.num_minibatches:
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}: of whole episodes of "
+            f"{env.name} no more than {bound} steps are played"
+        )
+    return config.replace(num_steps=bound)
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:

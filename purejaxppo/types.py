@@ -234,9 +234,9 @@ class Metrics(NamedTuple):
     entropy: Float[Array, ""]  # nats, mean over the minibatches
     approx_kl: Float[Array, ""]  # nats, KL(old || new), mean over the minibatches
     clip_fraction: Float[Array, ""]  # share of the samples whose ratio left 1 ± clip_eps
-    explained_variance: Float[Array, ""]  # 1 − Var(target − value) / Var(target); NaN where the targets are equal
+    explained_variance: Float[Array, ""]  # 1 − Var(target − value) / Var(target); NaN for equal targets, or no V
     policy_loss: Float[Array, ""]
-    value_loss: Float[Array, ""]
+    value_loss: Float[Array, ""]  # NaN where no value function is fitted
     grad_norm: Float[Array, ""]  # global norm before clipping, mean over the minibatches
     first_ratio_deviation: Float[Array, ""]  # max |ratio − 1| before the first step: 0 but for rounding
     extra: dict[str, Array]  # the algorithm's and the reward function's own

@@ -142,7 +142,11 @@ def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch)
     changes = {**SMALL, "total_timesteps": 400}
     (cut,) = compare([ENV], NAMES, seeds=2, eval_episodes=2, changes=changes, on_progress=stop)
     assert cut.interrupted and comparison.rows([cut])[0]["algorithm"] == "ppo/unclipped (interrupted)"
-    monkeypatch.setattr(comparison.fitting, "fit", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+
+    def while_compiling(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.fitting, "fit", while_compiling)
     assert compare([ENV], NAMES, changes=changes) == []
 
 

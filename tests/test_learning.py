@@ -33,6 +33,12 @@ def test_mountain_car_continuous_is_solved_by_four_seeds():
     assert interquartile_mean(scores("MountainCarContinuous-v0", 4)) >= 90  # 93 in the benchmark
 
 
+def test_trpo_and_reinforce_learn_cartpole():
+    """Within less than half of their steps, in which they reach 500 and 499 in the benchmark."""
+    assert interquartile_mean(scores("CartPole-v1", 4, algorithm="trpo", total_timesteps=40_960)) >= 300
+    assert interquartile_mean(scores("CartPole-v1", 4, algorithm="reinforce", total_timesteps=90_000)) >= 250
+
+
 @pytest.mark.checkout
 def test_the_quickstart_notebook_runs():
     import nbformat

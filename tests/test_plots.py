@@ -55,11 +55,20 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
 
 
 def test_agents_whose_iterations_differ_in_length_share_their_windows():
-    """Steps 10, 30, 60, 100 and 20, 40, 60, 80; no window is shorter than 40; the first 80 steps have both agents."""
+    """Steps 10, 30, 60, 100 and 20, 40, 60, 80; no window is shorter than 40, so there are two of 50."""
     both = metrics([[1.0, 2, 3, 4], [5, 6, 7, 8]], [[1, 1, 2, 1], [1, 3, 1, 1]])
     curve = windowed(both._replace(timesteps=np.asarray([[10, 30, 60, 100], [20, 40, 60, 80]])))
-    np.testing.assert_array_equal(curve.timesteps, [40, 80])
-    np.testing.assert_allclose(curve.returns, [[(1 + 2) / 2, 3.0], [(5 + 3 * 6) / 4, (7 + 8) / 2]])
+    np.testing.assert_array_equal(curve.timesteps, [40, 100])
+    np.testing.assert_allclose(curve.returns, [[(1 + 2) / 2, (2 * 3 + 4) / 3], [(5 + 3 * 6) / 4, (7 + 8) / 2]])
+
+
+def test_an_agent_that_stopped_early_does_not_cut_the_others():
+    """Steps 10, 20, 20, 20 and 40, 80, 120, 160: four windows of 40, of which the first agent has the first."""
+    both = metrics([[1.0, 2, NAN, NAN], [5, 6, 7, 8]], [[1, 1, 0, 0], [1, 1, 1, 1]])
+    curve = windowed(both._replace(timesteps=np.asarray([[10, 20, 20, 20], [40, 80, 120, 160]])))
+    np.testing.assert_array_equal(curve.returns, [[1.5, NAN, NAN, NAN], [5, 6, 7, 8]])
+    one = windowed(metrics([[3.0], [4.0]], [[1], [1]])._replace(timesteps=np.asarray([[10], [14]])))
+    np.testing.assert_array_equal(one.returns, [[3.0], [4.0]])
 
 
 @pytest.mark.parametrize("bad", [NAN, np.inf])
@@ -105,7 +114,7 @@ def test_a_seed_without_episodes_does_not_hide_the_others():
     """The mean over seeds that have a return is shown, or the run looks as if nothing had been learnt."""
     returns, episodes = np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]), np.array([[1] * 3, [1] * 3, [0] * 3])
     (axes,) = learning_curve(metrics(returns, episodes)).axes
-    assert any(np.isfinite(line.get_ydata()).any() for line in axes.lines)
+    np.testing.assert_allclose(axes.lines[-1].get_ydata(), [2.0, 3.0, 4.0])
 
 
 # -------------------------------------------------------------------------------------- statistics
