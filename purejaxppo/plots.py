@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from purejaxppo.metrics import finite_so_far
@@ -108,6 +109,7 @@ def _plot_middle(axes: Axes, curve: Curve, colour: str, label: str) -> None:
 
 def _dress(axes: Axes, ylabel: str, title: str) -> None:
     axes.set(xlabel="environment steps", ylabel=ylabel, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # more labels run into one another
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
