@@ -55,11 +55,10 @@ def variant(env: str, name: str, **changes: Any) -> Config:
     if stroke and kind not in kinds:
         known = [f"{algorithm}/{kind}" for algorithm, (_, kinds) in VARIANTS.items() for kind in kinds]
         raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {', '.join(known)}")
-    said = {"env": env, "algorithm": algorithm} | ({field: kind} if stroke else {})
-    if twice := sorted(said.keys() & changes.keys()):
+    said = {"algorithm": algorithm} | ({field: kind} if stroke else {})
+    if twice := sorted({"env", *said} & changes.keys()):
         raise ConfigError(f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is")
-    settings = {key: value for key, value in said.items() if key != "env"}
-    return Config.for_env(env, **settings, **changes)
+    return Config.for_env(env, **said, **changes)
 
 
 def compare(

@@ -153,9 +153,8 @@ def _run_chunks(
         while done < config.num_iterations and not interrupted():
             started = time.perf_counter()
             state, rows = chunk(state, rows, count)
-            new = jax.tree.map(
-                lambda x, n=count: np.array(x[*ahead, :n]), rows
-            )  # waits; a copy, since `rows` is given away
+            # This waits for the chunk; it copies, since `rows` is given away to the next one.
+            new = jax.tree.map(lambda x, n=count: np.array(x[*ahead, :n]), rows)
             seconds = time.perf_counter() - started
             collected.append(new)
             done += count
