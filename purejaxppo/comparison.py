@@ -16,7 +16,9 @@ from purejaxppo import fitting, run_directory
 from purejaxppo.checks import integer
 from purejaxppo.config import BASELINES, OBJECTIVES, Config
 from purejaxppo.evaluation import evaluate
+from purejaxppo.files import whole
 from purejaxppo.plots import Curve, comparison_figure, windowed
+from purejaxppo.session import Progress
 from purejaxppo.statistics import estimate
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError
@@ -72,7 +74,7 @@ def compare(
     changes: Mapping[str, Any] | None = None,
     directory: str | os.PathLike | None = None,
     on_start: Callable[[fitting.Plan], None] | None = None,
-    on_progress: Callable[[fitting.Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Entry]:
     """Train each algorithm in each environment, ``seeds`` agents at once, and score the final policies.
 
@@ -93,7 +95,7 @@ def compare(
         make_trainer(config, made)
     if directory is not None:
         described = [{"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned]
-        directory = run_directory.reserve(directory, {"configs": described}, seeds, key)
+        directory = run_directory.reserve(directory, {"configs": described, "seeds": seeds, "key": key})
     entries: list[Entry] = []
     with contextlib.suppress(KeyboardInterrupt):  # while it compiles or writes; `fit` sees to it while it trains
         for env, name, config in planned:
@@ -141,11 +143,11 @@ def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
     curves: dict[str, dict[str, Curve]] = {}
     for entry in entries:
         curves.setdefault(entry.env, {})[entry.name] = entry.curve
-    run_directory.whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries)))
-    run_directory.whole(directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False))
-    run_directory.whole(directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False))
+    whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries)))
+    whole(directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False))
+    whole(directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False))
     figure = comparison_figure(curves)
-    run_directory.whole(directory / "comparison.png", lambda path: figure.savefig(path, format="png"))
+    whole(directory / "comparison.png", lambda path: figure.savefig(path, format="png"))
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from purejaxppo import envs, fitting
+from purejaxppo import envs, fitting, session
 from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
@@ -69,7 +69,7 @@ class Screen:
         self.total, self.next_line = config.total_timesteps if config.whole_episodes else config.actual_timesteps, 1
         self.task = self.bar.add_task("", total=self.total, text="")
 
-    def on_progress(self, now: fitting.Progress) -> None:
+    def on_progress(self, now: session.Progress) -> None:
         """The bar of a terminal; elsewhere a line now and then."""
         text = f"return {_number(now.episode_return)}  {_rate(now.steps_per_second)}"
         self.bar.update(self.task, completed=now.timesteps, text=text)

@@ -1,30 +1,27 @@
-"""`fit`: a training run as a person meets it, in chunks, with progress and a run directory around `make_trainer`."""
+"""`fit`: a training run as a person meets it, with progress, checkpoints and a run directory around `make_trainer`."""
 
 import contextlib
 import dataclasses
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from purejaxppo import envs, run_directory
+from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.checks import integer
 from purejaxppo.config import Config, validate
-from purejaxppo.iterations import empty_rows, run_iterations
+from purejaxppo.loggers import checked_names, open_loggers
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
+from purejaxppo.programs import compile_programs, device_name
+from purejaxppo.session import Best, Evaluation, Keeping, Progress, run_session
+from purejaxppo.tables import Table
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
-
-CHUNK_SECONDS = 0.3  # how often a person sees progress
-CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
 
 
 class Plan(NamedTuple):
@@ -35,15 +32,6 @@ class Plan(NamedTuple):
     device: str
     memory_bytes: int  # what the compiled program needs for its state and temporaries
     compile_seconds: float
-
-
-class Progress(NamedTuple):
-    """Where a run stands after a chunk."""
-
-    iterations: int
-    timesteps: int  # of one agent, with whole episodes of the one that is furthest behind
-    episode_return: float  # of the episodes that finished in the chunk, all agents; NaN where none did
-    steps_per_second: float  # of all agents together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +47,24 @@ class Run:
     interrupted: bool  # stopped by the user before all iterations were run
     env: Env
     model: Model | None
+    best: Best | None = None  # by the evaluations during training; None without any
+    evaluations: Table | None = None  # columns iteration, timesteps, return_mean, …, each [seeds, evaluations]
+    resumed_at: int = 0  # the iteration of the checkpoint that the run went on from
 
     def policy(self, seed: int = 0) -> Policy:
         """The trained policy of one of the seeds."""
         index = seed if self.seeds > 1 else None
         return Policy.from_state(self.config, self.state, index, self.env, self.model)
+
+    def best_policy(self, seed: int = 0) -> Policy:
+        """The policy with the highest mean return in an evaluation during training (``eval_every``).
+
+        The highest of several noisy means is higher than what it estimates: evaluate it again before quoting it.
+        """
+        index = seed if self.seeds > 1 else None
+        if self.best is None or not self.best.iteration.reshape(-1)[seed]:
+            raise ConfigError("no policy was evaluated during training: fit(..., eval_every=iterations)")
+        return Policy.from_state(self.config, self.best, index, self.env, self.model)
 
     @property
     def diverged_at(self) -> list[int | None]:
@@ -83,130 +84,76 @@ def fit(
     params: PyTree = None,
     frozen: PyTree = None,
     directory: str | os.PathLike | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    eval_every: int = 0,
+    eval_episodes: int = 128,
+    eval_deterministic: bool = True,
+    loggers: Sequence[str] = (),
     on_start: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train ``seeds`` agents at once, in chunks between which ``on_progress`` is called.
 
-    The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. It
-    stops early when every agent has diverged, and with what there is at Ctrl-C. ``directory``, which must not exist,
-    gets what `run_directory` describes.
+    The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``; with
+    several devices the agents are spread over them. It stops early when every agent has diverged, and with what there
+    is at Ctrl-C or SIGTERM.
+
+    ``directory``, which must not exist, gets what `run_directory` describes, a checkpoint every ``checkpoint_seconds``
+    among it. With ``resume`` a run in it that was killed or interrupted goes on from its newest checkpoint, or from the
+    start where it has none yet, and ends with the same numbers, bit for bit on the same device, as if nothing had
+    happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen`` are the caller's to give.
+
+    ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so training
+    is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are `loggers`'s.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
-    seeds = integer("seeds", seeds, 1)
+    agents = None if integer("seeds", seeds, 1) == 1 else seeds
+    evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
     env = envs.make(config.env) if env is None else env
     config = dataclasses.replace(config, env=env.name)
-    named_key, key = key, jax.random.key(key) if isinstance(key, int) else key
-    trainer = make_trainer(config, env, model, reward_fn)
-    if directory is not None:
-        directory = run_directory.reserve(directory, {"config": config.to_dict()}, seeds, named_key)
-
-    def init(keys: PRNGKey) -> TrainState:
-        def one(key: PRNGKey) -> TrainState:
-            return trainer.init(key, params)
-
-        return jax.vmap(one)(keys) if seeds > 1 else one(keys)
-
-    def chunk(frozen: PyTree, state: TrainState, rows: Metrics, count: Any) -> tuple[TrainState, Metrics]:
-        """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
-
-        def one(state: TrainState, rows: Metrics) -> tuple[TrainState, Metrics]:
-            return run_iterations(config, partial(trainer.step, frozen=frozen), state, rows, count)
-
-        return jax.vmap(one)(state, rows) if seeds > 1 else one(state, rows)
-
-    started = time.perf_counter()
-    keys = jax.random.split(key, seeds) if seeds > 1 else key
-    shapes = jax.eval_shape(init, keys)
-    capacity = min(CHUNK_ITERATIONS, config.num_iterations)
-    one_state = jax.eval_shape(trainer.init, keys[0] if seeds > 1 else keys, params)
-    sizes = (seeds, capacity) if seeds > 1 else (capacity,)
-    row = jax.eval_shape(trainer.step, one_state, frozen)[1]
-    for name, x in row.extra.items():
-        if x.shape:
-            raise ConfigError(f"the metric {name!r} of reward_fn has the shape {x.shape}: it must be one number")
-    rows = empty_rows(row, *sizes)
-    programs = jax.jit(init).lower(keys), jax.jit(chunk, donate_argnums=(1, 2)).lower(frozen, shapes, rows, 1)
-    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
-        compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
-    state = compiled_init(keys)
-    plan = Plan(config, seeds, _device(), _memory(compiled), time.perf_counter() - started)
-    if on_start:
-        on_start(plan)
-
-    started = time.perf_counter()
-    state, metrics, interrupted = _run_chunks(partial(compiled, frozen), state, rows, plan, on_progress)
-    run = Run(config, seeds, state, metrics, plan, time.perf_counter() - started, interrupted, env, model)
-    if directory is not None:
-        run_directory.write(directory, run)
+    make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
+    checked_names(loggers, None if directory is None else Path(directory), seeds)
+    asked = {"config": config.to_dict(), "seeds": seeds, "evaluation": evaluation._asdict() if evaluation else None}
+    with contextlib.ExitStack() as stack:
+        keeping = None
+        if directory is not None:
+            directory = stack.enter_context(run_directory.opened(directory, asked, key, resume))
+            names = [f"seed_{seed}" for seed in range(seeds)]
+            keeping = Keeping(
+                Checkpoints(directory / "checkpoints"),
+                checkpoint_seconds,
+                resume,
+                partial(open_loggers, loggers, directory, names, asked),
+            )
+        elif resume:
+            raise ConfigError("resume needs the directory of the run that is to go on")
+        programs = compile_programs(config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen)
+        plan = Plan(config, seeds, device_name(programs), programs.memory_bytes, programs.compile_seconds)
+        if on_start:
+            on_start(plan)
+        keys = programs.keys(jax.random.key(key) if isinstance(key, int) else key)
+        ended = run_session(programs, keys, {}, evaluation=evaluation, keeping=keeping, on_progress=on_progress)
+        run = Run(
+            config,
+            seeds,
+            ended.state,
+            ended.metrics,
+            plan,
+            ended.seconds,
+            ended.interrupted,
+            env,
+            model,
+            ended.best,
+            ended.evaluations,
+            ended.resumed_at,
+        )
+        if directory is not None:
+            run_directory.write(Path(directory), run)
     return run
 
 
-def _run_chunks(
-    chunk: Callable, state: TrainState, rows: Metrics, plan: Plan, on_progress: Callable[[Progress], None] | None
-) -> tuple[TrainState, Metrics, bool]:
-    """All iterations, `CHUNK_SECONDS` at a time; returns state, metrics [seeds, iterations], whether interrupted."""
-    config, capacity = plan.config, rows.timesteps.shape[-1]
-    ahead = (slice(None),) * (rows.timesteps.ndim - 1)  # the axis of agents, where there are several
-    done, count, played, collected = 0, 1, 0.0, []
-    with _interruptible() as interrupted:
-        while done < config.num_iterations and not interrupted():
-            started = time.perf_counter()
-            state, rows = chunk(state, rows, count)
-            # This waits for the chunk; it copies, since `rows` is given away to the next one.
-            new = jax.tree.map(lambda x, n=count: np.array(x[*ahead, :n]), rows)
-            seconds = time.perf_counter() - started
-            collected.append(new)
-            done += count
-            before, played = played, new.timesteps[..., -1].sum(dtype=float)  # of all agents
-            if on_progress:
-                on_progress(_progress(new, done, (played - before) / seconds))
-            over = ~np.isfinite(new.policy_loss + new.grad_norm)[..., -1]  # diverged
-            if config.whole_episodes:
-                over |= new.timesteps[..., -1] >= config.total_timesteps
-            if over.all():
-                break
-            count = int(
-                np.clip(count * CHUNK_SECONDS / seconds, 1, min(capacity, max(config.num_iterations - done, 1)))
-            )
-    metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=len(ahead)), *collected)
-    longest = int(np.max(state.iteration))  # the last chunk may have room for more
-    metrics = jax.tree.map(lambda x: x[*ahead, :longest], metrics)
-    return state, metrics if ahead else jax.tree.map(lambda x: x[None], metrics), interrupted()
-
-
-def _progress(new: Metrics, iterations: int, steps_per_second: float) -> Progress:
-    episodes = new.episodes.sum()
-    total = np.where(new.episodes > 0, new.episode_return * new.episodes, 0).sum()
-    mean = total / episodes if episodes else float("nan")
-    return Progress(iterations, int(new.timesteps[..., -1].min()), float(mean), steps_per_second)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C takes effect between chunks, where the state is whole; a second one at once."""
-    pressed: list[int] = []
-
-    def note(signal_number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(signal_number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return device.platform if device.device_kind == device.platform else f"{device.platform} ({device.device_kind})"
-
-
-def _memory(compiled: Any) -> int:
-    analysis = compiled.memory_analysis()
-    return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
+def _evaluation(every: int, episodes: int, deterministic: bool) -> Evaluation | None:
+    if integer("eval_every", every, 0) == 0:
+        return None
+    return Evaluation(every, integer("eval_episodes", episodes, 1), deterministic)

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from purejaxppo import tables
 from purejaxppo.checks import nearest
-from purejaxppo.run_directory import whole
+from purejaxppo.files import whole
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError
 

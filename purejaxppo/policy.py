@@ -25,7 +25,7 @@ from purejaxppo.config import Config
 from purejaxppo.envs.wrappers import into_box, into_features
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Moments, no_moments, normalize_obs
-from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, TrainState
+from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, Trained
 
 FORMAT_VERSION = 1
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
@@ -57,7 +57,7 @@ class Policy:
     def from_state(
         cls,
         config: Config,
-        state: TrainState,
+        state: Trained,
         index: int | None = None,
         env: Env | None = None,
         model: Model | None = None,

@@ -1,15 +1,21 @@
 """What a run leaves on disk, and reading it back.
 
 config.json          the configuration, seeds, key and versions
-metrics.csv          one row per seed and iteration
+metrics.csv          one row per iteration and seed, written as it trains
+evaluations.csv      one row per evaluation during training and seed, where they were asked for
 learning_curve.png   return against environment steps
 policy/              the trained policy, or one in policy/seed_0, policy/seed_1, … for several seeds
+best_policy/         likewise, those of the highest mean in an evaluation during training
+checkpoints/         while the run is not at its end: what it can be resumed from
 """
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +23,34 @@ import jax
 import numpy as np
 
 import purejaxppo
+from purejaxppo.files import locked, whole
 from purejaxppo.policy import Policy, load_policy, save_policy
-from purejaxppo.types import ConfigError, Metrics
+from purejaxppo.types import ConfigError
 
 if TYPE_CHECKING:
     from purejaxppo.fitting import Run
 
 
-def reserve(directory: str | os.PathLike, described: dict[str, Any], seeds: int, key: Any) -> Path:
-    """Make the directory, which must be new, and write ``config.json``: a mistake shows before hours of training."""
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike, asked: dict[str, Any], key: Any, resume: bool) -> Iterator[Path]:
+    """The directory of a run, which no other process may train in meanwhile: a new one, or one to go on with.
+
+    A mistake shows before hours of training: a directory that exists and is not to be resumed, a run that has ended,
+    one of which something else was asked.
+    """
+    directory = Path(directory)
+    described = {**asked, "key": key if isinstance(key, int) else np.asarray(_key_data(key)).tolist()}
+    if not (resume and directory.exists()):
+        reserve(directory, described)
+        (directory / "checkpoints").mkdir()
+    with locked(directory):
+        if resume:
+            _require_same(directory, described)
+        yield directory
+
+
+def reserve(directory: str | os.PathLike, described: dict[str, Any]) -> Path:
+    """Make the directory, which must be new, and write ``config.json``."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True)
@@ -35,27 +60,59 @@ def reserve(directory: str | os.PathLike, described: dict[str, Any], seeds: int,
         raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}") from None
     description = {
         **described,
-        "seeds": seeds,
-        "key": key if isinstance(key, int) else np.asarray(_key_data(key)).tolist(),
         "purejaxppo": purejaxppo.__version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
-    whole(directory / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+    text = json.dumps(description, indent=2) + "\n"
+    whole(directory / "config.json", lambda path: path.write_text(text))
     return directory
 
 
-def write(directory: str | os.PathLike, run: "Run") -> None:
-    """The metrics, the picture and the policies of a run that has ended; each file appears whole or not at all."""
+def _require_same(directory: Path, asked: dict[str, Any]) -> None:
+    """A run goes on as what it was begun as."""
+    try:
+        begun = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        raise ConfigError(f"{directory} is not a run that could go on: it has no config.json of ours") from None
+    if not (directory / "checkpoints").is_dir():
+        raise ConfigError(f"the run in {directory} has come to its end: there is nothing to resume")
+    then, now = _flat(begun), _flat(json.loads(json.dumps(asked)))
+    differing = [name for name in now if then.get(name) != now[name]]
+    if differing:
+        words = ", ".join(f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing)
+        raise ConfigError(f"the run in {directory} was begun with other settings: {words}")
+    if begun["jax"] != jax.__version__:
+        warnings.warn(
+            f"the run in {directory} was begun with JAX {begun['jax']} and goes on with {jax.__version__}: its numbers "
+            "may differ in their last digits from those of one that had not stopped",
+            stacklevel=4,
+        )
+
+
+def _flat(described: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the configuration beside the rest."""
+    return {name: x for name, x in described.items() if name != "config"} | described.get("config", {})
+
+
+def write(directory: Path, run: "Run") -> None:
+    """The picture and the policies of a run that has ended; each appears whole or not at all.
+
+    Of one that was interrupted the checkpoints stay, so that it can go on.
+    """
     from purejaxppo.plots import learning_curve
 
-    directory = Path(directory)
-    table = metrics_table(run.metrics)
-    whole(directory / "metrics.csv", lambda path: table.to_csv(path, index=False))
     title = f"{run.config.algorithm.upper()} on {run.config.env}"
     whole(directory / "learning_curve.png", lambda path: learning_curve(run.metrics, title).savefig(path, format="png"))
-    for seed in range(run.seeds):
-        save_policy(directory / "policy" / f"seed_{seed}" if run.seeds > 1 else directory / "policy", run.policy(seed))
+    policies = {"policy": run.policy}
+    if run.best is not None and np.all(run.best.iteration):
+        policies["best_policy"] = run.best_policy
+    for name, policy in policies.items():
+        shutil.rmtree(directory / name, ignore_errors=True)  # of before a resume
+        for seed in range(run.seeds):
+            save_policy(directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name, policy(seed))
+    if not run.interrupted:
+        shutil.rmtree(directory / "checkpoints")
 
 
 def load_policies(directory: str | os.PathLike) -> list[Policy]:
@@ -67,29 +124,6 @@ def load_policies(directory: str | os.PathLike) -> list[Policy]:
     number = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
     seeds = sorted((path for path in number if number[path].isdecimal()), key=lambda path: int(number[path]))
     return [load_policy(path) for path in seeds or [home]]
-
-
-def metrics_table(metrics: Metrics) -> Any:
-    """A data frame with one row per seed and iteration, from metrics [iterations] or [seeds, iterations]."""
-    import pandas as pd
-
-    columns = {name: x for name, x in metrics._asdict().items() if name != "extra"} | dict(metrics.extra)
-    columns = {name: np.atleast_2d(np.asarray(x)) for name, x in columns.items()}
-    seeds, iterations = columns["timesteps"].shape
-    index = {
-        "seed": np.repeat(np.arange(seeds), iterations),
-        "iteration": np.tile(np.arange(1, iterations + 1), seeds),
-    }
-    table = pd.DataFrame(index | {name: x.ravel() for name, x in columns.items()})
-    steps = np.diff(columns["timesteps"], axis=1, prepend=0)
-    return table[((steps > 0) | (columns["episodes"] > 0)).ravel()]  # an agent that was done waited for the others
-
-
-def whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    temporary.replace(path)
 
 
 def _key_data(key: Any) -> Any:

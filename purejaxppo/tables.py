@@ -4,11 +4,13 @@ A table maps the name of a column to an array [members, n]: `iteration`, `timest
 is a column `valid`, it says which rows exist; of an agent that ended earlier none follow.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from purejaxppo.types import Metrics
 
 Table = Mapping[str, NDArray[Any]]
 
@@ -88,3 +90,28 @@ def next_steps(before: Mapping[str, Table], num_members: int) -> list[int]:
     for table in before.values():
         last = np.maximum(last, np.where(existing(table), table["timesteps"], -1).max(axis=1, initial=-1))
     return [int(step) + 1 for step in last]
+
+
+def of_metrics(metrics: Metrics, last: int, steps: NDArray[Any]) -> Table:
+    """Metrics [members, n] of the n iterations up to ``last``, before which the members had taken ``steps`` [members].
+
+    A member that had counted its steps and waited for the others has no valid row.
+    """
+    fields = {name: np.asarray(x) for name, x in metrics._asdict().items() if name != "extra"}
+    taken = np.diff(fields["timesteps"], axis=1, prepend=steps[:, None])
+    iteration = np.broadcast_to(np.arange(last - taken.shape[1] + 1, last + 1), taken.shape)
+    valid = (taken > 0) | (fields["episodes"] > 0)
+    extra = {name: np.asarray(x) for name, x in metrics.extra.items()}
+    return {"iteration": iteration, **fields, **extra, "valid": valid}
+
+
+def to_metrics(table: Table) -> Metrics:
+    """The metrics that a table was made of."""
+    fields: dict[str, Any] = {name: table[name] for name in Metrics._fields if name != "extra"}
+    extra: dict[str, Any] = {name: x for name, x in table.items() if name not in {*fields, "iteration", "valid"}}
+    return Metrics(**fields, extra=extra)
+
+
+def joined(parts: Sequence[Table]) -> Table:
+    """Tables one after the other."""
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

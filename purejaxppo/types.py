@@ -224,6 +224,18 @@ class TrainState(NamedTuple):
     timesteps: Array  # environment steps done: all, or with whole episodes those in a mask
 
 
+@runtime_checkable
+class Trained(Protocol):
+    """What a policy can be taken out of: a `TrainState`, or as much of one as is kept of the best policy so far."""
+
+    @property
+    def params(self) -> PyTree: ...
+    @property
+    def normalizer(self) -> PyTree: ...
+    @property
+    def iteration(self) -> Any: ...
+
+
 class Metrics(NamedTuple):
     """One number per iteration and field, so memory grows with neither ``num_steps`` nor ``num_envs``."""
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from small_envs import DISCRETE, counter
 
-from purejaxppo import Config, ConfigError, fit, fitting, load_policy, make_train
-from purejaxppo.fitting import Progress
+from purejaxppo import Config, ConfigError, fit, load_policy, make_train, programs
 from purejaxppo.plots import windowed
 from purejaxppo.run_directory import load_policies
+from purejaxppo.session import Progress
 from purejaxppo.types import Metrics
 
 TINY = Config(
@@ -38,7 +38,7 @@ class Observed:
     def __init__(self, directory, chunk_seconds, seeds, config=TINY, key=3):
         self.plans, self.progress, self.directory = [], [], directory
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fitting, "CHUNK_SECONDS", chunk_seconds)
+            patch.setattr(programs, "CHUNK_SECONDS", chunk_seconds)
             self.run = fit(
                 config,
                 seeds=seeds,
@@ -183,7 +183,7 @@ def test_divergence_is_told_seed_by_seed(three):
 
 def rows_of(directory):
     with (directory / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return sorted(csv.DictReader(file), key=lambda row: (int(row["seed"]), int(row["iteration"])))
 
 
 def test_a_run_directory_has_exactly_what_it_should(one, three):
@@ -239,7 +239,7 @@ def no_training(monkeypatch):
     def fail(*arguments):
         raise AssertionError("training was compiled")
 
-    monkeypatch.setattr(fitting, "ThreadPoolExecutor", fail)
+    monkeypatch.setattr(programs, "ThreadPoolExecutor", fail)
 
 
 @pytest.mark.usefixtures("no_training")

@@ -10,12 +10,12 @@ import optax
 import pytest
 from small_envs import counter, linear_model, memory_model
 
-from purejaxppo import Config, ConfigError, fit, fitting, make_train, make_trainer
+from purejaxppo import Config, ConfigError, fit, make_train, make_trainer, programs
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import BASELINES
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.rollout import make_rollout
-from purejaxppo.run_directory import metrics_table
+from purejaxppo.tables import of_metrics
 from purejaxppo.types import Batch, Box, Discrete, Env, Step
 from purejaxppo.updates import reinforce
 
@@ -222,7 +222,7 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
             np.testing.assert_array_equal(row[done:], np.broadcast_to(row[done - 1], row[done:].shape))
         assert np.isnan(metrics.episode_return[i, done:]).all() and np.isnan(lengths[done:]).all()
     # In chunks, here of one iteration each, it is the same run; it ends when the last agent has its steps.
-    monkeypatch.setattr(fitting, "CHUNK_SECONDS", 0)
+    monkeypatch.setattr(programs, "CHUNK_SECONDS", 0)
     now = []
     run = fit(config, seeds=seeds, key=jax.random.key(0), env=counter(), on_progress=now.append)
     iterations = state.iteration.tolist()
@@ -230,7 +230,8 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # a mean may be summed in another order
     jax.tree.map(lambda a, b: close(a, b[:, : max(iterations)]), run.metrics, metrics)
     jax.tree.map(close, run.state.params, state.params)
-    assert np.bincount(metrics_table(run.metrics).seed).tolist() == iterations  # a row for each one that was run
+    rows = of_metrics(run.metrics, max(iterations), np.zeros(seeds))
+    assert rows["valid"].sum(axis=1).tolist() == iterations  # a row for each one that was run
 
 
 @pytest.mark.parametrize("x64", [False, True])

@@ -1,0 +1,214 @@
+"""Compiled training: the programs that run one agent, or many at once on all devices, and the loop that calls them."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+from numpy.typing import NDArray
+
+from purejaxppo.config import Config
+from purejaxppo.evaluation import EpisodeStatistics, evaluate
+from purejaxppo.iterations import empty_rows, run_iterations
+from purejaxppo.policy import Policy
+from purejaxppo.train import make_trainer
+from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
+
+CHUNK_SECONDS = 0.3  # how often the host looks at a run
+CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
+AGENTS = PartitionSpec("agents")
+
+Swept = Mapping[str, Array]  # hyper-parameters in which the agents differ, each [agents]
+
+
+class Programs(NamedTuple):
+    """The training of some number of agents, compiled; with ``agents=None`` of one, without an axis for it."""
+
+    config: Config
+    env: Env
+    model: Model | None
+    agents: int | None
+    mesh: Mesh | None  # the devices that share the agents; None: one device has all
+    init: Callable[[PRNGKey, Swept], TrainState]  # keys [agents]
+    chunk: Callable[[Swept, TrainState, Metrics, int], tuple[TrainState, Metrics]]  # uses up state and rows
+    shapes: TrainState
+    rows: Metrics  # shapes [agents, capacity] of the metrics of a chunk
+    memory_bytes: int  # what a chunk needs for its state and temporaries, on each device
+    compile_seconds: float
+
+    @property
+    def ahead(self) -> tuple[slice, ...]:
+        """The index of all agents; of one without an axis, nothing."""
+        return () if self.agents is None else (slice(None),)
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Arrays [agents, ...] on the devices whose agents they belong to."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, AGENTS))
+
+    def keys(self, key: PRNGKey) -> PRNGKey:
+        """A key for each agent: the key itself for one, else it is split."""
+        return key if self.agents is None else self.put(jax.random.split(key, self.agents))
+
+
+class Chunk(NamedTuple):
+    """Some iterations that were run; the state is used up by the next chunk."""
+
+    state: TrainState
+    metrics: Metrics  # NumPy [agents, iterations of the chunk]; one agent has an axis too
+    done: int  # iterations so far
+    steps_before: NDArray[Any]  # [agents] that each had taken before
+    seconds: float
+
+
+def compile_programs(
+    config: Config,
+    env: Env,
+    agents: int | None,
+    swept: Sequence[str] = (),
+    *,
+    model: Model | None = None,
+    reward_fn: Callable | Reward | None = None,
+    params: PyTree = None,
+    frozen: PyTree = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Programs:
+    """Compile the training of ``agents`` agents that differ in their keys and in the hyper-parameters ``swept``.
+
+    They are spread over the devices, of which as many are used as divide their number: each runs its own agents, and
+    nothing is communicated. Raises `ConfigError` for what cannot run.
+    """
+    started = time.perf_counter()
+
+    def init(key: PRNGKey, swept: Swept) -> TrainState:
+        return make_trainer(config.replace(**swept), env, model, reward_fn).init(key, params)
+
+    def chunk(
+        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array
+    ) -> tuple[TrainState, Metrics]:
+        """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
+        trainer = make_trainer(config.replace(**swept), env, model, reward_fn)
+        return run_iterations(config, partial(trainer.step, frozen=frozen), state, rows, count)
+
+    def one_row(key: PRNGKey, swept: Swept) -> Metrics:
+        trainer = make_trainer(config.replace(**swept), env, model, reward_fn)
+        return trainer.step(trainer.init(key, params), frozen)[1]
+
+    inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
+    row = jax.eval_shape(one_row, *inputs)
+    _require_scalar_metrics(row)
+    rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
+    mesh = None
+    if agents is not None:
+        init, chunk = jax.vmap(init), jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
+        inputs, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
+        mesh = _mesh(agents, jax.local_devices() if devices is None else devices)
+    if mesh is not None:
+        over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
+        none = PartitionSpec()
+        init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(none, AGENTS, AGENTS, AGENTS, none))
+
+    shapes = jax.eval_shape(init, *inputs)
+    programs = (
+        jax.jit(init).lower(*inputs),
+        jax.jit(chunk, donate_argnums=(2, 3)).lower(frozen, inputs[1], shapes, rows, 1),
+    )
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
+    seconds, run = time.perf_counter() - started, partial(compiled, frozen)
+    return Programs(config, env, model, agents, mesh, compiled_init, run, shapes, rows, memory_of(compiled), seconds)
+
+
+def run_chunks(
+    programs: Programs, swept: Swept, state: TrainState, before: Metrics | None = None, every: int | None = None
+) -> Iterator[Chunk]:
+    """Train up to the end, `CHUNK_SECONDS` at a time, with a pause after every multiple of ``every`` iterations.
+
+    ``before`` are the metrics [agents, n] of the n iterations that the state has behind it. It ends early when every
+    agent has diverged, or has counted its steps.
+    """
+    config, capacity, ahead = programs.config, programs.rows.timesteps.shape[-1], programs.ahead
+    done, count = 0, 1
+    steps: NDArray[Any] = np.zeros(programs.agents or 1)
+    rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), programs.rows)
+    if before is not None:  # agents that have counted their steps repeat their last row
+        done, steps = before.timesteps.shape[-1], np.asarray(before.timesteps[:, -1])
+        last = jax.tree.map(lambda x: x[:, -1:] if ahead else x[0, -1:], before)
+        rows = jax.tree.map(lambda row, x: np.broadcast_to(x, row.shape).astype(row.dtype), rows, last)
+    rows = programs.put(rows)
+    while done < config.num_iterations:
+        stop = config.num_iterations if every is None else min(config.num_iterations, (done // every + 1) * every)
+        count = min(count, capacity, stop - done)
+        started = time.perf_counter()
+        state, rows = programs.chunk(swept, state, rows, count)
+        # This waits for the chunk; it copies, since `rows` is given away to the next one.
+        new = jax.tree.map(lambda x, n=count: np.array(x[*ahead, :n]), rows)
+        seconds = time.perf_counter() - started
+        if config.whole_episodes:  # the last chunk may have room for more
+            played = int(np.max(state.iteration)) - done
+            new = jax.tree.map(lambda x, n=played: x[*ahead, :n], new)
+        new = new if ahead else jax.tree.map(lambda x: x[None], new)
+        done, steps, steps_before = done + new.timesteps.shape[-1], np.asarray(new.timesteps[:, -1]), steps
+        yield Chunk(state, new, done, steps_before, seconds)
+        if _over(config, new).all():
+            return
+        count = max(1, int(count * CHUNK_SECONDS / seconds))
+
+
+def _over(config: Config, new: Metrics) -> np.ndarray:
+    """[agents] which of them have diverged, or counted their steps."""
+    over = ~np.isfinite(new.policy_loss + new.grad_norm)[:, -1]
+    return over | (new.timesteps[:, -1] >= config.total_timesteps) if config.whole_episodes else over
+
+
+Evaluate = Callable[[Swept, TrainState, PRNGKey], EpisodeStatistics]
+
+
+def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Evaluate:
+    """``(swept, state, keys [agents]) -> EpisodeStatistics [agents, episodes]`` of the policies of a state.
+
+    An agent that diverged, whose parameters are not numbers, plays something; its returns are NaN.
+    """
+    config, env, model, mesh = programs.config, programs.env, programs.model, programs.mesh
+
+    def one(swept: Swept, state: TrainState, key: PRNGKey) -> EpisodeStatistics:
+        policy = Policy.from_state(config.replace(**swept), state, None, env, model)
+        played = evaluate(policy, env, key, episodes, deterministic)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
+        return played._replace(returns=jnp.where(finite, played.returns, jnp.nan))
+
+    many = one if programs.agents is None else jax.vmap(one)
+    if mesh is not None:
+        many = jax.shard_map(many, mesh=mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
+    return jax.jit(many)
+
+
+def device_name(programs: Programs) -> str:
+    """The kind of the devices that are used, and how many."""
+    devices = jax.devices()[:1] if programs.mesh is None else list(programs.mesh.devices.flat)
+    first = devices[0]
+    name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
+    return name if len(devices) == 1 else f"{len(devices)} × {name}"
+
+
+def memory_of(compiled: Any) -> int:
+    """The bytes that a compiled program needs on each device, by the compiler's own analysis; 0 where it has none."""
+    analysis = compiled.memory_analysis()
+    return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
+
+
+def _mesh(agents: int, devices: Sequence[jax.Device]) -> Mesh | None:
+    """As many devices as divide the agents evenly; None for one, which needs no mesh."""
+    count = max(n for n in range(1, len(devices) + 1) if agents % n == 0)
+    return None if count == 1 else Mesh(np.array(devices[:count]), ("agents",))
+
+
+def _require_scalar_metrics(row: Metrics) -> None:
+    for name, x in row.extra.items():
+        if x.shape:
+            raise ConfigError(f"the metric {name!r} of reward_fn has the shape {x.shape}: it must be one number")

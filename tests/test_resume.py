@@ -1,0 +1,356 @@
+"""A run that was killed goes on from its newest checkpoint that is whole, and ends as if nothing had happened."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_envs import counter
+
+from purejaxppo import Config, ConfigError, fit, fitting, load_policy, programs, session
+from purejaxppo.checkpoint import Checkpoints
+from purejaxppo.files import locked
+
+CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96, hidden_sizes=(4,))
+CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
+K = 12
+ENV = counter(limit=9, longest=12)
+WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL, for the process that tests in it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_chunks_compiled_once():
+    """Every chunk is one iteration; a program that was compiled for one run serves the others that are like it."""
+    compiled, evaluators = {}, {}
+
+    def compile_once(config, env, agents, **rest):
+        key = (*(str(x) for x in config.to_dict().values()), agents)
+        if key not in compiled:
+            compiled[key] = programs.compile_programs(config, env, agents, **rest)
+        return compiled[key]
+
+    def make_once(programs_, *ways):
+        key = (id(programs_), *ways)
+        if key not in evaluators:
+            evaluators[key] = programs.make_evaluate(programs_, *ways)
+        return evaluators[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "CHUNK_SECONDS", 0)
+        patch.setattr(fitting, "compile_programs", compile_once)
+        patch.setattr(session, "make_evaluate", make_once)
+        yield
+
+
+def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
+    """Train in the directory; after iteration ``stop`` the process "dies"."""
+
+    def watch(now):
+        if now.iterations == stop:
+            raise Killed
+
+    try:
+        return fit(config, seeds=seeds, key=5, env=ENV, directory=directory, on_progress=watch, **(WAYS | ways))
+    except Killed:
+        return None
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    """The run that nothing happened to, and the files it left."""
+    directory = tmp_path_factory.mktemp("through") / "run"
+    return train(directory), directory
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What a run leaves that was killed in iteration 8: checkpoints after 6 and 7."""
+    directory = tmp_path_factory.mktemp("killed") / "run"
+    assert train(directory, stop=8) is None
+    assert sorted(path.name for path in (directory / "checkpoints").glob("*.json")) == [
+        "iteration_00000006.json",
+        "iteration_00000007.json",
+    ]
+    return directory
+
+
+@pytest.fixture
+def copy(killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_same(run, directory, through):
+    """The whole state, every metric, every evaluation and every file, bit for bit."""
+    expected, of_expected = through
+
+    def equal(a, b):
+        a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    jax.tree.map(equal, (run.state, run.metrics, run.best), (expected.state, expected.metrics, expected.best))
+    jax.tree.map(equal, dict(run.evaluations), dict(expected.evaluations))
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (of_expected / name).read_bytes()
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in of_expected.iterdir())
+
+
+@pytest.mark.exact
+def test_a_killed_run_goes_on_from_its_checkpoint(copy, through):
+    run = train(copy, resume=True)
+    assert run.resumed_at == 7
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_a_run_killed_twice_and_before_its_first_checkpoint(tmp_path, through):
+    directory = tmp_path / "run"
+    train(directory, stop=2, checkpoint_seconds=1e9)
+    assert list((directory / "checkpoints").iterdir()) == []
+    train(directory, stop=5, resume=True)
+    run = train(directory, resume=True)
+    assert run.resumed_at == 4
+    assert_same(run, directory, through)
+
+
+@pytest.mark.exact
+def test_one_agent_goes_on_too(tmp_path):
+    directory = tmp_path / "run"
+    whole = train(None, seeds=1)
+    train(directory, stop=7, seeds=1)
+    run = train(directory, seeds=1, resume=True)
+    assert run.resumed_at == 6
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
+    jax.tree.map(np.testing.assert_array_equal, run.metrics, whole.metrics)
+    jax.tree.map(np.testing.assert_array_equal, run.best.params, whole.best.params)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "changed", "no_manifest", "manifest_cut", "rows"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, through):
+    checkpoints = copy / "checkpoints"
+    newest = checkpoints / "iteration_00000007"
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "deleted":
+        file.unlink()
+    elif damage == "changed":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "no_manifest":
+        newest.with_name("iteration_00000007.json").unlink()
+    elif damage == "manifest_cut":
+        manifest = newest.with_name("iteration_00000007.json")
+        manifest.write_text(manifest.read_text()[:100])
+    else:
+        os.truncate(checkpoints / "rows_00000006_00000007.npz", 10)
+    if damage == "no_manifest":  # as if it had been killed while it wrote: nothing to warn of
+        run = train(copy, resume=True)
+    else:
+        with pytest.warns(UserWarning, match=r"checkpoint .*iteration_00000007 is damaged"):
+            run = train(copy, resume=True)
+    assert run.resumed_at == 6
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, through):
+    for path in (copy / "checkpoints").glob("*.npz"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        run = train(copy, resume=True)
+    assert len(warned) == 2 and run.resumed_at == 0
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp_path, through, monkeypatch):
+    directory, save, full = tmp_path / "run", Checkpoints.save, [3, 4, 8]
+
+    def failing(self, iteration, *arguments):
+        if iteration in full:
+            raise OSError(28, "No space left on device")
+        save(self, iteration, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    with pytest.warns(UserWarning, match="no checkpoint was saved after iteration 3, training goes on") as warned:
+        train(directory, stop=9)
+    assert len(warned) == 3
+    run = train(directory, resume=True)
+    assert run.resumed_at == 7
+    assert_same(run, directory, through)
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, through):
+    """The disk is full when the rows are written: the arrays are there already, the manifest is not."""
+
+    def full(*arguments, **fields):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.warns(UserWarning, match="No space left"):
+            train(copy, stop=10, resume=True)
+    run = train(copy, resume=True)
+    assert run.resumed_at == 7
+    assert_same(run, copy, through)
+
+
+def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
+    directory = tmp_path / "run"
+
+    def press(now):
+        if now.iterations == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ways = WAYS | {"checkpoint_seconds": 1e9}
+    run = fit(CONFIG, seeds=2, key=5, env=ENV, directory=directory, on_progress=press, **ways)
+    assert run.interrupted and int(run.state.iteration[0]) == 5
+    assert (directory / "policy").is_dir() and (directory / "checkpoints").is_dir()
+    run = train(directory, resume=True)
+    assert run.resumed_at == 5 and not run.interrupted
+    assert_same(run, directory, through)
+
+
+# ------------------------------------------------------------------------------------------- refused
+
+
+def sentence(directory, **ways):
+    with pytest.raises(ConfigError) as error:
+        train(directory, resume=True, **ways)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def contents(directory):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
+    before = contents(copy)
+    said = sentence(copy, config=CONFIG.replace(lr=1e-3, num_epochs=2))
+    assert "num_epochs = 1 there and 2 here" in said and "lr = 0.0003 there and 0.001 here" in said
+    assert "gamma" not in said
+    assert "seeds = 2 there and 3 here" in sentence(copy, seeds=3)
+    assert "evaluation = " in sentence(copy, eval_every=4)
+    assert contents(copy) == before
+
+
+def test_what_is_not_a_run_or_is_at_its_end_is_refused(through, tmp_path):
+    assert "has come to its end" in sentence(through[1])
+    (tmp_path / "mine").mkdir()
+    assert "is not a run that could go on" in sentence(tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert "needs the directory" in sentence(None)
+
+
+def test_two_processes_on_one_directory(copy):
+    with locked(copy):
+        before = contents(copy)
+        assert f"another process is training in {copy}" in sentence(copy)
+    assert contents(copy) == before
+
+
+def test_without_a_run_to_go_on_with_it_begins_one(tmp_path, through):
+    run = train(tmp_path / "run", resume=True)
+    assert run.resumed_at == 0
+    assert_same(run, tmp_path / "run", through)
+
+
+def test_nothing_but_numbers_is_loaded(copy):
+    """A pickle among the rows, with the checksum that it should have."""
+    checkpoints = copy / "checkpoints"
+    part = checkpoints / "rows_00000006_00000007.npz"
+    np.savez(part, **{"metrics/x": np.array([[print]], dtype=object)})
+    for path in checkpoints.glob("*.json"):
+        manifest = json.loads(path.read_text())
+        if part.name in manifest["rows"]:
+            manifest["rows"][part.name] = hashlib.sha256(part.read_bytes()).hexdigest()
+            path.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert train(copy, resume=True).resumed_at == 6
+
+
+# ---------------------------------------------------------------------------------- evaluations
+
+
+def test_evaluating_changes_nothing_else(through):
+    plain = train(None, eval_every=0)
+    often = train(None, eval_every=1)
+    for run in (plain, often):
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
+        jax.tree.map(np.testing.assert_array_equal, run.metrics, through[0].metrics)
+    assert plain.best is None and plain.evaluations is None
+    expected = through[0].evaluations
+    assert expected["iteration"].tolist() == [[3, 6, 9, 12]] * 2
+    for name, x in often.evaluations.items():
+        np.testing.assert_array_equal(x[:, 2::3], expected[name], err_msg=name)
+
+
+def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
+    run, directory = through
+    table = run.evaluations
+    for seed in range(2):
+        row = table["return_mean"][seed].argmax()
+        assert run.best.iteration[seed] == table["iteration"][seed, row]
+        assert run.best.score[seed] == table["return_mean"][seed, row]
+        steps = CONFIG.batch_size * int(run.best.iteration[seed])
+        assert table["timesteps"][seed, row] == steps
+        saved = load_policy(directory / "best_policy" / f"seed_{seed}")
+        jax.tree.map(np.testing.assert_array_equal, saved.params, run.best_policy(seed).params)
+
+
+# ------------------------------------------------------------------------------------ a real SIGKILL
+
+
+def script(directory, resume):
+    return textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_resume import *
+        programs.CHUNK_SECONDS = 0
+        slow = CONFIG.replace(total_timesteps=8 * 400)
+        run = fit(slow, seeds=2, key=5, env=ENV, directory={str(directory)!r}, resume={resume}, **WAYS)
+        print(run.resumed_at)
+    """)
+
+
+@pytest.mark.learning
+@pytest.mark.exact
+@pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
+def test_sigkill_at_random_moments(kills, tmp_path):
+    """Killed again and again, and in the end the same bits as the run that nobody killed."""
+    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False)], check=True)
+    random, directory, died = np.random.default_rng(0), tmp_path / "run", 0
+    while died < kills:
+        process = subprocess.Popen([sys.executable, "-c", script(directory, True)])
+        while not (directory / "metrics.csv").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 3))
+        if process.poll() is not None:
+            pytest.fail(f"the run ended before it could be killed for the {died + 1}th time")
+        process.kill()
+        process.wait()
+        died += 1
+    subprocess.run([sys.executable, "-c", script(directory, True)], check=True)
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for seed in range(2):
+        for kind in ("policy", "best_policy"):
+            a, b = (load_policy(path / kind / f"seed_{seed}") for path in (directory, tmp_path / "whole"))
+            jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
