@@ -1,11 +1,10 @@
-"""Learning curves weigh episodes and hide nothing; the interquartile mean and its interval by hand."""
+"""Learning curves weigh episodes and hide nothing."""
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from purejaxppo.plots import learning_curve, windowed
-from purejaxppo.statistics import estimate, interquartile_mean
 from purejaxppo.types import Metrics
 
 NAN = np.nan
@@ -115,54 +114,3 @@ def test_a_seed_without_episodes_does_not_hide_the_others():
     returns, episodes = np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]), np.array([[1] * 3, [1] * 3, [0] * 3])
     (axes,) = learning_curve(metrics(returns, episodes)).axes
     np.testing.assert_allclose(axes.lines[-1].get_ydata(), [2.0, 3.0, 4.0])
-
-
-# -------------------------------------------------------------------------------------- statistics
-
-
-@pytest.mark.parametrize(
-    ("x", "expected"),
-    [
-        ([7.0], 7.0),
-        ([1.0, 2.0], 1.5),
-        ([3.0, 1.0, 2.0], 2.0),
-        ([100.0, 1.0, 2.0, -100.0], 1.5),
-        ([9.0, 1, 2, 3, 4, 5, 6, 7], (3 + 4 + 5 + 6) / 4),
-        ([0.0, 1, 2, 3, 50], (1 + 2 + 3) / 3),
-    ],
-)
-def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end(x, expected):
-    assert interquartile_mean(x) == pytest.approx(expected, rel=1e-15)
-
-
-def test_the_interquartile_mean_is_taken_along_an_axis():
-    x = np.array([[0.0, 1, 2, 30], [4, 3, 2, 1]])
-    np.testing.assert_allclose(interquartile_mean(x, axis=1), [1.5, 2.5])
-    np.testing.assert_allclose(interquartile_mean(x), [2, 2, 2, 15.5])
-    assert np.isnan(interquartile_mean([1.0, NAN, 3.0]))
-
-
-def test_the_interval_of_two_values_is_their_range():
-    """A resample is (a, a), (a, b) or (b, b), each end with a chance of a quarter."""
-    got = estimate([[1.0, 10.0], [3.0, 10.0]])
-    np.testing.assert_array_equal(got.point, [2, 10])
-    np.testing.assert_array_equal(got.low, [1, 10])
-    np.testing.assert_array_equal(got.high, [3, 10])
-
-
-def test_the_interval_covers_the_mean_of_normal_numbers_as_theory_says():
-    """Of 400 standard normal numbers: the standard error of a 25 % trimmed mean is about 1.09 / 20."""
-    x = np.random.default_rng(1).normal(size=400)
-    got = estimate(x)
-    width = float(got.high - got.low)
-    assert width == pytest.approx(2 * 1.96 * 1.09 / 20, rel=0.15)
-    assert got.low < got.point < got.high
-    assert got.point == interquartile_mean(x)
-    again = estimate(x)
-    assert (again.low, again.high) == (got.low, got.high)
-
-
-def test_a_nan_is_not_averaged_away():
-    got = estimate([[1.0, 1.0], [2.0, NAN], [3.0, 3.0]])
-    assert np.isfinite([got.point[0], got.low[0], got.high[0]]).all()
-    assert np.isnan(got.point[1])
