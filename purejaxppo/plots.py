@@ -53,6 +53,12 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
         return Curve(ends, total / count)
 
 
+def seen(curve: Curve) -> Curve:
+    """The windows in which an episode of any agent finished."""
+    finished = np.isfinite(curve.returns).any(axis=0)
+    return Curve(curve.timesteps[finished], curve.returns[:, finished])
+
+
 def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> Figure:
     """Return against environment steps; of several agents the interquartile mean and its 95 % interval.
 
@@ -62,15 +68,14 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
     agents = len(curve.returns)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    seen = np.isfinite(curve.returns).any(axis=0)
-    curve = Curve(curve.timesteps[seen], curve.returns[:, seen])
+    curve = seen(curve)
     if agents > 1 and curve.returns.size:
         axes.plot(curve.timesteps, curve.returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6)
-        _plot_middle(axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval")
+        plot_middle(axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval")
     else:
         label = "one seed, mean over finished episodes"
         axes.plot(curve.timesteps, curve.returns[0], color=BLUE, linewidth=1.8, label=label)
-    _dress(axes, "episode return", title)
+    dress_curve(axes, title)
     axes.legend(frameon=False, loc="best", fontsize="small")
     return figure
 
@@ -87,30 +92,41 @@ def comparison_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     grid = figure.subplots(len(curves), 2, squeeze=False)
     for (env, row), (left, right) in zip(curves.items(), grid, strict=True):
         for name, curve in row.items():
-            seen = np.isfinite(curve.returns).any(axis=0)
-            curve = Curve(curve.timesteps[seen], curve.returns[:, seen])
+            curve = seen(curve)
             if curve.returns.size:
-                _plot_middle(left, curve, colours[name], name)
+                plot_middle(left, curve, colours[name], name)
                 low, high = np.nanpercentile(curve.returns, [25, 75], axis=0)
                 right.plot(curve.timesteps, high - low, color=colours[name], linewidth=1.4)
-        _dress(left, "episode return", f"{env}: interquartile mean, 95 % interval")
-        _dress(right, "distance of the quartiles", f"{env}: spread between seeds")
+        dress_curve(left, f"{env}: interquartile mean, 95 % interval")
+        dress_curve(right, f"{env}: spread between seeds", "distance of the quartiles")
         left.legend(frameon=False, loc="best", fontsize="small")
     return figure
 
 
-def _plot_middle(axes: Axes, curve: Curve, colour: str, label: str) -> None:
+def plot_middle(axes: Axes, curve: Curve, colour: str, label: str, alpha: float = 0.25) -> None:
     """The interquartile mean over the agents that have a return in a window, and its interval."""
     windows = [estimate(window[np.isfinite(window)]) for window in curve.returns.T]
-    middle = Estimate(*np.transpose(windows))
-    axes.fill_between(curve.timesteps, middle.low, middle.high, color=colour, alpha=0.25, linewidth=0)
-    axes.plot(curve.timesteps, middle.point, color=colour, linewidth=1.8, label=label)
+    plot_estimate(axes, curve.timesteps, Estimate(*np.transpose(windows)), colour, label, alpha)
 
 
-def _dress(axes: Axes, ylabel: str, title: str) -> None:
-    axes.set(xlabel="environment steps", ylabel=ylabel, title=title)
+def plot_estimate(
+    axes: Axes, x: NDArray[np.floating], y: Estimate, colour: str, label: str, alpha: float = 0.25
+) -> None:
+    """A line in a band of its intervals."""
+    axes.fill_between(x, y.low, y.high, color=colour, alpha=alpha, linewidth=0)
+    axes.plot(x, y.point, color=colour, linewidth=1.8, label=label)
+
+
+def dress_curve(axes: Axes, title: str, ylabel: str = "episode return") -> None:
+    """What all axes over environment steps have."""
+    dress(axes, "environment steps", ylabel, title)
     axes.xaxis.set_major_locator(MaxNLocator(5))  # more labels run into one another
     axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def dress(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    """What all axes have."""
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.margins(x=0.02)
