@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from purejaxppo.evaluation import evaluate as evaluate
     from purejaxppo.fitting import Run as Run
     from purejaxppo.fitting import fit as fit
+    from purejaxppo.grids import LogUniform as LogUniform
+    from purejaxppo.grids import Uniform as Uniform
     from purejaxppo.policy import Policy as Policy
     from purejaxppo.policy import load_policy as load_policy
     from purejaxppo.policy import save_policy as save_policy
+    from purejaxppo.sweep_results import SweepResult as SweepResult
+    from purejaxppo.sweeping import sweep as sweep
     from purejaxppo.train import make_train as make_train
     from purejaxppo.train import make_trainer as make_trainer
     from purejaxppo.types import ConfigError as ConfigError
@@ -38,11 +42,14 @@ _HOME = {
     "EpisodeStatistics": "evaluation",
     "Metrics": "types",
     "Policy": "policy",
+    "LogUniform": "grids",
     "Result": "types",
     "Run": "fitting",
+    "SweepResult": "sweep_results",
     "Trainer": "types",
     "TrainState": "types",
     "UPDATES": "updates",
+    "Uniform": "grids",
     "compare": "comparison",
     "evaluate": "evaluation",
     "fit": "fitting",
@@ -50,6 +57,7 @@ _HOME = {
     "make_train": "train",
     "make_trainer": "train",
     "save_policy": "policy",
+    "sweep": "sweeping",
 }
 __all__ = ["envs", *sorted(_HOME)]
 

@@ -1,73 +1,96 @@
-"""The command line: ``purejaxppo train | evaluate | render | envs | compare``, a thin layer on the Python functions."""
+"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs``: thin, on Python functions."""
 
 import time
 
 STARTED = time.perf_counter()  # before anything heavy is imported
 
 # ruff: noqa: E402
-import argparse
-import contextlib
-import dataclasses
 import datetime
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from purejaxppo.checks import integer
-from purejaxppo.config import FIELDS, Config, tuned
+from purejaxppo.config import Config, tuned
+from purejaxppo.options import OF_SWEEP, OF_TRAIN, count, number, numbers, options_of, seconds, split_cpu
+from purejaxppo.options import grid as parsed_grid
 from purejaxppo.types import ConfigError
 
-DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+FAILED, DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130  # exit codes
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input is one sentence on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        commands: dict[str, Any] = {
-            "train": _train_options(arguments),
-            "evaluate": evaluate,
-            "render": render,
-            "envs": envs,
-            "compare": compare,
-        }
-        chosen = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
-        )
-        if dataclasses.is_dataclass(chosen):
-            train(**vars(chosen))
-    except ConfigError as error:
-        print(f"purejaxppo: {error}", file=sys.stderr)
-        raise SystemExit(WRONG_INPUT) from None
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"purejaxppo: {message}", file=sys.stderr)
+        try:
+            _run(arguments)
+        except ConfigError as error:
+            print(f"purejaxppo: {error}", file=sys.stderr)
+            raise SystemExit(WRONG_INPUT) from None
+        except OSError as error:
+            print(f"purejaxppo: {error}", file=sys.stderr)
+            raise SystemExit(FAILED) from None
+
+
+def _run(arguments: list[str]) -> None:
+    options = {
+        "train": options_of("train", "Train agents; without options, PPO on CartPole-v1.", OF_TRAIN, arguments),
+        "sweep": options_of("sweep", "Train every setting of a grid with many seeds.", OF_SWEEP, arguments),
+    }
+    commands: dict[str, Any] = {**options, "evaluate": evaluate, "render": render, "envs": envs, "compare": compare}
+    chosen = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
+    )
+    for name, command in (("train", train), ("sweep", sweep)):
+        if isinstance(chosen, options[name]):
+            command(**vars(chosen))
 
 
 # --------------------------------------------------------------------------------------- commands
 
 
-def train(seeds: str, key: str, directory: Path | None, eval_episodes: str, tuned: bool, **settings: Any) -> None:
+def train(
+    seeds: str,
+    eval_episodes: str,
+    eval_every: str,
+    key: str,
+    directory: Path | None,
+    resume: bool,
+    checkpoint_seconds: str,
+    log: tuple[str, ...],
+    tuned: bool,
+    **settings: Any,
+) -> None:
     """Train, show what happens, and leave a run directory."""
     from purejaxppo import console as show
     from purejaxppo import envs as environments
-    from purejaxppo.fitting import fit
+    from purejaxppo.fitting import asked_of, fit
 
-    config = Config.from_dict(_numbers(settings))
-    num_seeds, num_episodes = _count("seeds", seeds, 1), _count("eval_episodes", eval_episodes, 0)
-    if directory is None:
-        directory = Path("runs") / f"{config.env.replace('/', '_')}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    config = Config.from_dict(numbers(settings))
+    num_episodes = count("eval_episodes", eval_episodes, 0)
+    how: dict[str, Any] = {"seeds": count("seeds", seeds, 1), "eval_every": count("eval_every", eval_every, 0)}
+    how["eval_episodes"] = num_episodes or 1
+    num_key = count("key", key, 0)
     env = environments.make(config.env)
+    directory = directory or _directory(config, asked_of(config, **how), num_key, resume)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
         run = fit(
             config,
-            seeds=num_seeds,
-            key=_count("key", key, 0),
+            **how,
+            key=num_key,
             env=env,
             directory=directory,
+            resume=resume,
+            checkpoint_seconds=seconds("checkpoint_seconds", checkpoint_seconds),
+            loggers=log,
             on_start=screen.on_start,
             on_progress=screen.on_progress,
         )
@@ -75,9 +98,66 @@ def train(seeds: str, key: str, directory: Path | None, eval_episodes: str, tune
     alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
     if num_episodes and alive and not run.interrupted:
         show.show_evaluation(console, [run.policy(seed) for seed in alive], num_episodes)
-    console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/")
+    best = ", best_policy/" if run.best is not None else ""
+    console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
+    if run.interrupted:
+        console.print("The same command with --resume goes on from here.")
     if not alive or run.interrupted:
         raise SystemExit(INTERRUPTED if run.interrupted else DIVERGED)
+
+
+def sweep(
+    grid: tuple[str, ...],
+    seeds: str,
+    samples: str,
+    eval_episodes: str,
+    at_once: str,
+    memory_limit: str,
+    devices: str,
+    key: str,
+    directory: Path | None,
+    resume: bool,
+    checkpoint_seconds: str,
+    log: tuple[str, ...],
+    tuned: bool,
+    **settings: Any,
+) -> None:
+    """Train every setting of a grid with many seeds, and say which is best."""
+    split_cpu(None if number(devices) is None else count("devices", devices, 1))
+    from purejaxppo import console as show
+    from purejaxppo.sweeping import asked_of
+    from purejaxppo.sweeping import sweep as run_sweep
+
+    config = Config.from_dict(numbers(settings))
+    how: dict[str, Any] = {
+        "seeds": count("seeds", seeds, 1),
+        "grid": parsed_grid(grid),
+        "samples": count("samples", samples, 0),
+        "eval_episodes": count("eval_episodes", eval_episodes, 0),
+        "at_once": None if number(at_once) is None else count("at_once", at_once, 1),
+    }
+    num_key = count("key", key, 0)
+    directory = directory or _directory(config, asked_of(config, **how), num_key, resume, "sweep-")
+    screen = show.SweepScreen(console)
+    with screen.live():
+        result = run_sweep(
+            config,
+            **how,
+            key=num_key,
+            directory=directory,
+            memory_limit=None if number(memory_limit) is None else number(memory_limit),
+            resume=resume,
+            checkpoint_seconds=seconds("checkpoint_seconds", checkpoint_seconds),
+            loggers=log,
+            on_plan=screen.on_plan,
+            on_start=screen.on_start,
+            on_progress=screen.on_progress,
+        )
+    show.show_sweep(console, result)
+    console.print(f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/")
+    if result.interrupted:
+        console.print("The same command with --resume goes on from here.")
+        raise SystemExit(INTERRUPTED)
 
 
 def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0) -> None:
@@ -167,7 +247,7 @@ def compare(
             key=key,
             eval_episodes=eval_episodes,
             deterministic=not sampled,
-            changes={} if total_timesteps is None else {"total_timesteps": _number(total_timesteps)},
+            changes={} if total_timesteps is None else {"total_timesteps": number(total_timesteps)},
             directory=directory,
             on_start=screen.on_start,
             on_progress=screen.on_progress,
@@ -179,66 +259,17 @@ def compare(
         raise SystemExit(INTERRUPTED)
 
 
-# ---------------------------------------------------------------------------------------- options
+def _directory(config: Config, asked: dict[str, Any], key: int, resume: bool, kind: str = "") -> Path:
+    """A new one in ``runs/``; to resume, the newest there of the same command that has not come to its end."""
+    from purejaxppo.run_directory import unfinished
 
-
-def _train_options(arguments: Sequence[str]) -> type:
-    """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
-    first.add_argument("--algorithm", nargs="?", default=Config.algorithm, const=Config.algorithm)
-    first.add_argument("--no-tuned", "--no_tuned", dest="tuned", action="store_false")
-    asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == ["train"] else [])
-    defaults = (
-        Config.for_env(asked.env, algorithm=asked.algorithm)
-        if asked.tuned
-        else Config.from_dict({"env": asked.env, "algorithm": asked.algorithm})
-    )
-
-    options: list[tuple[str, Any, Any]] = [
-        _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
-        for name, field in FIELDS.items()
-    ]
-    options += [
-        _option("seeds", 1, "agents to train at once"),
-        _option("key", 0, "number that the random key is made of"),
-        ("directory", Annotated[Path | None, tyro.conf.arg(help="where the run goes; must be new")], None),
-        _option("eval_episodes", 128, "episodes to evaluate the final policy in; 0 for none"),
-        _option("tuned", asked.tuned, "start from the settings that are tuned for the environment"),
-    ]
-    return dataclasses.make_dataclass(
-        "train", options, namespace={"__doc__": "Train agents; without options, PPO on CartPole-v1."}, frozen=True
-    )
-
-
-def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
-    """One option. Numbers come as text, so that `Config`, which knows what is allowed, says what is wrong with them."""
-    if isinstance(check, tuple):
-        doc = f"{doc}: {', '.join(check)}"
-    number = default is None or type(default) in (int, float)
-    metavar = None if not number else "FLOAT" if default is None else type(default).__name__.upper()
-    kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
-    default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
-    return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
-
-
-def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with text turned into numbers where it is one and a number is meant."""
-    values = {name: x if isinstance(FIELDS[name].default, str) else _number(x) for name, x in settings.items()}
-    return values | {"hidden_sizes": tuple(_number(x) for x in settings["hidden_sizes"])}
-
-
-def _number(text: Any) -> Any:
-    if text == "None":
-        return None
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, TypeError):
-            return text if isinstance(text, bool) else kind(text)
-    return text
-
-
-def _count(name: str, text: str, least: int) -> int:
-    return integer(name, _number(text), least)
+    name = f"{kind}{config.env.replace('/', '_')}"
+    if resume:
+        found = unfinished(Path("runs"), f"{name}-*", asked, key)
+        if found:
+            return found
+        console.print("Nothing of this command is left to resume in runs/: a new one begins.")
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 if __name__ == "__main__":

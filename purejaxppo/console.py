@@ -15,8 +15,25 @@ from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
 from purejaxppo.statistics import estimate
+from purejaxppo.sweep_parts import GroupPlan
+from purejaxppo.sweep_results import SweepResult
+from purejaxppo.sweeping import SweepPlan, SweepProgress
 
 LINES = 10  # progress lines of a run where the output is not a terminal
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with a text, the time gone and the time left; nothing where the output is not a terminal."""
+    return Progress(
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 class Screen:
@@ -25,16 +42,7 @@ class Screen:
     def __init__(self, console: Console, import_seconds: float):
         self.console = console
         self.import_seconds = import_seconds
-        self.bar = Progress(
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar(console)
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
@@ -76,6 +84,66 @@ class Screen:
         if not self.console.is_terminal and now.timesteps * LINES >= self.next_line * self.total:
             self.next_line = now.timesteps * LINES // self.total + 1
             self.console.print(f"{now.timesteps:>12,} steps  {text}")
+
+
+class SweepScreen:
+    """Shows a sweep: one line of progress over all of its members."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = progress_bar(console)
+        self.total, self.next_line = 1, 1
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        with self.bar:
+            yield
+
+    def on_plan(self, plan: SweepPlan) -> None:
+        """What will run, before the first compilation."""
+        self.total = plan.timesteps
+        programs = "one compilation" if plan.compilations == 1 else f"{plan.compilations} compilations"
+        self.console.print(
+            f"{plan.members:,} members: {len(plan.settings):,} settings × {plan.seeds} seeds, "
+            f"{plan.timesteps:,} steps in all, {programs}"
+        )
+        self.task = self.bar.add_task("", total=plan.timesteps, text="")
+
+    def on_start(self, group: GroupPlan) -> None:
+        """What one compiled program will run."""
+        portions = "all" if group.at_once >= group.members else f"{group.at_once:,}"
+        self.console.print(
+            f"{group.config.env}, {algorithm_title(group.config)}, {group.config.num_envs} environments: "
+            f"{group.members:,} members, {portions} at once on {group.device}, "
+            f"{decimal(group.memory_bytes)} on each device; compiled in {group.compile_seconds:.1f} s"
+        )
+
+    def on_progress(self, now: SweepProgress) -> None:
+        """The bar of a terminal; elsewhere a line now and then."""
+        text = f"return {_number(now.episode_return)}  {_rate(now.steps_per_second)}"
+        self.bar.update(self.task, completed=now.timesteps, text=text)
+        if not self.console.is_terminal and now.timesteps * LINES >= self.next_line * self.total:
+            self.next_line = now.timesteps * LINES // self.total + 1
+            self.console.print(f"{now.timesteps:>14,} steps  {text}")
+
+
+def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
+    """The best settings, with the interval of their scores."""
+    if not result.parts:
+        return
+    table = Table(title="score of the final policies: interquartile mean over the seeds, 95 % interval")
+    for field in result.fields:
+        table.add_column(field)
+    for column in ("score", "median", "seeds"):
+        table.add_column(column, justify="right")
+    for _, row in result.summary.head(most).iterrows():
+        lost = f", {int(row.diverged)} diverged" if row.diverged else ""
+        score = f"{row.interquartile_mean:.1f} \\[{row.low:.1f}, {row.high:.1f}]"
+        values = (f"{row[field]:g}" if isinstance(row[field], float) else str(row[field]) for field in result.fields)
+        table.add_row(*values, score, _number(row["median"]), f"{int(row.seeds)}{lost}")
+    console.print(table)
+    if len(result.summary) > most:
+        console.print(f"({len(result.summary) - most} more settings in summary.csv)")
 
 
 def algorithm_title(config: Config) -> str:

@@ -114,7 +114,7 @@ def fit(
     config = dataclasses.replace(config, env=env.name)
     make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
     checked_names(loggers, None if directory is None else Path(directory), seeds)
-    asked = {"config": config.to_dict(), "seeds": seeds, "evaluation": evaluation._asdict() if evaluation else None}
+    asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)
     with contextlib.ExitStack() as stack:
         keeping = None
         if directory is not None:
@@ -151,6 +151,14 @@ def fit(
         if directory is not None:
             run_directory.write(Path(directory), run)
     return run
+
+
+def asked_of(
+    config: Config, seeds: int, eval_every: int = 0, eval_episodes: int = 128, eval_deterministic: bool = True
+) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on with, as ``config.json`` has it."""
+    evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
+    return {"config": config.to_dict(), "seeds": seeds, "evaluation": evaluation._asdict() if evaluation else None}
 
 
 def _evaluation(every: int, episodes: int, deterministic: bool) -> Evaluation | None:

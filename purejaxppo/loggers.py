@@ -45,12 +45,14 @@ def open_loggers(
     members: Sequence[str],
     description: dict[str, Any],
     before: Before = None,
+    numbered: tuple[str, Sequence[int]] | None = None,
 ) -> Logger:
     """The loggers of these names as one; with a directory ``csv`` is always among them.
 
     ``before`` has the rows that a resumed run goes on from, so that what its killed predecessor wrote beyond them is
-    forgotten; it is empty where the run starts from nothing once more. A logger that fails never stops a run: one
-    warning tells of it, and the others go on.
+    forgotten; it is empty where the run starts from nothing once more. ``numbered`` is the name of the column that
+    tells members apart in CSV files, and their numbers; if not given, they are the seeds 0, 1, …. A logger that fails
+    never stops a run: one warning tells of it, and the others go on.
     """
     failed: set[str] = set()
 
@@ -64,7 +66,9 @@ def open_loggers(
                 warnings.warn(told, stacklevel=3)
 
     names = checked_names(names, directory, len(members))
-    opened = {name: attempt(name, _OPEN[name], directory, members, description, before) for name in names}
+    numbered = numbered or ("seed", range(len(members)))
+    opening = _OPEN | {"csv": partial(_open_csv, numbered=numbered)}
+    opened = {name: attempt(name, opening[name], directory, members, description, before) for name in names}
 
     def write(kind: str, table: Table) -> None:
         for name, logger in opened.items():
@@ -112,7 +116,13 @@ def _import(name: str, package: str) -> None:
 # ---------------------------------------------------------------------------------------------- csv
 
 
-def _open_csv(directory: Path, members: Sequence[str], description: dict[str, Any], before: Before) -> Logger:
+def _open_csv(
+    directory: Path,
+    members: Sequence[str],
+    description: dict[str, Any],
+    before: Before,
+    numbered: tuple[str, Sequence[int]],
+) -> Logger:
     """A row per member and iteration; a killed process leaves a cut last line at most."""
     files: dict[str, IO[str]] = {}
     columns: dict[str, list[str]] = {}
@@ -120,12 +130,12 @@ def _open_csv(directory: Path, members: Sequence[str], description: dict[str, An
     def begin(kind: str, path: Path, table: Table, mode: str) -> IO[str]:
         columns[kind] = tables.columns(table)
         file = path.open(mode, encoding="utf-8", newline="")
-        csv.writer(file, lineterminator="\n").writerow(["seed", *columns[kind]])
+        csv.writer(file, lineterminator="\n").writerow([numbered[0], *columns[kind]])
         return file
 
     def write_whole(kind: str, table: Table, path: Path) -> None:
         with begin(kind, path, table, "w") as file:
-            file.writelines(tables.lines(table))
+            file.writelines(tables.lines(table, numbered[1]))
 
     for kind, name in FILES.items() if before is not None else ():
         table = (before or {}).get(kind)
@@ -140,7 +150,7 @@ def _open_csv(directory: Path, members: Sequence[str], description: dict[str, An
             files[kind] = begin(kind, directory / FILES[kind], table, "x")  # a run never overwrites
         if tables.columns(table) != columns[kind]:
             raise ValueError(f"{FILES[kind]} has the columns {columns[kind]}, but now {tables.columns(table)} came")
-        files[kind].writelines(tables.lines(table))
+        files[kind].writelines(tables.lines(table, numbered[1]))
         files[kind].flush()
 
     def close() -> None:
@@ -239,4 +249,4 @@ def _open_wandb(directory: Path, members: Sequence[str], description: dict[str, 
     return Logger(write, opened.close)
 
 
-_OPEN = {"csv": _open_csv, "tensorboard": _open_tensorboard, "wandb": _open_wandb}
+_OPEN: dict[str, Callable] = {"csv": _open_csv, "tensorboard": _open_tensorboard, "wandb": _open_wandb}

@@ -166,7 +166,7 @@ def _over(config: Config, new: Metrics) -> np.ndarray:
     return over | (new.timesteps[:, -1] >= config.total_timesteps) if config.whole_episodes else over
 
 
-Evaluate = Callable[[Swept, TrainState, PRNGKey], EpisodeStatistics]
+Evaluate = Any  # a jitted (swept, state, keys [agents]) -> EpisodeStatistics [agents, episodes]
 
 
 def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Evaluate:

@@ -90,6 +90,17 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
         )
 
 
+def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Path | None:
+    """The newest run in a directory of which this was asked and that has not come to its end."""
+    wanted = _flat(json.loads(json.dumps({**asked, "key": key})))
+    for directory in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            begun = _flat(json.loads((directory / "config.json").read_text()))
+            if (directory / "checkpoints").is_dir() and wanted.items() <= begun.items():
+                return directory
+    return None
+
+
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
     """The fields of the configuration beside the rest."""
     return {name: x for name, x in described.items() if name != "config"} | described.get("config", {})

@@ -47,6 +47,7 @@ class Progress(NamedTuple):
 
     iterations: int
     timesteps: int  # of one agent, with whole episodes of the one that is furthest behind
+    timesteps_of_all: int  # agents together
     episode_return: float  # of the episodes that finished in the chunk, all agents; NaN where none did
     steps_per_second: float  # of all agents together
 
@@ -204,7 +205,8 @@ def _progress(chunk: Chunk) -> Progress:
     total = np.where(new.episodes > 0, new.episode_return * new.episodes, 0).sum()
     mean = total / episodes if episodes else float("nan")
     played = float((new.timesteps[:, -1] - chunk.steps_before).sum(dtype=float))
-    return Progress(chunk.done, int(new.timesteps[:, -1].min()), float(mean), played / chunk.seconds)
+    steps = new.timesteps[:, -1]
+    return Progress(chunk.done, int(steps.min()), int(steps.sum(dtype=float)), float(mean), played / chunk.seconds)
 
 
 @contextlib.contextmanager

@@ -36,14 +36,14 @@ def columns(table: Table) -> list[str]:
     return ["iteration", "timesteps", *(name for name in table if name not in _NO_MEASUREMENT)]
 
 
-def lines(table: Table) -> Iterator[str]:
-    """The rows as comma-separated text, member and `columns`, of all members iteration after iteration.
+def lines(table: Table, numbers: Sequence[int]) -> Iterator[str]:
+    """The rows as comma-separated text, the member's number and `columns`, of all members iteration after iteration.
 
     Numbers come back exactly, and NaN is an empty cell. Nine digits tell all float32 apart, and to print them is three
     times as fast as to find the fewest that do.
     """
     exists = existing(table)
-    member = np.broadcast_to(np.arange(len(exists))[:, None], exists.shape)
+    member = np.broadcast_to(np.asarray(numbers)[:, None], exists.shape)
     data = [member, *(np.asarray(table[name]) for name in columns(table))]
     line = ",".join("%d" if x.dtype.kind in "biu" else "%.9g" if x.dtype.itemsize <= 4 else "%r" for x in data) + "\n"
     block = max(1, BLOCK_ROWS // len(exists))

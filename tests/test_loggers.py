@@ -88,7 +88,8 @@ def test_every_number_comes_back_exactly(tmp_path):
 def test_any_float32_comes_back_exactly():
     x = np.random.default_rng(2).integers(0, 2**32, size=4000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     x = np.concatenate([x[np.isfinite(x)], np.float32([0, -0.0, 1e-45, 3.4028235e38, 0.1, 16777217])])[None]
-    text = "".join(tables.lines({"iteration": np.arange(x.size)[None], "timesteps": np.arange(x.size)[None], "x": x}))
+    row = np.arange(x.size)[None]
+    text = "".join(tables.lines({"iteration": row, "timesteps": row, "x": x}, [0]))
     back = np.array([line.split(",")[-1] for line in text.splitlines()]).astype(float).astype(np.float32)
     np.testing.assert_array_equal(back.view(np.uint32), x[0].view(np.uint32))
 

@@ -1,0 +1,143 @@
+"""The options of the command line: one for each field of `Config`, and those of a command beside them."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from purejaxppo.checks import integer
+from purejaxppo.config import FIELDS, Config
+from purejaxppo.types import ConfigError
+
+OF_A_RUN = {
+    "key": (0, "number that the random key is made of"),
+    "directory": (None, "where the results go; must be new"),
+    "resume": (False, "go on with what was killed or interrupted: the same command, and this"),
+    "checkpoint_seconds": (30.0, "time between two checkpoints"),
+    "log": ((), "further logs beside metrics.csv: tensorboard, wandb"),
+    "tuned": (True, "start from the settings that are tuned for the environment"),
+}
+OF_TRAIN = {
+    "seeds": (1, "agents to train at once"),
+    "eval_episodes": (128, "episodes of an evaluation of the policies; 0: no evaluation at the end"),
+    "eval_every": (0, "iterations between two evaluations during training, which keep the best policy; 0: none"),
+    **OF_A_RUN,
+}
+OF_SWEEP = {
+    "grid": ((), "what is swept: lr=1e-4,3e-4 num_envs=4,8 hidden_sizes=64x64,128x128 or lr=loguniform(1e-5,1e-2)"),
+    "seeds": (8, "seeds of each setting"),
+    "samples": (0, "draws from the distributions in the grid"),
+    "eval_episodes": (128, "episodes that each final policy is scored in; 0: the last returns of training"),
+    "at_once": (None, "members that train at once; if not given, as many as the memory holds"),
+    "memory_limit": (None, "bytes on each device that they may take; if not given, most of what is free"),
+    "devices": (None, "parts that the CPU is used as; if not given, one for each core"),
+    **OF_A_RUN,
+}
+
+
+def options_of(command: str, doc: str, own: dict[str, tuple[Any, str]], arguments: Sequence[str]) -> type:
+    """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
+    first.add_argument("--algorithm", nargs="?", default=Config.algorithm, const=Config.algorithm)
+    first.add_argument("--no-tuned", "--no_tuned", dest="tuned", action="store_false")
+    asked, _ = first.parse_known_args(arguments[1:] if arguments[:1] == [command] else [])
+    defaults = (
+        Config.for_env(asked.env, algorithm=asked.algorithm)
+        if asked.tuned
+        else Config.from_dict({"env": asked.env, "algorithm": asked.algorithm})
+    )
+    options = [
+        _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
+        for name, field in FIELDS.items()
+    ]
+    for name, (default, text) in own.items():
+        options.append(_option(name, asked.tuned if name == "tuned" else default, text))
+    return dataclasses.make_dataclass(command, options, namespace={"__doc__": doc}, frozen=True)
+
+
+def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
+    """One option. Numbers come as text, so that `Config`, which knows what is allowed, says what is wrong with them."""
+    if name == "directory":
+        return name, Annotated[Path | None, tyro.conf.arg(help=doc)], dataclasses.field(default=None)
+    if isinstance(check, tuple):
+        doc = f"{doc}: {', '.join(check)}"
+    number = default is None or type(default) in (int, float)
+    metavar = None if not number else "FLOAT" if default is None else type(default).__name__.upper()
+    kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
+    default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
+    return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
+
+
+def numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with text turned into numbers where it is one and a number is meant."""
+    values = {name: x if isinstance(FIELDS[name].default, str) else number(x) for name, x in settings.items()}
+    return values | {"hidden_sizes": tuple(number(x) for x in settings["hidden_sizes"])}
+
+
+def number(text: Any) -> Any:
+    """The text as a number or None, if it is one; else as it is."""
+    if text == "None":
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return text if isinstance(text, bool) else kind(text)
+    return text
+
+
+def count(name: str, text: str, least: int) -> int:
+    """An option that is an integer of at least so much."""
+    return integer(name, number(text), least)
+
+
+def grid(items: Sequence[str]) -> dict[str, Any]:
+    """``("lr=1e-4,3e-4", "hidden_sizes=64x64,32x32", "gamma=uniform(0.9,1)")`` as the grid of a sweep."""
+    from purejaxppo.grids import LogUniform, Uniform
+
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values or name in found:
+            raise ConfigError(f"grid: {item!r} must be a field and its values, once each, such as lr=1e-4,3e-4")
+        drawn = re.fullmatch(r"(loguniform|uniform)\(([^,]+),([^,]+)\)", values.replace(" ", ""))
+        if drawn:
+            kind = LogUniform if drawn[1] == "loguniform" else Uniform
+            found[name] = kind(number(drawn[2]), number(drawn[3]))
+        else:
+            found[name] = [_grid_value(name, value) for value in values.split(",")]
+    return found
+
+
+def _grid_value(name: str, text: str) -> Any:
+    if name == "hidden_sizes":
+        return tuple(number(size) for size in text.split("x"))
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text if name in FIELDS and isinstance(FIELDS[name].default, str) else number(text)
+
+
+def seconds(name: str, text: str) -> float:
+    """An option that is a time."""
+    value = number(text)
+    if not isinstance(value, int | float) or not value >= 0:
+        raise ConfigError(f"{name} = {text}: it must be a number of seconds of at least 0")
+    return float(value)
+
+
+def split_cpu(parts: int | None) -> None:
+    """Let JAX see the CPU as so many devices, one for each core if not given; it must not have started yet.
+
+    A sweep's members are then spread over them. Where JAX has a GPU or TPU it changes nothing, and what the environment
+    variable XLA_FLAGS says goes first.
+    """
+    flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}={parts or cores or 1}".strip()

@@ -1,0 +1,196 @@
+"""What a sweep came to: tidy tables, statistics over seeds, the best setting, policies and pictures."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from flax import traverse_util
+from numpy.typing import ArrayLike, NDArray
+
+from purejaxppo import settings as tables
+from purejaxppo import statistics, sweep_plots
+from purejaxppo.config import Config
+from purejaxppo.files import whole
+from purejaxppo.grids import Setting
+from purejaxppo.normalize import Moments, Normalizer
+from purejaxppo.plots import Curve
+from purejaxppo.policy import Policy
+from purejaxppo.session import Best
+from purejaxppo.statistics import Estimate
+from purejaxppo.types import ConfigError, Env, Model, PyTree
+
+MOST_HEAT_MAPS = 10
+
+
+class Part(NamedTuple):
+    """Members that were trained together."""
+
+    members: NDArray[np.integer]  # [m] their numbers
+    curve: Curve  # returns during training [m, windows]
+    scores: NDArray[np.floating]  # [m] mean return of the final policy; NaN of a member that diverged
+    timesteps: NDArray[np.integer]  # [m] that each took
+    diverged_at: NDArray[np.integer]  # [m] iteration in which loss or gradient were no longer finite; 0: in none
+    params: PyTree  # [m, ...] of the final policies
+    obs_moments: Moments | None  # likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """The members of a sweep, numbered setting by setting: member i has setting i // seeds and seed i % seeds."""
+
+    config: Config  # of which the settings are changes
+    settings: Sequence[Setting]
+    seeds: int
+    parts: Sequence[Part]  # all of them, unless it was interrupted
+    interrupted: bool
+    seconds: float  # of training, without compilation and evaluation
+    env: Env | None = None  # of the caller's own, likewise the model
+    model: Model | None = None
+
+    @property
+    def fields(self) -> list[str]:
+        """What was swept."""
+        return list(self.settings[0])
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """A row for each member: its setting, ``seed``, ``score``, ``timesteps``, and ``diverged_at`` where it did."""
+        rows = []
+        for part in self.parts:
+            columns = zip(part.members, part.scores, part.timesteps, part.diverged_at, strict=True)
+            for member, score, timesteps, diverged in columns:
+                end = {"score": score, "timesteps": timesteps, "diverged_at": diverged if diverged else pd.NA}
+                rows.append(self._named(member) | end)
+        table = pd.DataFrame(rows, columns=["member", *self.fields, "seed", "score", "timesteps", "diverged_at"])
+        return table.astype({"diverged_at": "Int64"}).sort_values("member", ignore_index=True)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """A row for each member and window of environment steps, with the mean ``episode_return`` in it."""
+        rows = [
+            self._named(member) | {"timesteps": int(steps), "episode_return": mean}
+            for part in self.parts
+            for member, returns in zip(part.members, part.curve.returns, strict=True)
+            for steps, mean in zip(part.curve.timesteps, returns, strict=True)
+        ]
+        table = pd.DataFrame(rows, columns=["member", *self.fields, "seed", "timesteps", "episode_return"])
+        return table.sort_values(["member", "timesteps"], ignore_index=True)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row for each setting, the best first: interquartile mean of the scores with its 95 % bootstrap interval,
+        median, mean, and how many seeds diverged. A seed that diverged is left out of these, but ranks last."""
+        rows = []
+        for setting, table in tables.best(self.scores, self.fields, len(self.settings)).items():
+            finite = table["score"].dropna().to_numpy(float)
+            point, low, high = statistics.estimate(finite) if len(finite) else (np.nan,) * 3
+            rows.append(
+                dict(zip(self.fields, setting, strict=True))
+                | {"interquartile_mean": point, "low": low, "high": high}
+                | {"median": np.median(finite) if len(finite) else np.nan, "mean": table["score"].mean()}
+                | {"seeds": len(table), "diverged": int(table["diverged_at"].notna().sum())}
+            )
+        return pd.DataFrame(rows)
+
+    @property
+    def best(self) -> Config:
+        """The configuration with the highest interquartile mean of the scores; a seed that diverged counts as −∞."""
+        (rows,) = tables.best(self.scores, self.fields, 1).values()
+        return self.config_of(int(rows["member"].iloc[0]))
+
+    def config_of(self, member: int) -> Config:
+        """The configuration of one member."""
+        return self.config.replace(**self.settings[self._checked(member) // self.seeds])
+
+    def policy(self, member: int) -> Policy:
+        """The final policy of one member, by its number in the tables."""
+        self._checked(member)
+        for part in self.parts:
+            for row in np.flatnonzero(part.members == member):
+                params, moments = jax.tree.map(lambda x, i=row: jnp.asarray(x[i]), (part.params, part.obs_moments))
+                end = Best(params, Normalizer(moments, None), jnp.ones((), jnp.int32), jnp.zeros(()))
+                return Policy.from_state(self.config_of(member), end, None, self.env, self.model)
+        raise ConfigError(f"member {member} was not trained: the sweep was interrupted before")
+
+    def probability_of_improvement(self, better: Setting, worse: Setting) -> Estimate:
+        """How probable it is that a seed of the one setting scores higher than one of the other; diverged is lowest."""
+        return statistics.probability_of_improvement(self._scores_of(better), self._scores_of(worse))
+
+    def performance_profile(self, setting: Setting, thresholds: ArrayLike) -> Estimate:
+        """For each threshold the share of the setting's seeds that score above it; one that diverged does not."""
+        return statistics.performance_profile(self._scores_of(setting), thresholds)
+
+    def figures(self) -> dict[str, Any]:
+        """The pictures by the names of their files: curves, profiles, a sensitivity for each field, heat maps."""
+        figures = {"curves": sweep_plots.curves(self.curves, self.scores)}
+        if self.scores["score"].notna().any():
+            figures["profiles"] = sweep_plots.profile(self.scores, self.fields)
+            figures |= {f"sensitivity_{name}": sweep_plots.sensitivity(self.scores, name) for name in self.fields}
+        varied = [name for name in self.fields if self.scores[name].map(str).nunique() > 1]
+        pairs = [(x, y) for i, x in enumerate(varied) for y in varied[i + 1 :]]
+        for x, y in pairs[:MOST_HEAT_MAPS]:
+            if len(self.settings) >= self.scores[x].map(str).nunique() * self.scores[y].map(str).nunique():
+                figures[f"heat_map_{x}_{y}"] = sweep_plots.heat_map(self.scores, x, y)
+        return figures
+
+    def _named(self, member: int) -> dict[str, Any]:
+        return {"member": int(member), **self.settings[member // self.seeds], "seed": int(member % self.seeds)}
+
+    def _checked(self, member: int) -> int:
+        if not 0 <= member < len(self.settings) * self.seeds:
+            raise ConfigError(f"member = {member}: this sweep has 0 … {len(self.settings) * self.seeds - 1}")
+        return member
+
+    def _scores_of(self, setting: Setting) -> NDArray[np.floating]:
+        for index, known in enumerate(self.settings):
+            if known == dict(setting):
+                rows = self.scores["member"] // self.seeds == index
+                return self.scores.loc[rows, "score"].fillna(-np.inf).to_numpy(float)
+        raise ConfigError(f"{setting!r} is not a setting of this sweep; one is {self.settings[0]!r}")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_tables(directory: Path, result: SweepResult) -> None:
+    """``scores.csv``, ``curves.csv`` and ``summary.csv``, each whole or not at all."""
+    for name in ("scores", "curves", "summary"):
+        whole(directory / f"{name}.csv", partial(getattr(result, name).to_csv, index=False))
+
+
+def write_figures(directory: Path, result: SweepResult) -> None:
+    """The pictures, as PNG."""
+    for name, figure in result.figures().items():
+        whole(directory / f"{name}.png", partial(figure.savefig, format="png"))
+
+
+def save_part(path: Path, part: Part) -> None:
+    """A part as plain arrays."""
+    arrays = {f"params/{name}": x for name, x in traverse_util.flatten_dict(part.params, sep="/").items()}
+    if part.obs_moments is not None:
+        arrays |= {f"obs_moments/{name}": x for name, x in part.obs_moments._asdict().items()}
+    arrays |= {f"curve/{name}": x for name, x in part.curve._asdict().items()}
+    arrays |= {name: getattr(part, name) for name in ("members", "scores", "timesteps", "diverged_at")}
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
+
+    whole(path, save)
+
+
+def load_part(path: Path) -> Part:
+    """The part that `save_part` wrote; nothing in the file is run."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tree = traverse_util.unflatten_dict(dict(file), sep="/")
+        moments = Moments(**tree.pop("obs_moments")) if "obs_moments" in tree else None
+        return Part(**tree | {"curve": Curve(**tree["curve"]), "obs_moments": moments})
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"{path} is damaged: delete it, and these members are trained again ({error})") from None

@@ -1,0 +1,175 @@
+"""`sweep`: every combination of hyper-parameters and seeds, in as few compilations as can be."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from purejaxppo import run_directory
+from purejaxppo.checks import integer
+from purejaxppo.config import Config, validate
+from purejaxppo.grids import Group, Setting, Values, groups_of, settings_of
+from purejaxppo.loggers import checked_names
+from purejaxppo.session import Progress
+from purejaxppo.sweep_parts import GroupPlan, Work, run_group
+from purejaxppo.sweep_results import SweepResult, write_figures, write_tables
+from purejaxppo.train import make_trainer
+from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
+
+
+class SweepPlan(NamedTuple):
+    """What a sweep is about to do, known before anything is compiled."""
+
+    members: int
+    settings: list[Setting]
+    seeds: int
+    compilations: int  # one for each group, and one more for those that do not fit the memory
+    timesteps: int  # of all members together
+
+
+class SweepProgress(NamedTuple):
+    """Where a sweep stands; timesteps are those of all members together."""
+
+    timesteps: int
+    episode_return: float  # of the episodes that finished in the last chunk; NaN where none did
+    steps_per_second: float
+
+
+def sweep(
+    config: Config | Mapping[str, Any],
+    seeds: int = 8,
+    grid: Mapping[str, Values] | None = None,
+    key: int = 0,
+    directory: str | os.PathLike | None = None,
+    *,
+    samples: int = 0,
+    env: Env | None = None,
+    model: Model | None = None,
+    reward_fn: Callable | Reward | None = None,
+    frozen: PyTree = None,
+    eval_episodes: int = 128,
+    eval_deterministic: bool = True,
+    at_once: int | None = None,
+    memory_limit: int | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    loggers: Sequence[str] = (),
+    on_plan: Callable[[SweepPlan], None] | None = None,
+    on_start: Callable[[GroupPlan], None] | None = None,
+    on_progress: Callable[[SweepProgress], None] | None = None,
+) -> SweepResult:
+    """Train every setting of ``grid`` with ``seeds`` seeds, and score the final policies in fresh episodes.
+
+    ``grid`` maps fields of `Config` to lists of values, or to `Uniform` and `LogUniform`, of which ``samples`` draws
+    are taken with each combination of the lists. Settings that differ in continuous hyper-parameters share one compiled
+    program; other fields make one for each of their combinations. The member of setting h and seed s is the same run
+    as ``fit(config.replace(**settings[h]), seeds=seeds, key=key)`` has for s, so all settings have the same seeds.
+
+    Members run ``at_once`` as many as fit into ``memory_limit`` bytes on each device (what is free, if not given) by
+    the compiler's own count, spread over all local devices. ``directory``, which must not exist, gets the tables, the
+    pictures and, in ``parts/``, what each of these portions came to; with ``resume`` a sweep that was killed goes on
+    where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
+    """
+    config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
+    grid = dict(grid or {})
+    if env is not None and "env" in grid:
+        raise ConfigError("env is swept over: leave the environment object out")
+    config = config if env is None else config.replace(env=env.name)
+    seeds, key, samples = integer("seeds", seeds, 1), integer("key", key, 0), integer("samples", samples, 0)
+    settings = settings_of(config, grid, samples, np.random.default_rng(key))
+    work = Work(
+        settings,
+        seeds,
+        key,
+        env,
+        {"model": model, "reward_fn": reward_fn, "frozen": frozen},
+        integer("eval_episodes", eval_episodes, 0),
+        eval_deterministic,
+        None if at_once is None else integer("at_once", at_once, 1),
+        None if memory_limit is None else integer("memory_limit", memory_limit, 1),
+        None,
+        resume,
+        checkpoint_seconds,
+        loggers,
+    )
+    groups = groups_of(config, settings)
+    for group in groups:
+        _require_sense(work, group)
+    with contextlib.ExitStack() as stack:
+        if directory is not None:
+            checked_names(loggers, Path(directory), len(settings) * seeds)
+            asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once)
+            opened = stack.enter_context(run_directory.opened(directory, asked, key, resume))
+            work = work._replace(directory=opened)
+        elif resume or loggers:
+            raise ConfigError("resume and loggers need the directory of the sweep")
+        if on_plan:
+            steps = sum(group.config.actual_timesteps * len(group.settings) * seeds for group in groups)
+            on_plan(SweepPlan(len(settings) * seeds, settings, seeds, len(groups), steps))
+        result = SweepResult(config, settings, seeds, [], False, 0.0, env, model)
+        progress = _counted(on_progress)
+        for part, ended in (pair for group in groups for pair in run_group(work, group, on_start, progress)):
+            result = dataclasses.replace(
+                result,
+                parts=[*result.parts, part],
+                interrupted=ended is not None and ended.interrupted,
+                seconds=result.seconds + (ended.seconds if ended else 0),
+            )
+            if work.directory:
+                write_tables(work.directory, result)
+            if result.interrupted:
+                break
+        if work.directory:
+            write_figures(work.directory, result)
+            if not result.interrupted:
+                shutil.rmtree(work.directory / "checkpoints")
+    return result
+
+
+def asked_of(
+    config: Config,
+    seeds: int,
+    grid: Mapping[str, Values],
+    samples: int = 0,
+    eval_episodes: int = 128,
+    eval_deterministic: bool = True,
+    at_once: int | None = None,
+) -> dict[str, Any]:
+    """What a sweep has to have in common with the one that it goes on with, as ``config.json`` has it."""
+    return {
+        "config": config.to_dict(),
+        "grid": {name: str(x) for name, x in grid.items()},
+        "samples": samples,
+        "seeds": seeds,
+        "eval_episodes": eval_episodes,
+        "eval_deterministic": eval_deterministic,
+        "at_once": at_once,
+    }
+
+
+def _require_sense(work: Work, group: Group) -> None:
+    """What cannot run is refused before anything is trained."""
+    env = work.env_of(group)
+    if work.eval_episodes and env.max_episode_steps is None:
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, so its policies cannot be scored by whole ones: "
+            "set eval_episodes=0, and they are by their last returns in training"
+        )
+    make_trainer(group.config, env, work.made_of["model"], work.made_of["reward_fn"])
+
+
+def _counted(on_progress: Callable[[SweepProgress], None] | None) -> Callable[[int, Progress | None], None]:
+    """Adds up what the parts took: the steps of one that is done, with None, or 0 and the progress of one that runs."""
+    done = [0]
+
+    def note(steps: int, now: Progress | None) -> None:
+        done[0] += steps
+        if on_progress and now is not None:
+            on_progress(SweepProgress(done[0] + now.timesteps_of_all, now.episode_return, now.steps_per_second))
+
+    return note
