@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ConfigError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
             raise SystemExit(WRONG_INPUT) from None
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
         except OSError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
             raise SystemExit(FAILED) from None

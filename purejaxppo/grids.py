@@ -31,7 +31,6 @@ class LogUniform(NamedTuple):
         return float(np.exp(random.uniform(np.log(self.low), np.log(self.high))))
 
 
-Values = Sequence[Any] | Uniform | LogUniform
 Setting = dict[str, Any]  # a value for each of the fields
 
 
@@ -43,7 +42,7 @@ class Group(NamedTuple):
     settings: tuple[int, ...]  # where they stand in the list of all
 
 
-def settings_of(config: Config, grid: Mapping[str, Values], samples: int, random: np.random.Generator) -> list[Setting]:
+def settings_of(config: Config, grid: Mapping[str, Any], samples: int, random: np.random.Generator) -> list[Setting]:
     """Every combination of the listed values; with distributions, ``samples`` draws of them with each combination.
 
     Each is checked as a whole configuration.

@@ -49,7 +49,7 @@ class Programs(NamedTuple):
 
     def put(self, tree: PyTree) -> PyTree:
         """Arrays [agents, ...] on the devices whose agents they belong to."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, AGENTS))
+        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, AGENTS))
 
     def keys(self, key: PRNGKey) -> PRNGKey:
         """A key for each agent: the key itself for one, else it is split."""

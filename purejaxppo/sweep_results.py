@@ -63,7 +63,7 @@ class SweepResult:
         """A row for each member: its setting, ``seed``, ``score``, ``timesteps``, and ``diverged_at`` where it did."""
         rows = []
         for part in self.parts:
-            columns = zip(part.members, part.scores, part.timesteps, part.diverged_at, strict=True)
+            columns = zip(part.members.tolist(), part.scores, part.timesteps, part.diverged_at, strict=True)
             for member, score, timesteps, diverged in columns:
                 end = {"score": score, "timesteps": timesteps, "diverged_at": diverged if diverged else pd.NA}
                 rows.append(self._named(member) | end)
@@ -76,7 +76,7 @@ class SweepResult:
         rows = [
             self._named(member) | {"timesteps": int(steps), "episode_return": mean}
             for part in self.parts
-            for member, returns in zip(part.members, part.curve.returns, strict=True)
+            for member, returns in zip(part.members.tolist(), part.curve.returns, strict=True)
             for steps, mean in zip(part.curve.timesteps, returns, strict=True)
         ]
         table = pd.DataFrame(rows, columns=["member", *self.fields, "seed", "timesteps", "episode_return"])

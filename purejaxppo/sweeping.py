@@ -13,7 +13,7 @@ import numpy as np
 from purejaxppo import run_directory
 from purejaxppo.checks import integer
 from purejaxppo.config import Config, validate
-from purejaxppo.grids import Group, Setting, Values, groups_of, settings_of
+from purejaxppo.grids import Group, Setting, groups_of, settings_of
 from purejaxppo.loggers import checked_names
 from purejaxppo.session import Progress
 from purejaxppo.sweep_parts import GroupPlan, Work, run_group
@@ -43,7 +43,7 @@ class SweepProgress(NamedTuple):
 def sweep(
     config: Config | Mapping[str, Any],
     seeds: int = 8,
-    grid: Mapping[str, Values] | None = None,
+    grid: Mapping[str, Any] | None = None,
     key: int = 0,
     directory: str | os.PathLike | None = None,
     *,
@@ -91,12 +91,14 @@ def sweep(
         integer("eval_episodes", eval_episodes, 0),
         eval_deterministic,
         None if at_once is None else integer("at_once", at_once, 1),
-        None if memory_limit is None else integer("memory_limit", memory_limit, 1),
+        memory_limit,
         None,
         resume,
         checkpoint_seconds,
         loggers,
     )
+    if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit > 0):
+        raise ConfigError(f"memory_limit = {memory_limit!r}: it must be a positive number of bytes")
     groups = groups_of(config, settings)
     for group in groups:
         _require_sense(work, group)
@@ -114,27 +116,24 @@ def sweep(
         result = SweepResult(config, settings, seeds, [], False, 0.0, env, model)
         progress = _counted(on_progress)
         for part, ended in (pair for group in groups for pair in run_group(work, group, on_start, progress)):
-            result = dataclasses.replace(
-                result,
-                parts=[*result.parts, part],
-                interrupted=ended is not None and ended.interrupted,
-                seconds=result.seconds + (ended.seconds if ended else 0),
-            )
+            seconds = result.seconds + (ended.seconds if ended else 0)
+            if ended and ended.interrupted:  # its members are not at their end, and have no scores
+                result = dataclasses.replace(result, interrupted=True, seconds=seconds)
+                break
+            result = dataclasses.replace(result, parts=[*result.parts, part], seconds=seconds)
             if work.directory:
                 write_tables(work.directory, result)
-            if result.interrupted:
-                break
-        if work.directory:
+        if work.directory and result.parts:
             write_figures(work.directory, result)
-            if not result.interrupted:
-                shutil.rmtree(work.directory / "checkpoints")
+        if work.directory and not result.interrupted:
+            shutil.rmtree(work.directory / "checkpoints")
     return result
 
 
 def asked_of(
     config: Config,
     seeds: int,
-    grid: Mapping[str, Values],
+    grid: Mapping[str, Any],
     samples: int = 0,
     eval_episodes: int = 128,
     eval_deterministic: bool = True,
