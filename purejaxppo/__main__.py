@@ -147,7 +147,7 @@ def sweep(
             **how,
             key=num_key,
             directory=directory,
-            memory_limit=None if number(memory_limit) is None else number(memory_limit),
+            memory_limit=None if number(memory_limit) is None else count("memory_limit", memory_limit, 1, bits=62),
             resume=resume,
             checkpoint_seconds=seconds("checkpoint_seconds", checkpoint_seconds),
             loggers=log,

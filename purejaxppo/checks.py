@@ -39,10 +39,10 @@ def checked_int(name: str, value: Any, check: Check) -> int:
     return int(value)
 
 
-def integer(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: int, bits: int = 32) -> int:
     """An argument that is an integer within bounds, as it is."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-        raise ConfigError(f"{name} = {value!r}: it must be an integer of at least {least} and below 2**32")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**bits:
+        raise ConfigError(f"{name} = {value!r}: it must be an integer of at least {least} and below 2**{bits}")
     return value
 
 

@@ -154,10 +154,13 @@ def algorithm_title(config: Config) -> str:
 
 def show_result(console: Console, run: fitting.Run) -> None:
     """A table of how the run ended; a run that diverged says so."""
-    steps = int(run.metrics.timesteps[:, -1].sum(dtype=float))
+    timesteps = np.asarray(run.metrics.timesteps)
+    before = int(timesteps[:, run.resumed_at - 1].sum(dtype=float)) if run.resumed_at else 0
+    steps = int(timesteps[:, -1].sum(dtype=float)) - before
     console.print(
         f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
         + (" (interrupted)" if run.interrupted else "")
+        + (f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}" if before else "")
     )
     for seed, iteration in enumerate(run.diverged_at):
         if iteration is not None:

@@ -91,9 +91,9 @@ def number(text: Any) -> Any:
     return text
 
 
-def count(name: str, text: str, least: int) -> int:
+def count(name: str, text: str, least: int, bits: int = 32) -> int:
     """An option that is an integer of at least so much."""
-    return integer(name, number(text), least)
+    return integer(name, number(text), least, bits)
 
 
 def grid(items: Sequence[str]) -> dict[str, Any]:

@@ -91,14 +91,12 @@ def sweep(
         integer("eval_episodes", eval_episodes, 0),
         eval_deterministic,
         None if at_once is None else integer("at_once", at_once, 1),
-        memory_limit,
+        None if memory_limit is None else integer("memory_limit", memory_limit, 1, bits=62),
         None,
         resume,
         checkpoint_seconds,
         loggers,
     )
-    if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit > 0):
-        raise ConfigError(f"memory_limit = {memory_limit!r}: it must be a positive number of bytes")
     groups = groups_of(config, settings)
     for group in groups:
         _require_sense(work, group)

@@ -1,7 +1,9 @@
 """The command line as a person meets it: what it prints, what it leaves, and one sentence for a wrong input."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -9,9 +11,12 @@ import jax
 import pytest
 from rich.console import Console
 
-from purejaxppo import Config, Policy, __main__, envs, make_trainer, save_policy
+from purejaxppo import Config, Policy, __main__, envs, make_trainer, programs, save_policy
+from purejaxppo import console as show
 from purejaxppo.config import FIELDS, tuned
-from purejaxppo.run_directory import load_policies
+from purejaxppo.fitting import asked_of
+from purejaxppo.options import split_cpu
+from purejaxppo.run_directory import load_policies, unfinished
 
 SMALL = ["--num-envs", "2", "--num-steps", "8", "--num-minibatches", "1", "--num-epochs", "1", "--hidden-sizes", "4"]
 
@@ -355,3 +360,90 @@ def test_a_wrong_input_in_a_process_of_its_own_has_code_2_and_no_traceback(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"purejaxppo: {tmp_path / 'nothing'} is not a run: there is no such directory\n"
+
+
+# -------------------------------------------------------------------------------------------- sweep
+
+
+def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(__main__, "split_cpu", lambda parts: None)  # JAX has started here
+    grid = ["--grid", "lr=1e-3,1e-2", "hidden-sizes=4,4x4", "--seeds", 2, "--at-once", 2]
+    settings = [*SMALL, "--total-timesteps", 64, "--eval-episodes", 2, "--directory", tmp_path / "sweep"]
+    code, shown = call("sweep", *grid, *settings)
+    assert code == 0
+    assert "8 members: 4 settings × 2 seeds, 512 steps in all, 2 compilations" in shown
+    assert shown.count("CartPole-v1, PPO, 2 environments: 4 members, 2 at once on ") == 2
+    assert re.search(r"^ +512 steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE)
+    rows = re.findall(r"│ (0\.01|0\.001) +│ \((4,|4, 4)\) +│ +\d+\.\d \[\d+\.\d, \d+\.\d\] │", shown)
+    assert len(set(rows)) == 4
+    names = {path.name for path in (tmp_path / "sweep").iterdir()}
+    assert {
+        "config.json",
+        "scores.csv",
+        "curves.csv",
+        "summary.csv",
+        "curves.png",
+        "heat_map_lr_hidden_sizes.png",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--grid", "lr"], "grid: 'lr' must be a field and its values, once each, such as lr=1e-4,3e-4"),
+        (["--grid", "lr=1e-3", "lr=1e-4"], "grid: 'lr=1e-4' must be a field and its values, once each"),
+        (["--grid", "lrr=1"], "'lrr' is not a setting; did you mean 'lr'?"),
+        (["--grid", "hidden_sizes=4xa"], "hidden_sizes[1] = 'a'"),
+        (["--grid", "lr=loguniform(1e-4,1e-2)"], "lr is drawn at random: say how many draws by samples"),
+        (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = soon"),
+        (["--grid", "lr=1e-3", "--memory-limit", "much"], "memory_limit = 'much'"),
+        (["--grid", "lr=1e-3", "--log", "tensorbord"], "did you mean 'tensorboard'?"),
+    ],
+)
+def test_a_wrong_sweep_is_one_sentence(arguments, said, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(__main__, "split_cpu", lambda parts: None)
+    assert said in one_sentence(refused("sweep", *arguments, "--directory", tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, monkeypatch):
+    """Ctrl-C, then the same words and --resume, with no directory given: it finds its own."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", *SMALL, "--total-timesteps", 320, "--eval-episodes", 0]
+    on_progress = show.Screen.on_progress
+
+    def press(self, now):
+        on_progress(self, now)
+        if now.iterations == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(show.Screen, "on_progress", press)
+        patch.setattr(programs, "CHUNK_SECONDS", 0)
+        code, shown = call(*arguments)
+    assert code == 130 and "The same command with --resume goes on from here." in shown
+    (directory,) = (tmp_path / "runs").iterdir()
+    code, shown = call(*arguments, "--resume")
+    assert (
+        code == 0 and "160 steps in" in shown and "after the 160 of the run that was resumed at iteration 10" in shown
+    )
+    assert list((tmp_path / "runs").iterdir()) == [directory]
+    rows = (directory / "metrics.csv").read_text().splitlines()
+    assert [int(row.split(",")[1]) for row in rows[1:]] == list(range(1, 21))
+    config = Config.from_dict(json.loads((directory / "config.json").read_text())["config"])
+    assert unfinished(tmp_path / "runs", "*", asked_of(config, 1), 0) is None
+    (directory / "checkpoints").mkdir()
+    assert unfinished(tmp_path / "runs", "*", asked_of(config, 1), 0) == directory
+    for another in ((config.replace(lr=1.0), 1, 0), (config, 2, 0), (config, 1, 1)):
+        assert unfinished(tmp_path / "runs", "*", asked_of(*another[:2]), another[2]) is None
+
+
+def test_the_cpu_is_split_unless_something_else_is_said(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    split_cpu(3)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=3"
+    split_cpu(5)
+    assert os.environ["XLA_FLAGS"].endswith("=3")
