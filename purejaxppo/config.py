@@ -63,6 +63,7 @@ class Config:
     num_steps: int = _static(128, "steps of each environment per iteration (T)", POSITIVE_INT)
     num_epochs: int = _static(4, "passes over each iteration's data", POSITIVE_INT)
     num_minibatches: int = _static(8, "gradient steps per pass; must divide num_envs * num_steps", POSITIVE_INT)
+    num_shards: int = _static(1, "blocks of environments that can be on different devices (S)", POSITIVE_INT)
 
     lr: float = _leaf(3e-4, "learning rate of Adam", NOT_NEGATIVE)
     anneal_lr: bool = _static(True, "take the learning rate linearly to 0 over the run")
@@ -213,12 +214,21 @@ def validate(config: Config) -> Config:
     config = dataclasses.replace(config, **{name: _checked(name, getattr(config, name)) for name in FIELDS})
     if config.batch_size >= 2**31:
         raise ConfigError(f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps")
+    if config.num_envs % config.num_shards:
+        raise ConfigError(
+            f"num_shards = {config.num_shards} does not divide num_envs = {config.num_envs}: shards are equally large"
+        )
     if config.batch_size % config.num_minibatches:
         around = (config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1))
         nearest = next((m for m in around if m >= 1 and config.batch_size % m == 0), 1)
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
             f"{config.batch_size}; the nearest number that does is {nearest}"
+        )
+    if config.batch_size % (config.num_minibatches * config.num_shards):
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} does not divide the {config.batch_size // config.num_shards} "
+            f"samples of each of {config.num_shards} shards: every minibatch has an equal part of every shard"
         )
     if config.whole_episodes and config.actual_timesteps >= 2**31:
         raise ConfigError(f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from purejaxppo.shards import split_shards
+
 EPSILON, LIMIT = 1e-8, 10.0  # under the root; bound on what is normalised, in standard deviations
 
 
@@ -70,6 +72,25 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(samples, a.mean + delta * share, a.m2 + b.m2 + delta**2 * a.samples * share)
 
 
+def pooled(parts: Moments) -> Moments:
+    """The moments of all samples together, where ``parts`` has those of each of S parts along its first axis.
+
+    What `merge` gives one after the other, in two sums over the parts.
+    """
+    samples = parts.samples.sum()
+    weight = parts.samples.reshape((-1,) + (1,) * (parts.mean.ndim - 1))
+    mean = (parts.mean * weight).sum(axis=0) / jnp.maximum(samples, 1)
+    return Moments(samples, mean, (parts.m2 + weight * (parts.mean - mean[None]) ** 2).sum(axis=0))
+
+
+def moments_in_shards(x: Float[Array, "T B"], valid: Bool[Array, "T B"] | None, num_shards: int) -> Moments:
+    """The moments of all of x, of each of S shards along B first: to flatten B would take them off their devices."""
+    if num_shards == 1:
+        return moments_of(x.reshape(-1), None if valid is None else valid.reshape(-1))
+    shards = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split_shards((x, valid), num_shards, axis=1))
+    return pooled(jax.vmap(lambda x, valid: moments_of(*jax.tree.map(jnp.ravel, (x, valid))))(*shards))
+
+
 def normalize_obs(moments: Moments | None, obs: Array) -> Array:
     """(obs − mean) / deviation, cut at ± 10; ``obs`` itself without moments."""
     if moments is None:
@@ -85,6 +106,7 @@ def normalize_reward(
     reset: Bool[Array, "T B"],
     gamma: Float[Array, ""] | float,
     valid: Bool[Array, "T B"] | None = None,
+    num_shards: int = 1,
 ) -> tuple[Float[Array, "T B"], ReturnScale | None]:
     """Rewards divided by the deviation of the discounted return R_t = γ R_{t−1} + r_t, cut at ± 10.
 
@@ -102,7 +124,6 @@ def normalize_reward(
         return total, total
 
     running, returns = jax.lax.scan(discount, scale.discounted_return, (reward, reset))
-    flat = None if valid is None else valid.reshape(-1)
-    moments = merge(scale.moments, moments_of(returns.reshape(-1), flat))
+    moments = merge(scale.moments, moments_in_shards(returns, valid, num_shards))
     scaled = jnp.clip(reward / jnp.sqrt(moments.variance + EPSILON), -LIMIT, LIMIT)
     return scaled, ReturnScale(running, moments)

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs
+from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs, pooled
+from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import Env, EpisodeSums, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
 
 Rollout = Callable[
@@ -100,6 +102,37 @@ def make_rollout(
         return transitions._replace(next_value=next_value), env_state, carry, seen
 
     return rollout
+
+
+def reset_shards(vector_env: VectorEnv, key: PRNGKey, num_shards: int) -> tuple[VectorState, Array]:
+    """The environments of all shards at their first observations, and these as [B, ...]."""
+    if num_shards == 1:
+        state = vector_env.reset(key)
+        return state, state.obs
+    state = jax.vmap(vector_env.reset)(jax.random.split(key, num_shards))
+    return state, join_shards(state.obs)
+
+
+def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
+    """The same rollout in each of S shards, as if it were one of B environments.
+
+    Environments and keys have S in front, the model's memory and the transitions do not: there the shards stand one
+    after the other along B. No shard needs anything from another one before the statistics are pooled at the end.
+    """
+    if num_shards == 1:
+        return rollout
+
+    def together(
+        key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
+    ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
+        each = jax.vmap(rollout, in_axes=(0, None, None, 0, 0), out_axes=(1, 0, 0, 0))
+        transitions, env_state, carry, seen = each(
+            jax.random.split(key, num_shards), params, obs_moments, env_state, split_shards(carry, num_shards)
+        )
+        seen = None if seen is None else pooled(seen)
+        return join_shards(transitions, axis=1), env_state, join_shards(carry), seen
+
+    return together
 
 
 def _first_episodes(transitions: Transition) -> EpisodeSums:

@@ -17,7 +17,7 @@ from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterati
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
-from purejaxppo.rollout import make_rollout
+from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.types import (
     Batch,
     ConfigError,
@@ -83,20 +83,21 @@ def make_trainer(
     env, model = resolve(config, env, model)
     config = _for_whole_episodes(config, env)
     _require_enough_sequences(config, model)
-    vector_env = vectorize(env, config.num_envs)
+    vector_env = vectorize(env, config.num_envs // config.num_shards)
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
+    rollout = in_shards(rollout, config.num_shards)
     estimate = ADVANTAGES[config.estimator]
     update = UPDATES[config.algorithm](config, model, make_optimizer(config))
     reward = _reward(reward_fn)
 
     def init(key: PRNGKey, params: PyTree = None) -> TrainState:
         key_params, key_env, key_run = jax.random.split(key, 3)
-        env_state = vector_env.reset(key_env)
-        params = model.init(key_params, env_state.obs) if params is None else params
+        env_state, obs = reset_shards(vector_env, key_env, config.num_shards)
+        params = model.init(key_params, obs) if params is None else params
         state = TrainState(
             params=params,
             update=update.init(params),
-            normalizer=init_normalizer(env_state.obs, config.normalize_obs, config.normalize_reward),
+            normalizer=init_normalizer(obs, config.normalize_obs, config.normalize_reward),
             env=env_state,
             carry=model.initial_carry(config.num_envs),
             reward=reward.init(config),
@@ -115,7 +116,7 @@ def make_trainer(
         rewards, reward_state, reward_metrics = reward.step(state.reward, transitions, config, frozen)
         valid = transitions.valid if config.whole_episodes else None
         rewards, reward_scale = normalize_reward(
-            state.normalizer.reward, rewards, transitions.reset, config.gamma, valid
+            state.normalizer.reward, rewards, transitions.reset, config.gamma, valid, config.num_shards
         )
 
         # Compute advantage estimates Â_1, …, Â_T.
@@ -137,7 +138,8 @@ def make_trainer(
         obs_moments = None if seen is None else merge(obs_moments, seen)
         iteration = state.iteration + 1
         timesteps = count_steps(config, iteration, state.timesteps, batch.mask)
-        metrics = iteration_metrics(timesteps, env_state.finished, batch, measured | reward_metrics)
+        finished = jax.tree.map(lambda x: x.sum(dtype=x.dtype), env_state.finished)  # over the shards
+        metrics = iteration_metrics(timesteps, finished, batch, measured | reward_metrics)
         if config.debug:
             message = "timesteps {}: episode return {}"
             jax.debug.print(message, metrics.timesteps, metrics.episode_return)
@@ -190,14 +192,16 @@ def _checked(config: Config | Mapping[str, Any]) -> Config:
 def _require_enough_sequences(config: Config, model: Model) -> None:
     """A model with memory learns from whole sequences, of which there are ``num_envs``; one without from steps."""
     has_memory = jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs)))
-    sequences = config.num_envs if has_memory else config.batch_size
+    shards = f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
+    sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
     if sequences % config.num_minibatches:
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}: "
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}{shards}: "
             "a model with memory learns from whole sequences"
         )
     if config.fisher_subsample > sequences:
-        raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples")
+        of_each = " in each shard" if config.num_shards > 1 else ""
+        raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples{of_each}")
 
 
 def _for_whole_episodes(config: Config, env: Env) -> Config:
@@ -217,7 +221,7 @@ def _for_whole_episodes(config: Config, env: Env) -> Config:
             f"num_steps = {config.num_steps}: {config.algorithm} plays whole episodes, and those of {env.name} take up "
             f"to {bound} steps: set num_steps={bound}, or {instead}"
         )
-    if (config.num_envs * bound) % config.num_minibatches:
+    if (config.num_envs * bound) % (config.num_minibatches * config.num_shards):
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}: of whole episodes of "
             f"{env.name} no more than {bound} steps are played"

@@ -109,7 +109,7 @@ class EpisodeSums(NamedTuple):
 
 
 class VectorState(NamedTuple):
-    """The state of B environments between two steps."""
+    """The state of B environments between two steps; of S shards of them, every field has S in front."""
 
     env: PyTree  # [B, ...] states of the environments
     obs: Array  # [B, ...] what the agent sees next

@@ -4,28 +4,50 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import Batch, PRNGKey, PyTree
 
 
-def as_sequences(batch: Batch) -> Batch:
-    """The batch as sequences that must stay whole.
+def as_sequences(batch: Batch, num_shards: int = 1) -> Batch:
+    """The batch as sequences that must stay whole, shard after shard.
 
     A model with memory has B sequences of T steps. One without sees each step alone: [T, B] becomes [1, N], so that
     minibatches are subsets of axis 1 for every model.
     """
     if jax.tree.leaves(batch.carry):
         return batch
-    return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[2:])), batch)
+    shards = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split_shards(batch, num_shards, axis=1))  # [S, T, B / S]
+    return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[3:])), shards)
 
 
-def shuffled_minibatches(key: PRNGKey, batch: Batch, num_minibatches: int, beside: PyTree = ()) -> tuple[Batch, PyTree]:
+def shuffled_minibatches(
+    key: PRNGKey, batch: Batch, num_minibatches: int, num_shards: int = 1, beside: PyTree = ()
+) -> tuple[Batch, PyTree]:
     """A random partition of the sequences: [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...].
 
-    ``beside`` holds further arrays [T, B, ...], which are cut in the same way.
+    Every minibatch has equally many sequences of each shard, in a random order of that shard's own, so that none has
+    to go to another device. ``beside`` holds further arrays [T, B, ...], which are cut in the same way.
     """
-    order = random_order(key, batch.mask.shape[1]).reshape(num_minibatches, -1)
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x[:, order], 1, 0), (batch._replace(carry=()), beside))
-    return parts[0]._replace(carry=jax.tree.map(lambda x: x[order], batch.carry)), parts[1]
+    order = random_orders(key, batch.mask.shape[1], num_shards)
+    rows = jnp.moveaxis(order.reshape(num_shards, num_minibatches, -1), 1, 0)  # [M, S, B / S / M]
+    return jax.vmap(lambda rows: sequences_at(rows, batch, beside))(rows)
+
+
+def sequences_at(rows: Int[Array, "S k"], batch: Batch, beside: PyTree = ()) -> tuple[Batch, PyTree]:
+    """The sequences of each shard that its row of numbers names: [T, B, ...] becomes [T, S · k, ...]."""
+
+    def along(axis: int, arrays: PyTree) -> PyTree:
+        each = jax.vmap(lambda x, row: x[(slice(None),) * axis + (row,)], in_axes=(axis, 0), out_axes=axis)
+        return join_shards(jax.tree.map(lambda x: each(x, rows), split_shards(arrays, rows.shape[0], axis)), axis)
+
+    chosen, beside = along(1, (batch._replace(carry=()), beside))
+    return chosen._replace(carry=along(0, batch.carry)), beside
+
+
+def random_orders(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S n/S"]:
+    """For each shard a random order of its own of 0 … n / S − 1."""
+    keys = key[None] if num_shards == 1 else jax.random.split(key, num_shards)
+    return jax.vmap(lambda key: random_order(key, n // num_shards))(keys)
 
 
 def random_order(key: PRNGKey, n: int) -> Int[Array, "n"]:

@@ -53,7 +53,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     def step(
         key: PRNGKey, params: PyTree, update_state: PPOState, batch: Batch
     ) -> tuple[PyTree, PPOState, dict[str, Array]]:
-        sequences = as_sequences(batch)
+        sequences = as_sequences(batch, config.num_shards)
         kl_coef: Any = update_state.kl_coef if adaptive else config.kl_coef
 
         def policy(params: PyTree) -> Distribution:
@@ -73,7 +73,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             return after, metrics
 
         def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
-            minibatches = shuffled_minibatches(key, sequences, config.num_minibatches, old)
+            minibatches = shuffled_minibatches(key, sequences, config.num_minibatches, config.num_shards, old)
             return jax.lax.scan(minibatch_step, loop, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)

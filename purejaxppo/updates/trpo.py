@@ -11,7 +11,7 @@ from jaxtyping import Array
 from purejaxppo import losses
 from purejaxppo.config import Config
 from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
-from purejaxppo.updates.minibatches import as_sequences, random_order, shuffled_minibatches
+from purejaxppo.updates.minibatches import as_sequences, random_orders, sequences_at, shuffled_minibatches
 
 Product = Callable[[PyTree], PyTree]
 
@@ -51,7 +51,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     def step(
         key: PRNGKey, params: PyTree, update_state: PyTree, batch: Batch
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        sequences = as_sequences(batch)
+        sequences = as_sequences(batch, config.num_shards)
         key_policy, key_value = jax.random.split(key)
         policy, measured = policy_step(key_policy, params, sequences)
         value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
@@ -77,7 +77,7 @@ def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree
             ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
             return losses.surrogate(ratio, advantage, batch.mask), (ratio, distribution)
 
-        some = one_in(config.fisher_subsample, key, batch)
+        some = one_in(config.fisher_subsample, key, batch, config.num_shards)
         old_of_some = policy(theta_old, some)
         advantage = losses.standardize(batch.advantage, batch.mask) if config.normalize_advantage else batch.advantage
         (before, (ratio, old)), gradient = jax.value_and_grad(surrogate, has_aux=True)(theta_old)
@@ -137,7 +137,8 @@ def make_value_steps(
             return (optax.apply_updates(theta, change), opt_state), value_loss
 
         def epoch(carry: tuple[PyTree, PyTree], key: PRNGKey) -> tuple[tuple[PyTree, PyTree], Array]:
-            return jax.lax.scan(minibatch_step, carry, shuffled_minibatches(key, batch, config.num_minibatches)[0])
+            minibatches, _ = shuffled_minibatches(key, batch, config.num_minibatches, config.num_shards)
+            return jax.lax.scan(minibatch_step, carry, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
         (theta, opt_state), value_loss = jax.lax.scan(epoch, (params["value"], opt_state), keys)
@@ -146,14 +147,12 @@ def make_value_steps(
     return value_steps
 
 
-def one_in(k: int, key: PRNGKey, batch: Batch) -> Batch:
-    """A random k-th of the sequences, rounded up."""
+def one_in(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1) -> Batch:
+    """A random k-th of the sequences of each shard, rounded up."""
     if k == 1:
         return batch
-    n = batch.mask.shape[1]
-    chosen = random_order(key, n)[: -(-n // k)]
-    some = jax.tree.map(lambda x: x[:, chosen], batch._replace(carry=()))
-    return some._replace(carry=jax.tree.map(lambda x: x[chosen], batch.carry))
+    order = random_orders(key, batch.mask.shape[1], num_shards)
+    return sequences_at(order[:, : -(-order.shape[1] // k)], batch)[0]
 
 
 def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> Product:

@@ -1,0 +1,60 @@
+"""Shards: blocks of environments that need nothing from one another until the update, and where they live.
+
+``num_shards`` = S decides the numbers of a run, because each shard has its own random keys and fresh starts and gives
+an equal part of every minibatch. The devices do not: S shards on one device or on any number that divides S are the
+same program, in which the compiler places the reductions over the devices (`jax.sharding`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from purejaxppo.types import ConfigError, PyTree, TrainState
+
+AXIS = "shards"  # of the mesh
+
+
+def split_shards(arrays: PyTree, num_shards: int, axis: int = 0) -> PyTree:
+    """[..., B, ...] with B at ``axis`` becomes [..., S, B / S, ...]."""
+    return jax.tree.map(lambda x: x.reshape((*x.shape[:axis], num_shards, -1, *x.shape[axis + 1 :])), arrays)
+
+
+def join_shards(arrays: PyTree, axis: int = 0) -> PyTree:
+    """[..., S, B / S, ...] with S at ``axis`` becomes [..., B, ...], shard after shard."""
+    return jax.tree.map(lambda x: x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :])), arrays)
+
+
+def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of these devices, each of which gets equally many shards; by default of as many as can be used."""
+    if devices is None:
+        devices = jax.devices()
+        most = next(n for n in range(min(len(devices), num_shards), 0, -1) if num_shards % n == 0)
+        devices = devices[:most]
+    if num_shards % len(devices):
+        raise ConfigError(f"num_shards = {num_shards} cannot be divided among {len(devices)} devices")
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """The state, or its shapes, with a `NamedSharding` in the place of every leaf.
+
+    What belongs to single environments is divided among the devices: their states, the model's memory and the running
+    discounted returns. Every device has all the rest: parameters, optimiser, statistics, keys and counts.
+    """
+    everywhere, divided = replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))
+    if mesh.size == 1:
+        return jax.tree.map(lambda _: everywhere, state)
+    where = jax.tree.map(lambda _: everywhere, state)
+    env, carry = (jax.tree.map(lambda _: divided, x) for x in (state.env, state.carry))
+    normalizer = where.normalizer
+    if normalizer.reward is not None:
+        normalizer = normalizer._replace(reward=normalizer.reward._replace(discounted_return=divided))
+    return where._replace(env=env, carry=carry, normalizer=normalizer)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Where keys, hyper-parameters and metrics are: on every device."""
+    return NamedSharding(mesh, PartitionSpec())
