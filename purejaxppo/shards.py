@@ -8,9 +8,8 @@ same program, in which the compiler places the reductions over the devices (`jax
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from purejaxppo.types import ConfigError, PyTree, TrainState
 
@@ -38,7 +37,7 @@ def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> M
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
     """The state, or its shapes, with a `NamedSharding` in the place of every leaf.
 
     What belongs to single environments is divided among the devices: their states, the model's memory and the running
@@ -55,6 +54,6 @@ def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
     return where._replace(env=env, carry=carry, normalizer=normalizer)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where keys, hyper-parameters and metrics are: on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -192,11 +192,10 @@ def _checked(config: Config | Mapping[str, Any]) -> Config:
 def _require_enough_sequences(config: Config, model: Model) -> None:
     """A model with memory learns from whole sequences, of which there are ``num_envs``; one without from steps."""
     has_memory = jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs)))
-    shards = f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
     sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
     if sequences % config.num_minibatches:
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}{shards}: "
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}{_each_shard(config)}: "
             "a model with memory learns from whole sequences"
         )
     if config.fisher_subsample > sequences:
@@ -223,10 +222,14 @@ def _for_whole_episodes(config: Config, env: Env) -> Config:
         )
     if (config.num_envs * bound) % (config.num_minibatches * config.num_shards):
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}: of whole episodes of "
-            f"{env.name} no more than {bound} steps are played"
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}{_each_shard(config)}: of whole "
+            f"episodes of {env.name} no more than {bound} steps are played"
         )
     return config.replace(num_steps=bound)
+
+
+def _each_shard(config: Config) -> str:
+    return f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:

@@ -23,7 +23,7 @@ MAY_BE_0 = {"lr", "vf_coef", "ent_coef", "kl_coef", "cg_damping", "gamma", "gae_
 BELOW_1 = float(np.nextafter(1, 0))
 HIGHEST = {"gamma": 1, "gae_lambda": 1, "baseline_decay": 1, "clip_eps": BELOW_1, "line_search_shrink": BELOW_1}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
-SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"}
+SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches", "num_shards"}
 SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps"}
 
 

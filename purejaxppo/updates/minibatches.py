@@ -44,7 +44,7 @@ def sequences_at(rows: Int[Array, "S k"], batch: Batch, beside: PyTree = ()) -> 
     return chosen._replace(carry=along(0, batch.carry)), beside
 
 
-def random_orders(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S n/S"]:
+def random_orders(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S k"]:
     """For each shard a random order of its own of 0 … n / S − 1."""
     keys = key[None] if num_shards == 1 else jax.random.split(key, num_shards)
     return jax.vmap(lambda key: random_order(key, n // num_shards))(keys)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from purejaxppo import losses
 from purejaxppo.config import Config
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
+from purejaxppo.updates.minibatches import as_sequences
 
 
 class RunningMean(NamedTuple):
@@ -48,12 +49,11 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
     """
 
-    def loss(params: PyTree, batch: Batch, weight: Array) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
+    def loss(params: PyTree, batch: Batch) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         log_prob = distribution.log_prob(batch.action)
-        rows = batch.mask.shape[1]
-        score = jnp.where(batch.mask, log_prob * weight, 0).sum() / rows
-        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / rows
+        score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / config.num_envs
+        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / config.num_envs
         metrics = {"policy_loss": -score, "entropy": losses.masked_mean(distribution.entropy(), batch.mask)}
         ratio = losses.probability_ratio(log_prob, batch.log_prob, batch.mask)
         metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
@@ -73,7 +73,10 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
     ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
         weight, past = off_baseline(config, update_state.past, batch)
-        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, weight)
+        batch = batch._replace(advantage=weight)
+        if config.num_shards > 1:  # [T, B] as N rows, which the network needs, would leave their devices
+            batch = as_sequences(batch, config.num_shards)
+        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch)
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
         new = optax.apply_updates(params, change)
 

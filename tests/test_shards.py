@@ -1,0 +1,242 @@
+"""Runs in shards: the same numbers on any number of devices, and no data that goes from one to another."""
+
+import functools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ppo_reference import arrays, random_batch
+from small_envs import counter, linear_model, memory_model
+
+from purejaxppo import Config, ConfigError, make_train, make_trainer
+from purejaxppo.envs.vector import vectorize
+from purejaxppo.normalize import merge, moments_in_shards, moments_of, no_moments, pooled
+from purejaxppo.rollout import in_shards, make_rollout, reset_shards
+from purejaxppo.shards import join_shards, make_mesh, split_shards, state_sharding
+from purejaxppo.updates.minibatches import as_sequences, random_order, shuffled_minibatches
+from purejaxppo.updates.trpo import one_in
+
+KEY = jax.random.key(7)
+CONFIG = Config(num_envs=12, num_steps=10, num_epochs=1, num_minibatches=2, total_timesteps=240)
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What `runs_on_devices.py` writes."""
+    script, path = Path(__file__).with_name("runs_on_devices.py"), tmp_path_factory.mktemp("runs") / "runs.pkl"
+    done = subprocess.run(
+        [sys.executable, script, path], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize(("name", "devices"), [("ppo", 2), ("ppo", 4), ("trpo", 4), ("reinforce", 4)])
+def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name, devices):
+    one, several = runs[name, 1], runs[name, devices]
+    close = {"rtol": 1e-9, "atol": 1e-11}
+    for a, b in zip(several["state"], one["state"], strict=True):
+        np.testing.assert_allclose(a, b, **close)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), several["metrics"], one["metrics"])
+    assert (several["metrics"]["episodes"] > 0).any() and one["metrics"]["policy_loss"].dtype == np.float64
+
+
+def test_five_iterations_in_float32_are_close_on_any_number_of_devices(runs):
+    one, two = runs["memory", 1]["metrics"], runs["memory", 2]["metrics"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), two, one)
+    assert one["policy_loss"].shape == (5,) and one["policy_loss"].dtype == np.float32
+
+
+def test_ratios_start_at_1(runs):
+    for (name, _), run in runs.items():
+        bound = 1e-4 if name == "memory" else 1e-12
+        assert np.nanmax(run["metrics"]["first_ratio_deviation"]) < bound
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "loops"),
+    [
+        ("ppo", 4, ("iterations", "epochs", "minibatches")),
+        ("ppo", 2, ("iterations", "epochs", "minibatches")),
+        ("trpo", 4, ("iterations", "conjugate gradient", "line search", "epochs", "minibatches")),
+        ("reinforce", 4, ("iterations",)),
+        ("memory", 2, ("iterations", "epochs", "minibatches", "gradient over time")),
+    ],
+)
+def test_devices_exchange_sums_of_the_update_only(runs, name, devices, loops):
+    """No loop but these communicates, so the rollout does not; and nothing as large as the data is exchanged."""
+    run = runs[name, devices]
+    assert run["kinds"] == ["all-reduce"]
+    assert run["communicating"] == len(loops) < run["loops"]
+    assert run["largest"] <= 9  # the linear policy's weights; REINFORCE's counts of episodes that still run are 5
+    envs = 16 // devices
+    obs, *divided = run["parts"]
+    assert obs == (4 // devices, 4, 3) and set(divided) == {(envs,)}
+    assert runs[name, 1]["kinds"] == [] and runs[name, 1]["communicating"] == 0
+
+
+def test_a_mesh_has_as_many_devices_as_divide_the_shards():
+    assert make_mesh(6).size == 1 == make_mesh(1, jax.devices()[:1]).size
+    with pytest.raises(ConfigError, match="num_shards = 3 cannot be divided among 2 devices"):
+        make_mesh(3, jax.devices() * 2)
+
+
+def test_only_what_belongs_to_environments_is_divided():
+    config = CONFIG.replace(num_shards=2, normalize_reward=True, normalize_obs=True)
+    state = jax.eval_shape(make_trainer(config, counter(), memory_model(3)).init, KEY)
+    mesh = jax.sharding.AbstractMesh((2,), ("shards",))
+    where = state_sharding(mesh, state)
+    divided = {jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(where) if x.spec != jax.P()}
+    single = {path for path in divided if not path.startswith(".env")}
+    assert single == {".carry[0]", ".normalizer.reward.discounted_return"}
+    assert len(divided - single) == len(jax.tree.leaves(state.env))
+    assert all(x.shape[0] == 2 for x in jax.tree.leaves(state.env))
+    assert state.carry[0].shape == state.normalizer.reward.discounted_return.shape == (12,)
+
+
+# -------------------------------------------------------------------------------------- minibatches
+
+
+def numbered(T, B, memory):
+    """Rewards and all as in any batch; its values are the numbers of its steps, its carry those of its rows."""
+    row = jnp.arange(T * B).reshape(T, B)
+    batch = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), arrays(random_batch(0)))
+    return batch._replace(value=row, carry=(jnp.arange(B),) if memory else ())
+
+
+@functools.cache
+def cutting(T, B, M, S, memory):
+    batch = as_sequences(numbered(T, B, memory), S)
+    return jax.jit(lambda key: shuffled_minibatches(key, batch, M, S)[0])
+
+
+@given(st.sampled_from([(4, 2, 2, True), (12, 2, 3, False), (6, 3, 2, False)]), st.integers(0, 2**32 - 1))
+def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(sizes, seed):
+    T, (B, M, S, memory) = 3, sizes
+    cut = cutting(T, *sizes)(jax.random.key(seed))
+    values = np.asarray(cut.value)
+    np.testing.assert_array_equal(np.sort(values.ravel()), np.arange(T * B))
+    shard = values % B // (B // S)
+    for m in range(M):
+        np.testing.assert_array_equal(np.bincount(shard[m].ravel(), minlength=S), np.full(S, T * B // S // M))
+        assert (np.diff(shard[m]) >= 0).all()  # shard after shard, as on the devices
+    if memory:
+        np.testing.assert_array_equal(values[:, 0], cut.carry[0])
+        np.testing.assert_array_equal(values[:, 1:] - values[:, :-1], np.full((M, T - 1, B // M), B))
+
+
+def test_shards_have_orders_of_their_own_and_one_shard_the_order_of_all():
+    batch = as_sequences(numbered(2, 64, False))
+    expected = np.asarray(batch.value)[:, random_order(KEY, 128)].reshape(4, 1, 32)
+    np.testing.assert_array_equal(shuffled_minibatches(KEY, batch, 4)[0].value, expected)
+    two = as_sequences(numbered(2, 64, False), 2)
+    order = np.asarray(shuffled_minibatches(KEY, two, 1, 2)[0].value).reshape(2, 64)
+    assert (order[0] != order[1] - 32).any()
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_one_sample_in_k_is_one_in_k_of_every_shard(memory):
+    batch = as_sequences(numbered(3, 12, memory), 2)
+    some = np.asarray(one_in(4, KEY, batch, 2).value)
+    shard = some % 12 // 6
+    assert len(np.unique(some)) == some.size == (12 if memory else 10)  # ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉
+    assert np.bincount(shard.ravel()).tolist() == [some.size // 2] * 2
+
+
+def test_splitting_and_joining_are_inverse():
+    x = {"a": jnp.arange(24).reshape(2, 6, 2)}
+    shards = split_shards(x, 3, axis=1)
+    assert shards["a"].shape == (2, 3, 2, 2)
+    np.testing.assert_array_equal(shards["a"][:, 1], x["a"][:, 2:4])
+    np.testing.assert_array_equal(join_shards(shards, axis=1)["a"], x["a"])
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shares", [[3, 5, 2], [4, 0, 1], [0, 0, 0]])
+def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
+    rng = np.random.default_rng(1)
+    x, valid = rng.normal(1e4, 3, (3, 5, 2)), np.arange(5)[None] < np.asarray(shares)[:, None]
+    parts = jax.vmap(moments_of)(jnp.asarray(x), jnp.asarray(valid))
+    total, merged = pooled(parts), no_moments((2,))
+    for i in range(3):
+        merged = merge(merged, jax.tree.map(lambda x, i=i: x[i], parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), total, merged)
+    if seen := sum(shares):
+        assert total.samples == seen
+        np.testing.assert_allclose(total.mean, x[valid].mean(0), rtol=1e-12)
+        np.testing.assert_allclose(total.variance, x[valid].var(0), rtol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
+    rng = np.random.default_rng(2)
+    x, valid = jnp.asarray(rng.normal(5, 2, (4, 6))), jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None
+    one, three = (moments_in_shards(x, valid, shards) for shards in (1, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), three, one)
+
+
+def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_all():
+    env, model, S, T, size = counter(limit=5, longest=8), linear_model(), 3, 10, 4
+    vector_env = vectorize(env, size)
+    each = make_rollout(env, vector_env, model, T)
+    state, obs = jax.jit(lambda: reset_shards(vector_env, KEY, S))()
+    params = model.init(KEY, obs)
+    run = jax.jit(in_shards(each, S))
+    together, after, carry, seen = run(KEY, params, no_moments((3,)), state, ())
+    assert together.obs.shape == (T, S * size, 3) and obs.shape == (S * size, 3) and carry == ()
+    raw = np.asarray(together.obs).reshape(-1, 3)  # moments of nothing leave them as they are
+    np.testing.assert_allclose(seen.samples, T * S * size)
+    np.testing.assert_allclose(seen.mean, raw.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.variance, raw.var(0), rtol=1e-4)
+    done = together.terminated | together.truncated
+    np.testing.assert_array_equal(after.finished.episodes, np.asarray(done).reshape(T, S, size).sum((0, 2)))
+
+    second = jax.tree.map(lambda x: x[1], state)
+    alone, *_ = jax.jit(each)(jax.random.split(KEY, S)[1], params, no_moments((3,)), second, ())
+    mine = jax.tree.map(lambda x: x[:, size : 2 * size], together)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, alone)
+    starts = np.asarray(together.obs[0, :, 0])
+    assert len(np.unique(starts)) == S * size  # of its own in every environment of every shard
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_shards": 0}, "num_shards = 0: it must be an integer of at least 1"),
+        ({"num_shards": 5}, "num_shards = 5 does not divide num_envs = 12"),
+        ({"num_shards": 4, "num_minibatches": 4}, "does not divide the 30 samples of each of 4 shards"),
+        ({"num_shards": 4, "algorithm": "trpo", "fisher_subsample": 31}, "only 30 samples in each shard"),
+        (
+            {"num_shards": 2, "num_steps": 16, "num_minibatches": 8, "episodic": True, "anneal_lr": False},
+            "num_minibatches = 8 does not divide num_envs * 5 / num_shards = 2",
+        ),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        make_train(CONFIG.replace(**changes), counter())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_with_memory_needs_whole_sequences_of_every_shard_in_every_minibatch():
+    with pytest.raises(ConfigError, match="num_envs = 12 / num_shards = 4: a model with memory"):
+        make_train(CONFIG.replace(num_shards=4), counter(), memory_model(3))
+    make_train(CONFIG.replace(num_shards=2), counter(), memory_model(3))
