@@ -195,8 +195,8 @@ def _require_enough_sequences(config: Config, model: Model) -> None:
     sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
     if sequences % config.num_minibatches:
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}{_each_shard(config)}: "
-            "a model with memory learns from whole sequences"
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}"
+            f"{_each_shard(config)}: a model with memory learns from whole sequences"
         )
     if config.fisher_subsample > sequences:
         of_each = " in each shard" if config.num_shards > 1 else ""
@@ -222,8 +222,8 @@ def _for_whole_episodes(config: Config, env: Env) -> Config:
         )
     if (config.num_envs * bound) % (config.num_minibatches * config.num_shards):
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}{_each_shard(config)}: of whole "
-            f"episodes of {env.name} no more than {bound} steps are played"
+            f"num_minibatches = {config.num_minibatches} does not divide num_envs * {bound}{_each_shard(config)}: "
+            f"of whole episodes of {env.name} no more than {bound} steps are played"
         )
     return config.replace(num_steps=bound)
 

@@ -49,11 +49,11 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
     """
 
-    def loss(params: PyTree, batch: Batch) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
+    def loss(params: PyTree, batch: Batch, rows: int) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         log_prob = distribution.log_prob(batch.action)
-        score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / config.num_envs
-        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / config.num_envs
+        score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / rows
+        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / rows
         metrics = {"policy_loss": -score, "entropy": losses.masked_mean(distribution.entropy(), batch.mask)}
         ratio = losses.probability_ratio(log_prob, batch.log_prob, batch.mask)
         metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
@@ -73,10 +73,10 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
     ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
         weight, past = off_baseline(config, update_state.past, batch)
-        batch = batch._replace(advantage=weight)
+        batch, rows = batch._replace(advantage=weight), batch.mask.shape[1]
         if config.num_shards > 1:  # [T, B] as N rows, which the network needs, would leave their devices
             batch = as_sequences(batch, config.num_shards)
-        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch)
+        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, rows)
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
         new = optax.apply_updates(params, change)
 
