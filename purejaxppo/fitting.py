@@ -95,9 +95,9 @@ def fit(
 ) -> Run:
     """Train ``seeds`` agents at once, in chunks between which ``on_progress`` is called.
 
-    The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``; with
-    several devices the agents are spread over them. It stops early when every agent has diverged, and with what there
-    is at Ctrl-C or SIGTERM.
+    The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. Where
+    there are several devices, the agents are spread over them; a single one with ``num_shards`` has its environments on
+    several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM.
 
     ``directory``, which must not exist, gets what `run_directory` describes, a checkpoint every ``checkpoint_seconds``
     among it. With ``resume`` a run in it that was killed or interrupted goes on from its newest checkpoint, or from the

@@ -17,6 +17,7 @@ from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.policy import Policy
+from purejaxppo.shards import make_mesh, replicated, state_sharding
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
 
@@ -34,7 +35,7 @@ class Programs(NamedTuple):
     env: Env
     model: Model | None
     agents: int | None
-    mesh: Mesh | None  # the devices that share the agents; None: one device has all
+    placed: NamedSharding | None  # where keys, hyper-parameters and metrics are, if on more than one device
     init: Callable[[PRNGKey, Swept], TrainState]  # keys [agents]
     chunk: Callable[[Swept, TrainState, Metrics, int], tuple[TrainState, Metrics]]  # uses up state and rows
     shapes: TrainState
@@ -48,12 +49,12 @@ class Programs(NamedTuple):
         return () if self.agents is None else (slice(None),)
 
     def put(self, tree: PyTree) -> PyTree:
-        """Arrays [agents, ...] on the devices whose agents they belong to."""
-        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, AGENTS))
+        """Arrays [agents, ...] on the devices whose agents they belong to; those of one agent on all of its devices."""
+        return jax.device_put(tree, self.placed)
 
     def keys(self, key: PRNGKey) -> PRNGKey:
         """A key for each agent: the key itself for one, else it is split."""
-        return key if self.agents is None else self.put(jax.random.split(key, self.agents))
+        return self.put(key if self.agents is None else jax.random.split(key, self.agents))
 
 
 class Chunk(NamedTuple):
@@ -81,7 +82,8 @@ def compile_programs(
     """Compile the training of ``agents`` agents that differ in their keys and in the hyper-parameters ``swept``.
 
     They are spread over the devices, of which as many are used as divide their number: each runs its own agents, and
-    nothing is communicated. Raises `ConfigError` for what cannot run.
+    nothing is communicated. One agent with ``num_shards`` has its environments on as many devices as divide the shards.
+    Raises `ConfigError` for what cannot run.
     """
     started = time.perf_counter()
 
@@ -103,25 +105,30 @@ def compile_programs(
     row = jax.eval_shape(one_row, *inputs)
     _require_scalar_metrics(row)
     rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
-    mesh = None
+    placed = None
     if agents is not None:
         init, chunk = jax.vmap(init), jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
         inputs, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
-        mesh = _mesh(agents, jax.local_devices() if devices is None else devices)
-    if mesh is not None:
-        over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
-        none = PartitionSpec()
-        init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(none, AGENTS, AGENTS, AGENTS, none))
-
+        mesh = _mesh(agents, devices)
+        if mesh.size > 1:
+            placed, none = NamedSharding(mesh, AGENTS), PartitionSpec()
+            over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
+            init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(none, AGENTS, AGENTS, AGENTS, none))
     shapes = jax.eval_shape(init, *inputs)
+    of_init: dict[str, Any] = {}
+    of_chunk: dict[str, Any] = {}
+    if agents is None and (mesh := make_mesh(config.num_shards, devices)).size > 1:
+        placed, where = replicated(mesh), state_sharding(mesh, shapes)
+        of_init = {"in_shardings": placed, "out_shardings": where}
+        of_chunk = {"in_shardings": (placed, placed, where, placed, placed), "out_shardings": (where, placed)}
     programs = (
-        jax.jit(init).lower(*inputs),
-        jax.jit(chunk, donate_argnums=(2, 3)).lower(frozen, inputs[1], shapes, rows, 1),
+        jax.jit(init, **of_init).lower(*inputs),
+        jax.jit(chunk, donate_argnums=(2, 3), **of_chunk).lower(frozen, inputs[1], shapes, rows, 1),
     )
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
     seconds, run = time.perf_counter() - started, partial(compiled, frozen)
-    return Programs(config, env, model, agents, mesh, compiled_init, run, shapes, rows, memory_of(compiled), seconds)
+    return Programs(config, env, model, agents, placed, compiled_init, run, shapes, rows, memory_of(compiled), seconds)
 
 
 def run_chunks(
@@ -174,7 +181,7 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
 
     An agent that diverged, whose parameters are not numbers, plays something; its returns are NaN.
     """
-    config, env, model, mesh = programs.config, programs.env, programs.model, programs.mesh
+    config, env, model, placed = programs.config, programs.env, programs.model, programs.placed
 
     def one(swept: Swept, state: TrainState, key: PRNGKey) -> EpisodeStatistics:
         policy = Policy.from_state(config.replace(**swept), state, None, env, model)
@@ -182,15 +189,17 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
         return played._replace(returns=jnp.where(finite, played.returns, jnp.nan))
 
-    many = one if programs.agents is None else jax.vmap(one)
-    if mesh is not None:
-        many = jax.shard_map(many, mesh=mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
+    if programs.agents is None:
+        return jax.jit(one)
+    many = jax.vmap(one)
+    if placed is not None:
+        many = jax.shard_map(many, mesh=placed.mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
     return jax.jit(many)
 
 
 def device_name(programs: Programs) -> str:
     """The kind of the devices that are used, and how many."""
-    devices = jax.devices()[:1] if programs.mesh is None else list(programs.mesh.devices.flat)
+    devices = jax.devices()[:1] if programs.placed is None else list(programs.placed.mesh.devices.flat)
     first = devices[0]
     name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
     return name if len(devices) == 1 else f"{len(devices)} × {name}"
@@ -202,10 +211,11 @@ def memory_of(compiled: Any) -> int:
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
 
-def _mesh(agents: int, devices: Sequence[jax.Device]) -> Mesh | None:
-    """As many devices as divide the agents evenly; None for one, which needs no mesh."""
+def _mesh(agents: int, devices: Sequence[jax.Device] | None) -> Mesh:
+    """As many devices as divide the agents evenly."""
+    devices = jax.local_devices() if devices is None else devices
     count = max(n for n in range(1, len(devices) + 1) if agents % n == 0)
-    return None if count == 1 else Mesh(np.array(devices[:count]), ("agents",))
+    return Mesh(np.array(devices[:count]), ("agents",))
 
 
 def _require_scalar_metrics(row: Metrics) -> None:

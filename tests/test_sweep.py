@@ -12,7 +12,18 @@ import pytest
 from small_envs import counter
 from test_resume import Killed
 
-from purejaxppo import Config, ConfigError, LogUniform, Uniform, fit, programs, statistics, sweep, sweep_parts
+from purejaxppo import (
+    Config,
+    ConfigError,
+    LogUniform,
+    Uniform,
+    fit,
+    load_policy,
+    programs,
+    statistics,
+    sweep,
+    sweep_parts,
+)
 from purejaxppo.grids import groups_of, settings_of
 from purejaxppo.programs import compile_programs
 
@@ -122,14 +133,22 @@ def test_neither_do_devices(whole, tmp_path):
         groups = []
         run(directory=sys.argv[1], on_start=groups.append)
         print([(group.at_once, group.device) for group in groups])
+        one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, directory=sys.argv[1] + "/one", eval_every=2)
+        print(one.plan.device, *one.state.env.obs.sharding.spec)
     """)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
-    assert done.stdout.strip() == "[(6, '2 × cpu'), (6, '2 × cpu')]", done.stderr
+    shown = ["[(6, '2 × cpu'), (6, '2 × cpu')]", "2 × cpu shards"]
+    assert done.stdout.splitlines() == shown, done.stderr
     for name in ("scores", "curves"):
         tables = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
         pd.testing.assert_frame_equal(*tables, rtol=1e-4)
+    # One agent, the environments of which are on two devices there and on one here.
+    one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, eval_every=2)
+    for name, policy in (("policy", one.policy()), ("best_policy", one.best_policy())):
+        saved = load_policy(tmp_path / "sweep" / "one" / name)
+        assert_close((saved.params, saved.obs_moments), (policy.params, policy.obs_moments), 1e-4)
 
 
 # ------------------------------------------------------------------------------ compilations, memory
