@@ -1,9 +1,10 @@
-"""``python -m benchmarks learning | table | speed | trpo_cost | table1``: the figures of the README, re-made."""
+"""``python -m benchmarks COMMAND``: the figures of the README, re-made."""
 
 import tyro
 
 from benchmarks import learning as learning_benchmark
 from benchmarks import table1 as table1_benchmark
+from purejaxppo.options import split_cpu
 
 
 def learning(
@@ -66,8 +67,25 @@ def table1(
         table1_benchmark.table()
 
 
+def sweeps(seeds: int = 16, repeats: int = 9, members: tuple[int, ...] = (256, 2048), timesteps: int = 50_000) -> None:
+    """Measure a sweep against its members one after the other, large sweeps, and what checkpoints cost.
+
+    Args:
+        seeds: members of the comparison
+        repeats: timed runs of each
+        members: sizes of the large sweeps
+        timesteps: of each of their members
+    """
+    split_cpu(None)
+    from benchmarks import sweeps as sweeps_benchmark
+
+    sweeps_benchmark.throughput(seeds, repeats)
+    sweeps_benchmark.checkpoint_cost(seeds, repeats)
+    for size in members:
+        sweeps_benchmark.many(size, timesteps)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {"learning": learning, "table": table, "speed": speed, "trpo_cost": trpo_cost, "table1": table1},
-        prog="python -m benchmarks",
-    )
+    commands = {"learning": learning, "table": table, "table1": table1}
+    commands |= {"speed": speed, "trpo_cost": trpo_cost, "sweeps": sweeps}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")
