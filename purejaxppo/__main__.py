@@ -78,9 +78,12 @@ def train(
     config = Config.from_dict(numbers(settings))
     num_episodes = count("eval_episodes", eval_episodes, 0)
     how: dict[str, Any] = {"seeds": count("seeds", seeds, 1), "eval_every": count("eval_every", eval_every, 0)}
+    if how["eval_every"] and not num_episodes:
+        raise ConfigError("eval_every needs eval_episodes of at least 1")
     how["eval_episodes"] = num_episodes or 1
     num_key = count("key", key, 0)
     env = environments.make(config.env)
+    config = config.replace(env=env.name)
     directory = directory or _directory(config, asked_of(config, **how), num_key, resume)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
@@ -100,7 +103,7 @@ def train(
     alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
     if num_episodes and alive and not run.interrupted:
         show.show_evaluation(console, [run.policy(seed) for seed in alive], num_episodes)
-    best = ", best_policy/" if run.best is not None else ""
+    best = ", best_policy/" if (directory / "best_policy").exists() else ""
     console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
     if run.interrupted:
         console.print("The same command with --resume goes on from here.")
@@ -160,6 +163,8 @@ def sweep(
     if result.interrupted:
         console.print("The same command with --resume goes on from here.")
         raise SystemExit(INTERRUPTED)
+    if result.scores["diverged_at"].notna().all():
+        raise SystemExit(DIVERGED)
 
 
 def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0) -> None:

@@ -104,9 +104,9 @@ class Checkpoints:
                 raise _DamagedError(f"{file} is not what was written")
         target = _named(like)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            stored = checkpointer.metadata(self.directory.resolve() / name).item_metadata
-            shapes = {key: x.shape for key, x in dict(stored).items()}
-            if shapes != {key: x.shape for key, x in target.items()}:
+            stored = dict(checkpointer.metadata(self.directory.resolve() / name).item_metadata)
+            kinds = [{key: (tuple(x.shape), np.dtype(x.dtype)) for key, x in tree.items()} for tree in (stored, target)]
+            if kinds[0] != kinds[1]:
                 raise ConfigError(f"{self.directory / name} was not written by this configuration: its arrays differ")
             arrays = checkpointer.restore(self.directory.resolve() / name, args=ocp.args.StandardRestore(target))
         tables: dict[str, dict[str, list[NDArray[Any]]]] = {}
@@ -136,7 +136,7 @@ class Checkpoints:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class _DamagedError(Exception):
+class _DamagedError(ValueError):
     """A checkpoint is not what was written; the one before it may be."""
 
 
@@ -157,19 +157,23 @@ def _sha256(path: Path) -> str:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths; random keys as the integers that they are made of."""
+    """The leaves by their paths, without empty ones; random keys as the integers that they are made of."""
+    return {name: _plain(x) for name, x in _leaves(tree) if x.size}
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): _plain(x) for path, x in leaves}
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
 
 
 def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
     """The arrays as the tree that they were named from."""
-    leaves, structure = jax.tree.flatten(like)
-    restored = [
-        jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(leaf)) if _is_key(leaf) else arrays[name]
-        for name, leaf in zip(_named(like), leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, restored)
+
+    def value(name: str, leaf: Any) -> Any:
+        x = arrays.get(name, leaf)  # an empty one has nothing to restore
+        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else x
+
+    return jax.tree.unflatten(jax.tree.structure(like), [value(*leaf) for leaf in _leaves(like)])
 
 
 def _plain(x: Any) -> Any:

@@ -46,6 +46,27 @@ def integer(name: str, value: Any, least: int, bits: int = 32) -> int:
     return value
 
 
+def seconds_of(name: str, value: Any) -> float:
+    """An argument that is a time."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise wrong(name, value, "a number of seconds of at least 0")
+    return float(value)
+
+
+def random_key(key: Any) -> tuple[jax.Array, Any]:
+    """A key of JAX from an integer, a key or the two integers of `jax.random.PRNGKey`; and what describes it."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        number = integer("key", int(key), 0)
+        return jax.random.key(number), number
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if not typed and key.dtype == np.uint32 and key.shape == (2,):
+            key, typed = jax.random.wrap_key_data(jax.numpy.asarray(key), impl="threefry2x32"), True
+        if typed and key.shape == () and key.dtype == jax.random.key(0).dtype:
+            return key, np.asarray(jax.random.key_data(key)).tolist()
+    raise wrong("key", key, "an integer of at least 0, or one random key of JAX's default kind")
+
+
 def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     """The value as a tuple of positive integers."""
     if not isinstance(value, list | tuple):

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from purejaxppo import envs, fitting, session
+from purejaxppo import envs, fitting, session, settings
 from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
@@ -136,11 +136,11 @@ def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
         table.add_column(field)
     for column in ("score", "median", "seeds"):
         table.add_column(column, justify="right")
-    for _, row in result.summary.head(most).iterrows():
-        lost = f", {int(row.diverged)} diverged" if row.diverged else ""
-        score = f"{row.interquartile_mean:.1f} \\[{row.low:.1f}, {row.high:.1f}]"
-        values = (f"{row[field]:g}" if isinstance(row[field], float) else str(row[field]) for field in result.fields)
-        table.add_row(*values, score, _number(row["median"]), f"{int(row.seeds)}{lost}")
+    for row in result.summary.head(most).to_dict("records"):
+        lost = f", {row['diverged']} diverged" if row["diverged"] else ""
+        score = "{:.1f} \\[{:.1f}, {:.1f}]".format(*(row[name] for name in ("interquartile_mean", "low", "high")))
+        values = (settings.text(row[field]) for field in result.fields)
+        table.add_row(*values, score, _number(row["median"]), f"{row['seeds']}{lost}")
     console.print(table)
     if len(result.summary) > most:
         console.print(f"({len(result.summary) - most} more settings in summary.csv)")

@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from purejaxppo import envs, run_directory
 from purejaxppo.checkpoint import Checkpoints
-from purejaxppo.checks import integer
+from purejaxppo.checks import integer, random_key, seconds_of
 from purejaxppo.config import Config, validate
 from purejaxppo.loggers import checked_names, open_loggers
 from purejaxppo.metrics import finite_so_far
@@ -21,7 +19,7 @@ from purejaxppo.programs import compile_programs, device_name
 from purejaxppo.session import Best, Evaluation, Keeping, Progress, run_session
 from purejaxppo.tables import Table
 from purejaxppo.train import make_trainer
-from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
+from purejaxppo.types import ConfigError, Env, Metrics, Model, PyTree, Reward, TrainState
 
 
 class Plan(NamedTuple):
@@ -77,7 +75,7 @@ def fit(
     config: Config | Mapping[str, Any],
     *,
     seeds: int = 1,
-    key: PRNGKey | int = 0,
+    key: Any = 0,
     env: Env | None = None,
     model: Model | None = None,
     reward_fn: Callable | Reward | None = None,
@@ -99,18 +97,24 @@ def fit(
     there are several devices, the agents are spread over them; a single one with ``num_shards`` has its environments on
     several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM.
 
-    ``directory``, which must not exist, gets what `run_directory` describes, a checkpoint every ``checkpoint_seconds``
-    among it. With ``resume`` a run in it that was killed or interrupted goes on from its newest checkpoint, or from the
-    start where it has none yet, and ends with the same numbers, bit for bit on the same device, as if nothing had
-    happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen`` are the caller's to give.
+    ``key`` is an integer or a random key. ``directory``, which must not exist, gets what `run_directory` describes, a
+    checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on
+    from its newest checkpoint, or from the start where it has none yet, and ends with the same numbers, bit for bit on
+    the same device, as if nothing had happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen``
+    are the caller's to give.
 
-    ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so training
-    is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are `loggers`'s.
+    Every ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so that
+    training is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are
+    ``tensorboard`` and ``wandb``.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     agents = None if integer("seeds", seeds, 1) == 1 else seeds
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
+    checkpoint_seconds = seconds_of("checkpoint_seconds", checkpoint_seconds)
+    key, named_key = random_key(key)
     env = envs.make(config.env) if env is None else env
+    if evaluation and env.max_episode_steps is None:
+        raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
     config = dataclasses.replace(config, env=env.name)
     make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
     checked_names(loggers, None if directory is None else Path(directory), seeds)
@@ -118,7 +122,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         keeping = None
         if directory is not None:
-            directory = stack.enter_context(run_directory.opened(directory, asked, key, resume))
+            directory = stack.enter_context(run_directory.opened(directory, asked, named_key, resume))
             names = [f"seed_{seed}" for seed in range(seeds)]
             keeping = Keeping(
                 Checkpoints(directory / "checkpoints"),
@@ -132,7 +136,7 @@ def fit(
         plan = Plan(config, seeds, device_name(programs), programs.memory_bytes, programs.compile_seconds)
         if on_start:
             on_start(plan)
-        keys = programs.keys(jax.random.key(key) if isinstance(key, int) else key)
+        keys = programs.keys(key)
         ended = run_session(programs, keys, {}, evaluation=evaluation, keeping=keeping, on_progress=on_progress)
         run = Run(
             config,
@@ -158,7 +162,8 @@ def asked_of(
 ) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with, as ``config.json`` has it."""
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
-    return {"config": config.to_dict(), "seeds": seeds, "evaluation": evaluation._asdict() if evaluation else None}
+    played = evaluation._asdict() if evaluation else None
+    return {"kind": "fit", "config": config.to_dict(), "seeds": seeds, "evaluation": played}
 
 
 def _evaluation(every: int, episodes: int, deterministic: bool) -> Evaluation | None:

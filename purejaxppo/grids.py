@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from purejaxppo.checks import nearest
@@ -31,6 +32,7 @@ class LogUniform(NamedTuple):
         return float(np.exp(random.uniform(np.log(self.low), np.log(self.high))))
 
 
+DRAWN = (Uniform, LogUniform)
 Setting = dict[str, Any]  # a value for each of the fields
 
 
@@ -47,7 +49,7 @@ def settings_of(config: Config, grid: Mapping[str, Any], samples: int, random: n
 
     Each is checked as a whole configuration.
     """
-    drawn = {name: _bounded(name, x) for name, x in grid.items() if isinstance(x, Uniform | LogUniform)}
+    drawn = {name: _bounded(name, x) for name, x in grid.items() if isinstance(x, DRAWN)}
     listed = {name: _listed(name, values) for name, values in grid.items() if name not in drawn}
     if drawn and samples < 1:
         raise ConfigError(f"{next(iter(drawn))} is drawn at random: say how many draws by samples")
@@ -87,7 +89,7 @@ def _listed(name: str, values: Any) -> list[Any]:
         raise ConfigError(f"{name!r} is not a setting{nearest(name, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or not len(values):
         raise ConfigError(f"{name} is swept over a list of values, Uniform or LogUniform, not over {values!r}")
-    return [x.item() if isinstance(x, np.generic) else x for x in values]
+    return [x.item() if isinstance(x, np.generic | np.ndarray | jax.Array) and not x.shape else x for x in values]
 
 
 def _bounded(name: str, values: Uniform | LogUniform) -> Uniform | LogUniform:

@@ -51,7 +51,8 @@ def run_iterations(
         finite = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)
         return state, jax.tree.map(lambda row, x: row.at[i].set(x), rows, metrics), i + 1, finite
 
-    start = (state, rows, jnp.zeros((), jnp.int32), jnp.asarray(True))
+    finite = jnp.isfinite(rows.policy_loss[-1] + rows.grad_norm[-1])  # of the call before; room that is empty is 0
+    start = (state, rows, jnp.zeros((), jnp.int32), finite)
     state, rows, done, _ = jax.lax.while_loop(going, iteration, start)
     if not config.whole_episodes:
         return state, rows

@@ -67,7 +67,7 @@ def open_loggers(
 
     names = checked_names(names, directory, len(members))
     numbered = numbered or ("seed", range(len(members)))
-    opening = _OPEN | {"csv": partial(_open_csv, numbered=numbered)}
+    opening = _OPEN | {"csv": partial(_OPEN["csv"], numbered=numbered)}
     opened = {name: attempt(name, opening[name], directory, members, description, before) for name in names}
 
     def write(kind: str, table: Table) -> None:

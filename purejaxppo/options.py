@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from purejaxppo.checks import integer
+from purejaxppo.checks import integer, seconds_of
 from purejaxppo.config import FIELDS, Config
 from purejaxppo.types import ConfigError
 
@@ -125,10 +125,7 @@ def _grid_value(name: str, text: str) -> Any:
 
 def seconds(name: str, text: str) -> float:
     """An option that is a time."""
-    value = number(text)
-    if not isinstance(value, int | float) or not value >= 0:
-        raise ConfigError(f"{name} = {text}: it must be a number of seconds of at least 0")
-    return float(value)
+    return seconds_of(name, number(text))
 
 
 def split_cpu(parts: int | None) -> None:

@@ -1,5 +1,6 @@
 """Pictures of training: what the command line writes and a notebook shows."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from purejaxppo.config import Config
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.statistics import Estimate, estimate
 from purejaxppo.types import Metrics
@@ -24,12 +26,12 @@ class Curve(NamedTuple):
     returns: NDArray[np.floating]  # [agents, windows]
 
 
-def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
+def windowed(metrics: Metrics, num_windows: int = 60, config: Config | None = None) -> Curve:
     """Episode returns in windows: Σ return · episodes / Σ episodes, so that every episode counts once.
 
     An iteration in which no episode ended has no return, and an agent has none from the iteration on at which its loss
     was no longer finite. Agents that count whole episodes do not take the same number of steps in an iteration; the
-    windows are the same for all of them.
+    windows are the same for all of them, and with ``config`` the same for all agents that it can have.
     """
     returns, episodes, finite, steps = (
         np.atleast_2d(np.asarray(x))
@@ -37,8 +39,15 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
     )
     steps = steps.astype(np.int64)
     # No window is shorter than an iteration, so that each has one of every agent that got as far.
-    num_windows = max(1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max()))
-    window, agent = (steps * num_windows - 1) // steps.max(), np.arange(len(steps))[:, None]
+    agent = np.arange(len(steps))[:, None]
+    if config is None:
+        num_windows = max(1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max()))
+        window, ends = (steps * num_windows - 1) // steps.max(), np.zeros(num_windows)
+        np.maximum.at(ends, window, steps)
+    else:
+        length = config.batch_size * math.ceil(config.actual_timesteps / config.batch_size / num_windows)
+        num_windows, window = math.ceil(config.actual_timesteps / length), (steps - 1) // length
+        ends = np.minimum(np.arange(1, num_windows + 1) * length, config.actual_timesteps).astype(float)
 
     def in_windows(x: NDArray[Any]) -> NDArray[Any]:
         total = np.zeros((len(steps), num_windows))
@@ -47,8 +56,6 @@ def windowed(metrics: Metrics, num_windows: int = 60) -> Curve:
 
     episodes = np.where(finite, episodes, 0)
     total, count = in_windows(np.where(episodes > 0, returns * episodes, 0)), in_windows(episodes)
-    ends = np.zeros(num_windows)
-    np.maximum.at(ends, window, steps)
     with np.errstate(invalid="ignore"):
         return Curve(ends, total / count)
 

@@ -121,6 +121,7 @@ def compile_programs(
         placed, where = replicated(mesh), state_sharding(mesh, shapes)
         of_init = {"in_shardings": placed, "out_shardings": where}
         of_chunk = {"in_shardings": (placed, placed, where, placed, placed), "out_shardings": (where, placed)}
+    frozen = frozen if placed is None else jax.device_put(frozen, NamedSharding(placed.mesh, PartitionSpec()))
     programs = (
         jax.jit(init, **of_init).lower(*inputs),
         jax.jit(chunk, donate_argnums=(2, 3), **of_chunk).lower(frozen, inputs[1], shapes, rows, 1),
@@ -143,6 +144,8 @@ def run_chunks(
     done, count = 0, 1
     steps: NDArray[Any] = np.zeros(programs.agents or 1)
     rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), programs.rows)
+    if before is not None and _over(config, before).all():
+        return
     if before is not None:  # agents that have counted their steps repeat their last row
         done, steps = before.timesteps.shape[-1], np.asarray(before.timesteps[:, -1])
         last = jax.tree.map(lambda x: x[:, -1:] if ahead else x[0, -1:], before)

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,25 +40,18 @@ def opened(directory: str | os.PathLike, asked: dict[str, Any], key: Any, resume
     one of which something else was asked.
     """
     directory = Path(directory)
-    described = {**asked, "key": key if isinstance(key, int) else np.asarray(_key_data(key)).tolist()}
+    described = {**asked, "key": key}
     if not (resume and directory.exists()):
-        reserve(directory, described)
-        (directory / "checkpoints").mkdir()
+        reserve(directory, described, "checkpoints")
     with locked(directory):
         if resume:
             _require_same(directory, described)
         yield directory
 
 
-def reserve(directory: str | os.PathLike, described: dict[str, Any]) -> Path:
-    """Make the directory, which must be new, and write ``config.json``."""
+def reserve(directory: str | os.PathLike, described: dict[str, Any], *inside: str) -> Path:
+    """Make the directory, which must be new, ``config.json`` and directories ``inside`` in it: whole or not at all."""
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"{directory} exists already, and a run never overwrites: choose another directory") from None
-    except OSError as error:
-        raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}") from None
     description = {
         **described,
         "purejaxppo": purejaxppo.__version__,
@@ -65,8 +59,30 @@ def reserve(directory: str | os.PathLike, described: dict[str, Any]) -> Path:
         "python": platform.python_version(),
     }
     text = json.dumps(description, indent=2) + "\n"
-    whole(directory / "config.json", lambda path: path.write_text(text))
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already, and a run never overwrites: choose another directory")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        temporary.chmod(0o755)
+        for name in inside:
+            (temporary / name).mkdir()
+        whole(temporary / "config.json", lambda path: path.write_text(text))
+        temporary.rename(directory)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}") from None
     return directory
+
+
+def end(directory: Path) -> None:
+    """Mark a run as being at its end: its checkpoints are gone, and with them what it could be resumed from.
+
+    They go under another name first: with half of them it would be one that can go on from nothing but its start.
+    """
+    gone = directory / ".checkpoints"
+    shutil.rmtree(gone, ignore_errors=True)
+    (directory / "checkpoints").rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _require_same(directory: Path, asked: dict[str, Any]) -> None:
@@ -115,15 +131,14 @@ def write(directory: Path, run: "Run") -> None:
 
     title = f"{run.config.algorithm.upper()} on {run.config.env}"
     whole(directory / "learning_curve.png", lambda path: learning_curve(run.metrics, title).savefig(path, format="png"))
-    policies = {"policy": run.policy}
-    if run.best is not None and np.all(run.best.iteration):
-        policies["best_policy"] = run.best_policy
-    for name, policy in policies.items():
+    best = np.zeros(run.seeds) if run.best is None else np.reshape(run.best.iteration, -1)
+    seeds = {"policy": range(run.seeds), "best_policy": np.flatnonzero(best).tolist()}
+    for name, policy in (("policy", run.policy), ("best_policy", run.best_policy)):
         shutil.rmtree(directory / name, ignore_errors=True)  # of before a resume
-        for seed in range(run.seeds):
+        for seed in seeds[name]:
             save_policy(directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name, policy(seed))
     if not run.interrupted:
-        shutil.rmtree(directory / "checkpoints")
+        end(directory)
 
 
 def load_policies(directory: str | os.PathLike) -> list[Policy]:
@@ -135,7 +150,3 @@ def load_policies(directory: str | os.PathLike) -> list[Policy]:
     number = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
     seeds = sorted((path for path in number if number[path].isdecimal()), key=lambda path: int(number[path]))
     return [load_policy(path) for path in seeds or [home]]
-
-
-def _key_data(key: Any) -> Any:
-    return jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key

@@ -99,10 +99,12 @@ def run_session(
     evaluation: Evaluation | None = None,
     keeping: Keeping | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    counted: int | None = None,
 ) -> Ended:
     """Train the agents to their end, chunk by chunk: log, evaluate, save a checkpoint now and then, tell the progress.
 
-    A checkpoint that cannot be written is told by a warning, and training goes on.
+    A checkpoint that cannot be written is told by a warning, and training goes on. The progress is that of the first
+    ``counted`` agents; the others only fill the program up.
     """
     state = programs.init(keys, swept)
     best = None if evaluation is None else _no_best(state)
@@ -124,7 +126,7 @@ def run_session(
                 best, table = evaluate(best, chunk)
                 rows.add("evaluation", table)
             if on_progress:
-                on_progress(_progress(chunk))
+                on_progress(_progress(chunk, counted))
             if keeping and (interrupted() or time.perf_counter() - saved_at > keeping.seconds):
                 _save(keeping.checkpoints, chunk.done, (state, best), rows)
                 saved_at = time.perf_counter()
@@ -185,8 +187,9 @@ def _evaluator(
 def _no_best(state: TrainState) -> Best:
     """Before the first evaluation; copies, because the state is used up."""
     params, moments = jax.tree.map(jnp.copy, (state.params, state.normalizer.obs))
-    nothing = jnp.full(state.iteration.shape, -jnp.inf, jnp.result_type(float))
-    return Best(params, Normalizer(moments, None), jnp.zeros_like(state.iteration), nothing)
+    # Made of the state, so that they are on its devices, where a checkpoint puts them back.
+    nothing = jnp.where(state.iteration < 0, 0.0, -jnp.inf).astype(jnp.result_type(float))
+    return Best(params, Normalizer(moments, None), state.iteration * 0, nothing)
 
 
 def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, rows: Rows) -> None:
@@ -200,11 +203,12 @@ def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, rows: Rows) -> No
         rows.pending.clear()
 
 
-def _progress(chunk: Chunk) -> Progress:
-    new, episodes = chunk.metrics, chunk.metrics.episodes.sum()
+def _progress(chunk: Chunk, counted: int | None) -> Progress:
+    new, before = jax.tree.map(lambda x: x[:counted], (chunk.metrics, chunk.steps_before))
+    episodes = new.episodes.sum()
     total = np.where(new.episodes > 0, new.episode_return * new.episodes, 0).sum()
     mean = total / episodes if episodes else float("nan")
-    played = float((new.timesteps[:, -1] - chunk.steps_before).sum(dtype=float))
+    played = float((new.timesteps[:, -1] - before).sum(dtype=float))
     steps = new.timesteps[:, -1]
     return Progress(chunk.done, int(steps.min()), int(steps.sum(dtype=float)), float(mean), played / chunk.seconds)
 

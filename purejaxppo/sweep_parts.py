@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from purejaxppo.loggers import Logger, open_loggers
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.plots import windowed
 from purejaxppo.programs import Evaluate, Programs, compile_programs, device_name, make_evaluate, memory_of
-from purejaxppo.session import EVALUATION, Ended, Keeping, Progress, run_session
+from purejaxppo.session import EVALUATION, Keeping, Progress, run_session
 from purejaxppo.sweep_results import Part, load_part, save_part
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError, Env, PRNGKey
@@ -79,8 +80,11 @@ def run_group(
     group: Group,
     on_start: Callable[[GroupPlan], None] | None,
     on_progress: Callable[[int, Progress | None], None],
-) -> Iterator[tuple[Part, Ended | None]]:
-    """Train the members of a group, as many at once as there is memory for; a part that is done is read instead."""
+) -> Iterator[tuple[Part | None, float]]:
+    """Train the members of a group, as many at once as there is memory for; a part that is done is read instead.
+
+    Yields each part and the seconds of its training; None for one that was interrupted.
+    """
     members = work.members_of(group)
     name = f"members_{members[0]:06d}"
     known = _known_size(work, name)
@@ -94,13 +98,16 @@ def run_group(
             seconds, memory = programs.compile_seconds, programs.memory_bytes
             on_start(GroupPlan(group.config, len(members), size, device_name(programs), memory, seconds))
     for part in _parts(members, size):
-        if work.directory and _path(work, part).exists():
-            done, ended = load_part(_path(work, part)), None
-        else:
-            assert programs is not None
-            done, ended = _run_part(work, group, part, programs, evaluate, on_progress)
-        on_progress(int(done.timesteps.sum()), None)
-        yield done, ended
+        done, seconds = _read_part(work, part), 0.0
+        if done is None and programs is not None:
+            done, seconds = _run_part(work, group, part, programs, evaluate, on_progress)
+        on_progress(0 if done is None else int(done.timesteps.sum()), None)
+        yield done, seconds
+
+
+def _read_part(work: Work, members: NDArray[np.int_]) -> Part | None:
+    path = _path(work, members)
+    return load_part(path) if work.directory and path.exists() else None
 
 
 def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[Programs, Evaluate | None]:
@@ -120,13 +127,14 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
         return programs, evaluate, max(programs.memory_bytes, memory_of(evaluate))
 
     limit = work.memory_limit or int(MEMORY_SHARE * _free_memory(devices))
-    size = known or _even(count, work.at_once or count, len(devices))
+    size = known or _even(count, work.at_once, len(devices))
     programs, evaluate, needed = compiled(size)
     while needed > limit and not known and size > 1:
-        fewer = _even(count, max(1, int(size * limit / needed)), len(devices))
-        size = fewer if fewer < size else max(1, size - len(devices))
+        size = min(_even(count, max(1, int(size * limit / needed)), len(devices)), size - 1)
         programs, evaluate, needed = compiled(size)
-    if needed > limit:
+    if needed > limit and known:
+        warnings.warn(f"{size} members, as before, need {needed:,} bytes, and {limit:,} are free now", stacklevel=2)
+    elif needed > limit:
         raise ConfigError(
             f"{size} members of {group.config.env} need {needed:,} bytes on each device, and {limit:,} are free: "
             "take fewer or smaller environments, or a larger memory_limit"
@@ -141,8 +149,8 @@ def _run_part(
     programs: Programs,
     evaluate: Evaluate | None,
     on_progress: Callable[[int, Progress | None], None],
-) -> tuple[Part, Ended]:
-    """Train these members, score them, and store what they came to."""
+) -> tuple[Part | None, float]:
+    """Train these members, score them, and store what they came to; None if they were interrupted."""
     keys, swept = work.inputs(group, _filled(members, programs.agents or 1))
     keys, swept = programs.put(keys), programs.put(swept)
     ended = run_session(
@@ -151,11 +159,14 @@ def _run_part(
         swept,
         keeping=_keeping(work, members),
         on_progress=lambda now: on_progress(0, now),
+        counted=len(members),
     )
+    if ended.interrupted:
+        return None, ended.seconds
     count = len(members)
     metrics = jax.tree.map(lambda x: x[:count], ended.metrics)
     finite = finite_so_far(metrics)
-    curve = windowed(metrics)
+    curve = windowed(metrics, config=group.config)
     if evaluate is None:
         last = np.isfinite(curve.returns)[:, ::-1].argmax(axis=1)
         scores = curve.returns[np.arange(count), curve.returns.shape[1] - 1 - last]
@@ -172,10 +183,10 @@ def _run_part(
         params,
         moments,
     )
-    if work.directory and not ended.interrupted:
+    if work.directory:
         save_part(_path(work, members), part)
         shutil.rmtree(_checkpoints(work.directory, members), ignore_errors=True)
-    return part, ended
+    return part, ended.seconds
 
 
 def _keeping(work: Work, members: NDArray[np.int_]) -> Keeping | None:
@@ -210,11 +221,13 @@ def _filled(members: NDArray[np.int_], size: int) -> NDArray[np.int_]:
     return np.concatenate([members, np.repeat(members[-1:], size - len(members))])
 
 
-def _even(count: int, most: int, devices: int) -> int:
-    """The size of parts that are as equal as can be, at most ``most`` and a multiple of the devices where it can be."""
-    size = math.ceil(count / math.ceil(count / min(most, count)))
-    rounded = math.ceil(size / devices) * devices
-    return rounded if rounded <= max(most, 1) and count >= devices else size
+def _even(count: int, most: int | None, devices: int) -> int:
+    """The size of parts as equal as can be, at most ``most``; if there is work for all devices, a multiple of them."""
+    size = math.ceil(count / math.ceil(count / min(most or count, count)))
+    if size < devices:
+        return size
+    up = math.ceil(size / devices) * devices
+    return up if most is None or up <= most else up - devices
 
 
 def _free_memory(devices: Sequence[jax.Device]) -> int:

@@ -1,6 +1,8 @@
 """What a sweep came to: tidy tables, statistics over seeds, the best setting, policies and pictures."""
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -101,6 +103,8 @@ class SweepResult:
     @property
     def best(self) -> Config:
         """The configuration with the highest interquartile mean of the scores; a seed that diverged counts as −∞."""
+        if not self.parts:
+            raise ConfigError("no member was trained to its end: the sweep was interrupted before")
         (rows,) = tables.best(self.scores, self.fields, 1).values()
         return self.config_of(int(rows["member"].iloc[0]))
 
@@ -192,5 +196,5 @@ def load_part(path: Path) -> Part:
             tree = traverse_util.unflatten_dict(dict(file), sep="/")
         moments = Moments(**tree.pop("obs_moments")) if "obs_moments" in tree else None
         return Part(**tree | {"curve": Curve(**tree["curve"]), "obs_moments": moments})
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: delete it, and these members are trained again ({error})") from None

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purejaxppo import run_directory
-from purejaxppo.checks import integer
+from purejaxppo.checks import integer, seconds_of
 from purejaxppo.config import Config, validate
-from purejaxppo.grids import Group, Setting, groups_of, settings_of
+from purejaxppo.grids import DRAWN, Group, Setting, groups_of, settings_of
 from purejaxppo.loggers import checked_names
 from purejaxppo.session import Progress
 from purejaxppo.sweep_parts import GroupPlan, Work, run_group
@@ -94,7 +93,7 @@ def sweep(
         None if memory_limit is None else integer("memory_limit", memory_limit, 1, bits=62),
         None,
         resume,
-        checkpoint_seconds,
+        seconds_of("checkpoint_seconds", checkpoint_seconds),
         loggers,
     )
     groups = groups_of(config, settings)
@@ -113,18 +112,17 @@ def sweep(
             on_plan(SweepPlan(len(settings) * seeds, settings, seeds, len(groups), steps))
         result = SweepResult(config, settings, seeds, [], False, 0.0, env, model)
         progress = _counted(on_progress)
-        for part, ended in (pair for group in groups for pair in run_group(work, group, on_start, progress)):
-            seconds = result.seconds + (ended.seconds if ended else 0)
-            if ended and ended.interrupted:  # its members are not at their end, and have no scores
-                result = dataclasses.replace(result, interrupted=True, seconds=seconds)
+        for part, seconds in (pair for group in groups for pair in run_group(work, group, on_start, progress)):
+            result = dataclasses.replace(result, seconds=result.seconds + seconds, interrupted=part is None)
+            if part is None:  # its members are not at their end, and have no scores
                 break
-            result = dataclasses.replace(result, parts=[*result.parts, part], seconds=seconds)
+            result = dataclasses.replace(result, parts=[*result.parts, part])
             if work.directory:
                 write_tables(work.directory, result)
         if work.directory and result.parts:
             write_figures(work.directory, result)
         if work.directory and not result.interrupted:
-            shutil.rmtree(work.directory / "checkpoints")
+            run_directory.end(work.directory)
     return result
 
 
@@ -140,7 +138,8 @@ def asked_of(
     """What a sweep has to have in common with the one that it goes on with, as ``config.json`` has it."""
     return {
         "config": config.to_dict(),
-        "grid": {name: str(x) for name, x in grid.items()},
+        "kind": "sweep",
+        "grid": [[name, repr(x if isinstance(x, DRAWN) else list(x))] for name, x in grid.items()],
         "samples": samples,
         "seeds": seeds,
         "eval_episodes": eval_episodes,

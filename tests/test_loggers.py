@@ -397,7 +397,7 @@ def test_wandb_is_not_for_thousands_of_agents(tmp_path):
 def test_a_failing_logger_is_told_of_once_and_the_others_go_on(wandb, tmp_path, monkeypatch):
     attempts = []
 
-    def fail(directory, *arguments):
+    def fail(directory, *arguments, numbered):
         return loggers.Logger(
             lambda kind, table: attempts.append(kind) or 1 / 0, lambda: attempts.append("close") or 1 / 0
         )
@@ -429,7 +429,7 @@ def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
     def interrupt(kind, table):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(loggers._OPEN, "csv", lambda *arguments: loggers.Logger(interrupt, lambda: None))
+    monkeypatch.setitem(loggers._OPEN, "csv", lambda *arguments, numbered: loggers.Logger(interrupt, lambda: None))
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, ("metrics", make_table()))
 

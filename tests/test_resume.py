@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from small_envs import counter
 
-from purejaxppo import Config, ConfigError, fit, fitting, load_policy, programs, session
+from purejaxppo import Config, ConfigError, fit, fitting, load_policy, programs, session, sweep
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.files import locked
 
@@ -211,6 +212,44 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, t
     assert_same(run, copy, through)
 
 
+@pytest.mark.exact
+def test_killed_between_any_two_operations_on_files(tmp_path, through):
+    """Each time it is resumed it dies a few operations on files later than the time before."""
+    directory, left, seen = tmp_path / "run", [0], set()
+
+    def counted(name, operation):
+        def operate(*arguments, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                seen.add(name)
+                raise Killed
+            return operation(*arguments, **named)
+
+        return operate
+
+    homes = [(Path, name) for name in ("replace", "rename", "mkdir", "unlink", "write_text")]
+    homes += [(os, "fsync"), (os, "unlink"), (np, "savez"), (shutil, "rmtree")]
+    for operations in (*range(1, 12), *range(12, 300, 12)):
+        left[0] = operations
+        with pytest.MonkeyPatch.context() as patch:
+            for home, name in homes:
+                patch.setattr(home, name, counted(name, getattr(home, name)))
+            try:
+                if train(directory, resume=True):
+                    break
+            except ConfigError:  # killed while it tidied up: it has come to its end
+                assert not (directory / "checkpoints").exists()
+                break
+    else:
+        pytest.fail("it never came to its end")
+    assert len(seen) >= 5
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (through[1] / name).read_bytes()
+    for name in ("policy/seed_1", "best_policy/seed_0"):
+        a, b = (load_policy(path / name) for path in (directory, through[1]))
+        jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
+
+
 def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
     directory = tmp_path / "run"
 
@@ -266,6 +305,64 @@ def test_two_processes_on_one_directory(copy):
     assert contents(copy) == before
 
 
+def test_a_sweep_is_no_run_and_a_run_no_sweep(copy, tmp_path):
+    with pytest.raises(ConfigError, match="kind = 'fit' there and 'sweep' here"):
+        sweep(CONFIG, seeds=2, key=5, env=ENV, directory=copy, resume=True)
+
+
+def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
+    """Nothing is left to train."""
+    config = CONFIG.replace(algorithm="reinforce", num_steps=9, total_timesteps=60, anneal_lr=False)
+    whole = train(None, config=config, eval_every=0)
+    last = int(np.max(whole.state.iteration))
+
+    def press(now):
+        if now.iterations == last:
+            signal.raise_signal(signal.SIGINT)
+
+    how = {"seeds": 2, "key": 5, "env": ENV, "directory": tmp_path / "run"}
+    assert fit(config, on_progress=press, **how).interrupted
+    run = fit(config, resume=True, **how)
+    assert run.resumed_at == last
+    jax.tree.map(np.testing.assert_array_equal, run.metrics, whole.metrics)
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
+
+
+def test_a_state_with_an_empty_array_is_saved_too(tmp_path):
+    """As environments from other suites may have one."""
+    state = {"empty": jnp.zeros((0, 3)), "full": jnp.arange(3.0)}
+    Checkpoints(tmp_path / "checkpoints").save(1, state, {})
+    saved = Checkpoints(tmp_path / "checkpoints").restore(jax.tree.map(jnp.zeros_like, state))
+    assert saved.arrays["empty"].shape == (0, 3) and saved.arrays["full"].tolist() == [0, 1, 2]
+
+
+def test_arrays_of_another_precision_are_refused(tmp_path):
+    Checkpoints(tmp_path / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
+    with pytest.raises(ConfigError, match="was not written by this configuration"):
+        Checkpoints(tmp_path / "checkpoints").restore({"x": np.arange(3.0)})
+
+
+@pytest.mark.parametrize("key", [np.int64(5), jax.random.key(5), jax.random.PRNGKey(5)])
+def test_every_kind_of_key(key, through):
+    run = fit(CONFIG, seeds=2, key=key, env=ENV)
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
+
+
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        ({"key": "0"}, "key = '0': it must be an integer of at least 0, or one random key"),
+        ({"key": jax.random.key(0, impl="rbg")}, "or one random key of JAX's default kind"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds = nan: it must be a number of seconds"),
+        ({"eval_every": -1}, "eval_every = -1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(ways, said, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        fit(CONFIG, env=ENV, directory=tmp_path / "run", **ways)
+    assert said in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_without_a_run_to_go_on_with_it_begins_one(tmp_path, through):
     run = train(tmp_path / "run", resume=True)
     assert run.resumed_at == 0
@@ -318,15 +415,14 @@ def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
 # ------------------------------------------------------------------------------------ a real SIGKILL
 
 
-def script(directory, resume):
+def script(directory, resume, kills):
     return textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_resume import *
         programs.CHUNK_SECONDS = 0
-        slow = CONFIG.replace(total_timesteps=8 * 60)
-        run = fit(slow, seeds=2, key=5, env=ENV, directory={str(directory)!r}, resume={resume}, **WAYS)
-        print(run.resumed_at)
+        slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
+        fit(slow, seeds=2, key=5, env=ENV, directory={str(directory)!r}, resume={resume}, **WAYS)
     """)
 
 
@@ -334,20 +430,23 @@ def script(directory, resume):
 @pytest.mark.exact
 @pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
 def test_sigkill_at_random_moments(kills, tmp_path):
-    """Killed again and again, and in the end the same bits as the run that nobody killed."""
-    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False)], check=True)
-    random, directory, died = np.random.default_rng(0), tmp_path / "run", 0
-    while died < kills:
-        process = subprocess.Popen([sys.executable, "-c", script(directory, True)])
-        while not (directory / "metrics.csv").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(random.uniform(0, 4))
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before it could be killed for the {died + 1}th time")
+    """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
+    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills)], check=True)
+    random, directory = np.random.default_rng(0), tmp_path / "run"
+
+    def newest():
+        return max((path.name for path in directory.glob("checkpoints/*.json")), default="")
+
+    for kill in range(kills):
+        before = newest()
+        process = subprocess.Popen([sys.executable, "-c", script(directory, True, kills)])
+        while newest() == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 1))
+        assert process.poll() is None, f"the run ended before it could be killed for the {kill + 1}th time"
         process.kill()
         process.wait()
-        died += 1
-    subprocess.run([sys.executable, "-c", script(directory, True)], check=True)
+    subprocess.run([sys.executable, "-c", script(directory, True, kills)], check=True)
     for name in ("metrics.csv", "evaluations.csv"):
         assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for seed in range(2):
