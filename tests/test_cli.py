@@ -395,7 +395,7 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
         (["--grid", "lrr=1"], "'lrr' is not a setting; did you mean 'lr'?"),
         (["--grid", "hidden_sizes=4xa"], "hidden_sizes[1] = 'a'"),
         (["--grid", "lr=loguniform(1e-4,1e-2)"], "lr is drawn at random: say how many draws by samples"),
-        (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = soon"),
+        (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = 'soon'"),
         (["--grid", "lr=1e-3", "--memory-limit", "much"], "memory_limit = 'much'"),
         (["--grid", "lr=1e-3", "--log", "tensorbord"], "did you mean 'tensorboard'?"),
     ],

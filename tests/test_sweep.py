@@ -135,7 +135,7 @@ def test_portions_do_not_change_the_windows_of_whole_episodes():
 def test_neither_do_devices(whole, tmp_path):
     """The same sweep in a process that has two devices: three members of one portion go to each."""
     script = textwrap.dedent(f"""
-        import sys, jax
+        import signal, sys, jax
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_sweep import *
         assert len(jax.devices()) == 2
@@ -144,20 +144,26 @@ def test_neither_do_devices(whole, tmp_path):
         print([(group.at_once, group.device) for group in groups])
         one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, directory=sys.argv[1] + "/one", eval_every=2)
         print(one.plan.device, *one.state.env.obs.sharding.spec)
+        both = {{"seeds": 2, "key": 7, "env": ENV, "directory": sys.argv[1] + "/both", "eval_every": 1}}
+        fit(CONFIG, on_progress=lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT), **both)
+        resumed = fit(CONFIG, resume=True, **both)
+        print(resumed.plan.device, resumed.resumed_at)
     """)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
-    shown = ["[(6, '2 × cpu'), (6, '2 × cpu')]", "2 × cpu shards"]
+    shown = ["[(6, '2 × cpu'), (6, '2 × cpu')]", "2 × cpu shards", "2 × cpu 3"]
     assert done.stdout.splitlines() == shown, done.stderr
     for name in ("scores", "curves"):
         tables = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
         pd.testing.assert_frame_equal(*tables, rtol=1e-4)
-    # One agent, the environments of which are on two devices there and on one here.
+    # One agent, the environments of which are on two devices there and on one here; two agents, one on each of them.
     one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, eval_every=2)
     for name, policy in (("policy", one.policy()), ("best_policy", one.best_policy())):
         saved = load_policy(tmp_path / "sweep" / "one" / name)
         assert_close((saved.params, saved.obs_moments), (policy.params, policy.obs_moments), 1e-4)
+    both = fit(CONFIG, seeds=2, key=7, env=ENV)
+    assert_close(load_policy(tmp_path / "sweep" / "both" / "policy" / "seed_1").params, both.policy(1).params, 1e-4)
 
 
 # ------------------------------------------------------------------------------ compilations, memory
@@ -265,7 +271,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(tmp_path):
         (1, None, 4, 1),
         (12, 5, 1, 4),
         (12, 5, 2, 4),
-        (9, 4, 4, 4),
+        (9, 4, 4, 3),
         (16, 16, 2, 16),
         (3, 2, 8, 2),
     ],
