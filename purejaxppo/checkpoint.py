@@ -6,7 +6,8 @@ checkpoints/
     rows_00000096_00000128.npz the rows of metrics and evaluations since the checkpoint before
 
 A checkpoint without its JSON file, or with a file that is not what it says, is passed over for the one before. The
-two newest checkpoints are kept, and all rows.
+two newest checkpoints are kept, and all rows. Of several processes each writes its part of the arrays, and the first
+one all the rest; they see the same directory.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.files import to_disk, whole
+from purejaxppo.processes import by_first
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError, PyTree
 
@@ -51,11 +53,19 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        self.directory.mkdir(exist_ok=True)
-        name, part = f"iteration_{iteration:08d}", f"rows_{self.last:08d}_{iteration:08d}.npz"
-        self._remove(self.directory / name)  # a damaged one, which the run has gone back from
+        name = f"iteration_{iteration:08d}"
+        by_first(lambda: self._make_room(name))
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(_named(arrays)))
+        by_first(lambda: self._complete(name, iteration, rows))
+
+    def _make_room(self, name: str) -> None:
+        self.directory.mkdir(exist_ok=True)
+        self._remove(self.directory / name)  # a damaged one, which the run has gone back from
+
+    def _complete(self, name: str, iteration: int, rows: Mapping[str, Table]) -> None:
+        """Write the rows, and when all is on the disk the file without which nothing of it counts."""
+        part = f"rows_{self.last:08d}_{iteration:08d}.npz"
         flat = {f"{kind}/{column}": x for kind, table in rows.items() for column, x in table.items()}
         written = self.directory / f".{part}"
         with written.open("wb") as file:
@@ -76,22 +86,25 @@ class Checkpoints:
 
         Each that is passed over is told by a warning.
         """
+        newest = by_first(self._newest)
+        return None if newest is None else self._read(newest, like)
+
+    def _newest(self) -> int | None:
+        """The iteration of the newest checkpoint that is whole."""
         for iteration in reversed(self._iterations()):
             name = f"iteration_{iteration:08d}"
             try:
-                saved, self.parts, self.last = *self._read(name, like), iteration
-                return saved
+                self.parts, self.last = self._checked(name), iteration
+                return iteration
             except _DamagedError as error:
-                warnings.warn(f"the checkpoint {self.directory / name} is damaged: {error}", stacklevel=2)
+                warnings.warn(f"the checkpoint {self.directory / name} is damaged: {error}", stacklevel=4)
         return None
 
-    def _read(self, name: str, like: PyTree) -> tuple[Saved, dict[str, str]]:
-        import orbax.checkpoint as ocp
-
+    def _checked(self, name: str) -> dict[str, str]:
+        """The files of rows of a checkpoint, and their SHA-256, if all of its files are what was written."""
         try:
             manifest = json.loads((self.directory / f"{name}.json").read_text())
-            iteration, parts, files = manifest["iteration"], manifest["rows"], manifest["arrays"]
-            version = manifest["format_version"]
+            parts, files, version = manifest["rows"], manifest["arrays"], manifest["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(f"{name}.json cannot be read ({error})") from None
         if version != FORMAT_VERSION:
@@ -102,6 +115,15 @@ class Checkpoints:
                 raise _DamagedError(f"{file} is missing")
             if _sha256(path) != digest:
                 raise _DamagedError(f"{file} is not what was written")
+        for part in parts:
+            _numbers(self.directory / part)
+        return parts
+
+    def _read(self, iteration: int, like: PyTree) -> Saved:
+        import orbax.checkpoint as ocp
+
+        name = f"iteration_{iteration:08d}"
+        parts = json.loads((self.directory / f"{name}.json").read_text())["rows"]
         target = _named(like)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             stored = dict(checkpointer.metadata(self.directory.resolve() / name).item_metadata)
@@ -115,7 +137,7 @@ class Checkpoints:
                 kind, column = key.split("/", 1)
                 tables.setdefault(kind, {}).setdefault(column, []).append(x)
         joined = {kind: {c: np.concatenate(x, axis=1) for c, x in table.items()} for kind, table in tables.items()}
-        return Saved(iteration, _in_place(arrays, like), joined), parts
+        return Saved(iteration, _in_place(arrays, like), joined)
 
     def _iterations(self) -> list[int]:
         numbers = (path.stem.removeprefix("iteration_") for path in self.directory.glob("iteration_*.json"))

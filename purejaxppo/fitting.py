@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from purejaxppo import envs, run_directory
+from purejaxppo import envs, processes, run_directory
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.checks import integer, random_key, seconds_of
 from purejaxppo.config import Config, validate
 from purejaxppo.loggers import checked_names, open_loggers
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
-from purejaxppo.programs import compile_programs, device_name
+from purejaxppo.programs import compile_programs, device_name, mesh_of
 from purejaxppo.session import Best, Evaluation, Keeping, Progress, run_session
 from purejaxppo.tables import Table
 from purejaxppo.train import make_trainer
@@ -95,7 +95,8 @@ def fit(
 
     The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. Where
     there are several devices, the agents are spread over them; a single one with ``num_shards`` has its environments on
-    several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM.
+    several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM. Processes that
+    `processes.connect` joins call it with the same arguments, and get the same result.
 
     ``key`` is an integer or a random key. ``directory``, which must not exist, gets what `run_directory` describes, a
     checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on
@@ -117,6 +118,7 @@ def fit(
         raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
     config = dataclasses.replace(config, env=env.name)
     make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
+    mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)
     with contextlib.ExitStack() as stack:
@@ -141,19 +143,19 @@ def fit(
         run = Run(
             config,
             seeds,
-            ended.state,
+            processes.whole(ended.state),
             ended.metrics,
             plan,
             ended.seconds,
             ended.interrupted,
             env,
             model,
-            ended.best,
+            processes.whole(ended.best),
             ended.evaluations,
             ended.resumed_at,
         )
         if directory is not None:
-            run_directory.write(Path(directory), run)
+            processes.by_first(lambda: run_directory.write(Path(directory), run))
     return run
 
 

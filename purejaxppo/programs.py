@@ -17,7 +17,8 @@ from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.policy import Policy
-from purejaxppo.shards import make_mesh, replicated, state_sharding
+from purejaxppo.processes import agreed, put, whole
+from purejaxppo.shards import make_mesh, most_devices, replicated, state_sharding
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
 
@@ -36,6 +37,7 @@ class Programs(NamedTuple):
     model: Model | None
     agents: int | None
     placed: NamedSharding | None  # where keys, hyper-parameters and metrics are, if on more than one device
+    state_placed: PyTree  # likewise the state: a sharding for each of its leaves, or one for all
     init: Callable[[PRNGKey, Swept], TrainState]  # keys [agents]
     chunk: Callable[[Swept, TrainState, Metrics, int], tuple[TrainState, Metrics]]  # uses up state and rows
     shapes: TrainState
@@ -50,7 +52,7 @@ class Programs(NamedTuple):
 
     def put(self, tree: PyTree) -> PyTree:
         """Arrays [agents, ...] on the devices whose agents they belong to; those of one agent on all of its devices."""
-        return jax.device_put(tree, self.placed)
+        return put(tree, self.placed)
 
     def keys(self, key: PRNGKey) -> PRNGKey:
         """A key for each agent: the key itself for one, else it is split."""
@@ -81,8 +83,9 @@ def compile_programs(
 ) -> Programs:
     """Compile the training of ``agents`` agents that differ in their keys and in the hyper-parameters ``swept``.
 
-    They are spread over the devices, of which as many are used as divide their number: each runs its own agents, and
-    nothing is communicated. One agent with ``num_shards`` has its environments on as many devices as divide the shards.
+    They are spread over the devices of all processes, of which as many are used as divide their number: each runs its
+    own agents, and nothing is communicated. One agent with ``num_shards`` has its environments on as many devices as
+    divide the shards.
     Raises `ConfigError` for what cannot run.
     """
     started = time.perf_counter()
@@ -105,23 +108,24 @@ def compile_programs(
     row = jax.eval_shape(one_row, *inputs)
     _require_scalar_metrics(row)
     rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
-    placed = None
+    mesh = mesh_of(config, agents, devices)
+    spread = mesh.size > 1
     if agents is not None:
         init, chunk = jax.vmap(init), jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
         inputs, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
-        mesh = _mesh(agents, devices)
-        if mesh.size > 1:
-            placed, none = NamedSharding(mesh, AGENTS), PartitionSpec()
-            over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
+        if spread:
+            over, none = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False), PartitionSpec()
             init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(none, AGENTS, AGENTS, AGENTS, none))
     shapes = jax.eval_shape(init, *inputs)
+    placed, where = None, None
     of_init: dict[str, Any] = {}
     of_chunk: dict[str, Any] = {}
-    if agents is None and (mesh := make_mesh(config.num_shards, devices)).size > 1:
-        placed, where = replicated(mesh), state_sharding(mesh, shapes)
+    if spread:
+        everywhere = replicated(mesh)
+        placed, where = _placed(mesh, agents, shapes)
         of_init = {"in_shardings": placed, "out_shardings": where}
-        of_chunk = {"in_shardings": (placed, placed, where, placed, placed), "out_shardings": (where, placed)}
-    frozen = frozen if placed is None else jax.device_put(frozen, NamedSharding(placed.mesh, PartitionSpec()))
+        of_chunk = {"in_shardings": (everywhere, placed, where, placed, everywhere), "out_shardings": (where, placed)}
+        frozen = put(frozen, everywhere)
     programs = (
         jax.jit(init, **of_init).lower(*inputs),
         jax.jit(chunk, donate_argnums=(2, 3), **of_chunk).lower(frozen, inputs[1], shapes, rows, 1),
@@ -129,7 +133,8 @@ def compile_programs(
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
     seconds, run = time.perf_counter() - started, partial(compiled, frozen)
-    return Programs(config, env, model, agents, placed, compiled_init, run, shapes, rows, memory_of(compiled), seconds)
+    memory = memory_of(compiled)
+    return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)
 
 
 def run_chunks(
@@ -157,10 +162,11 @@ def run_chunks(
         started = time.perf_counter()
         state, rows = programs.chunk(swept, state, rows, count)
         # This waits for the chunk; it copies, since `rows` is given away to the next one.
-        new = jax.tree.map(lambda x, n=count: np.array(x[*ahead, :n]), rows)
-        seconds = time.perf_counter() - started
+        new = whole(jax.tree.map(lambda x, n=count: x[*ahead, :n], rows))
+        new = jax.tree.map(np.array, new)
+        seconds = agreed(time.perf_counter() - started)
         if config.whole_episodes:  # the last chunk may have room for more
-            played = int(np.max(state.iteration)) - done
+            played = int(np.max(whole(state.iteration))) - done
             new = jax.tree.map(lambda x, n=played: x[*ahead, :n], new)
         new = new if ahead else jax.tree.map(lambda x: x[None], new)
         done, steps, steps_before = done + new.timesteps.shape[-1], np.asarray(new.timesteps[:, -1]), steps
@@ -184,7 +190,7 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
 
     An agent that diverged, whose parameters are not numbers, plays something; its returns are NaN.
     """
-    config, env, model, placed = programs.config, programs.env, programs.model, programs.placed
+    config, env, model, agents = programs.config, programs.env, programs.model, programs.agents
 
     def one(swept: Swept, state: TrainState, key: PRNGKey) -> EpisodeStatistics:
         policy = Policy.from_state(config.replace(**swept), state, None, env, model)
@@ -192,12 +198,14 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
         return played._replace(returns=jnp.where(finite, played.returns, jnp.nan))
 
-    if programs.agents is None:
-        return jax.jit(one)
-    many = jax.vmap(one)
-    if placed is not None:
-        many = jax.shard_map(many, mesh=placed.mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
-    return jax.jit(many)
+    play = one if agents is None else jax.vmap(one)
+    if programs.placed is None:
+        return jax.jit(play)
+    mesh = programs.placed.mesh
+    if agents is not None:
+        play = jax.shard_map(play, mesh=mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
+    placed = programs.placed
+    return jax.jit(play, in_shardings=(placed, programs.state_placed, placed), out_shardings=placed)
 
 
 def device_name(programs: Programs) -> str:
@@ -205,7 +213,8 @@ def device_name(programs: Programs) -> str:
     devices = jax.devices()[:1] if programs.placed is None else list(programs.placed.mesh.devices.flat)
     first = devices[0]
     name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
-    return name if len(devices) == 1 else f"{len(devices)} × {name}"
+    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return name if len(devices) == 1 else f"{len(devices)} × {name}{several}"
 
 
 def memory_of(compiled: Any) -> int:
@@ -214,11 +223,22 @@ def memory_of(compiled: Any) -> int:
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
 
-def _mesh(agents: int, devices: Sequence[jax.Device] | None) -> Mesh:
-    """As many devices as divide the agents evenly."""
-    devices = jax.local_devices() if devices is None else devices
-    count = max(n for n in range(1, len(devices) + 1) if agents % n == 0)
-    return Mesh(np.array(devices[:count]), ("agents",))
+def mesh_of(config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """As many devices as divide the agents evenly, or the shards of one.
+
+    Raises `ConfigError` where there is not as much for each process.
+    """
+    if agents is None:
+        return make_mesh(config.num_shards, devices)
+    devices = most_devices("seeds", agents, jax.devices() if devices is None else devices)
+    return Mesh(np.array(devices), ("agents",))
+
+
+def _placed(mesh: Mesh, agents: int | None, shapes: TrainState) -> tuple[NamedSharding, PyTree]:
+    """Where keys, hyper-parameters and metrics are, and where the state is."""
+    if agents is None:
+        return replicated(mesh), state_sharding(mesh, shapes)
+    return NamedSharding(mesh, AGENTS), NamedSharding(mesh, AGENTS)
 
 
 def _require_scalar_metrics(row: Metrics) -> None:

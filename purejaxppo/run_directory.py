@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 import purejaxppo
+from purejaxppo import processes
 from purejaxppo.files import locked, whole
 from purejaxppo.policy import Policy, load_policy, save_policy
 from purejaxppo.types import ConfigError
@@ -34,18 +35,25 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def opened(directory: str | os.PathLike, asked: dict[str, Any], key: Any, resume: bool) -> Iterator[Path]:
-    """The directory of a run, which no other process may train in meanwhile: a new one, or one to go on with.
+    """The directory of a run, which no other run may use meanwhile: a new one, or one to go on with.
 
     A mistake shows before hours of training: a directory that exists and is not to be resumed, a run that has ended,
-    one of which something else was asked.
+    one of which something else was asked, one that not all processes of the run can see.
     """
     directory = Path(directory)
     described = {**asked, "key": key}
-    if not (resume and directory.exists()):
-        reserve(directory, described, "checkpoints")
-    with locked(directory):
-        if resume:
-            _require_same(directory, described)
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            if not (resume and directory.exists()):
+                reserve(directory, described, "checkpoints")
+            stack.enter_context(locked(directory))
+            if resume:
+                _require_same(directory, described)
+
+        processes.by_first(take)
+        if not all(processes.everyones((directory / "config.json").exists())):
+            raise ConfigError(f"{directory} is not there for all processes: give a directory that all of them share")
         yield directory
 
 

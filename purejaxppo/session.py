@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from purejaxppo import tables
+from purejaxppo import processes, tables
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.evaluation import EpisodeStatistics
 from purejaxppo.loggers import Logger
@@ -104,7 +104,8 @@ def run_session(
     """Train the agents to their end, chunk by chunk: log, evaluate, save a checkpoint now and then, tell the progress.
 
     A checkpoint that cannot be written is told by a warning, and training goes on. The progress is that of the first
-    ``counted`` agents; the others only fill the program up.
+    ``counted`` agents; the others only fill the program up. Of several processes the first one logs, its clock says
+    when a checkpoint is due, and any can be interrupted.
     """
     state = programs.init(keys, swept)
     best = None if evaluation is None else _no_best(state)
@@ -112,11 +113,11 @@ def run_session(
     if saved:
         state, best = saved.arrays
     known = saved.tables if saved else {}
-    log = keeping.open_log(known if keeping.resume else None) if keeping else None
+    log = keeping.open_log(known if keeping.resume else None) if keeping and processes.first() else None
     rows = Rows(known, log)
     before = tables.to_metrics(known["metrics"]) if saved else None
     evaluate = _evaluator(programs, keys, swept, evaluation) if evaluation else None
-
+    stop = False
     started = saved_at = time.perf_counter()
     with contextlib.closing(log) if log else contextlib.nullcontext(), interruptible() as interrupted:
         for chunk in run_chunks(programs, swept, state, before, evaluation.every if evaluation else None):
@@ -127,10 +128,12 @@ def run_session(
                 rows.add("evaluation", table)
             if on_progress:
                 on_progress(_progress(chunk, counted))
-            if keeping and (interrupted() or time.perf_counter() - saved_at > keeping.seconds):
+            wishes = processes.everyones((interrupted(), time.perf_counter() - saved_at))
+            stop = any(pressed for pressed, _ in wishes)
+            if keeping and (stop or wishes[0][1] > keeping.seconds):
                 _save(keeping.checkpoints, chunk.done, (state, best), rows)
                 saved_at = time.perf_counter()
-            if interrupted():
+            if stop:
                 break
     metrics = rows.joined("metrics")
     assert metrics is not None
@@ -139,7 +142,7 @@ def run_session(
         best,
         tables.to_metrics(metrics),
         rows.joined("evaluation"),
-        interrupted(),
+        stop,
         saved.iteration if saved else 0,
         time.perf_counter() - started,
     )
@@ -177,6 +180,7 @@ def _evaluator(
     def step(best: Best | None, chunk: Chunk) -> tuple[Best, Table]:
         statistics = evaluate(swept, chunk.state, keys_of(keys, chunk.done))
         best, row = better(best, chunk.state, statistics)
+        row = processes.whole(row)
         timesteps = np.asarray(chunk.metrics.timesteps[:, -1:])
         columns = {name: np.asarray(x).reshape(-1, 1) for name, x in row.items()}
         return best, {"iteration": np.full(timesteps.shape, chunk.done), "timesteps": timesteps, **columns}

@@ -29,12 +29,21 @@ def join_shards(arrays: PyTree, axis: int = 0) -> PyTree:
 def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of these devices, each of which gets equally many shards; by default of as many as can be used."""
     if devices is None:
-        devices = jax.devices()
-        most = next(n for n in range(min(len(devices), num_shards), 0, -1) if num_shards % n == 0)
-        devices = devices[:most]
+        devices = most_devices("num_shards", num_shards, jax.devices())
     if num_shards % len(devices):
         raise ConfigError(f"num_shards = {num_shards} cannot be divided among {len(devices)} devices")
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def most_devices(name: str, parts: int, devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """As many of these devices as divide so many parts evenly; of each process equally many, and one at least."""
+    own: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        own.setdefault(device.process_index, []).append(device)
+    for count in range(min(map(len, own.values())), 0, -1):
+        if parts % (count * len(own)) == 0:
+            return [device for of_process in own.values() for device in of_process[:count]]
+    raise ConfigError(f"{name} = {parts} cannot be divided among {len(own)} processes: take a multiple of {len(own)}")
 
 
 def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:

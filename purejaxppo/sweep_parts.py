@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from purejaxppo import envs
+from purejaxppo import envs, processes
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.config import Config
 from purejaxppo.files import whole
@@ -62,11 +62,11 @@ class Work(NamedTuple):
     def env_of(self, group: Group) -> Env:
         return envs.make(group.config.env) if self.env is None else self.env
 
-    def members_of(self, group: Group) -> NDArray[np.int_]:
+    def members_of(self, group: Group) -> NDArray[np.integer]:
         """The numbers of its members, setting by setting."""
         return (np.array(group.settings)[:, None] * self.seeds + np.arange(self.seeds)).ravel()
 
-    def inputs(self, group: Group, members: NDArray[np.int_]) -> tuple[PRNGKey, dict[str, NDArray[Any]]]:
+    def inputs(self, group: Group, members: NDArray[np.integer]) -> tuple[PRNGKey, dict[str, NDArray[Any]]]:
         """The key of each member, and its hyper-parameters."""
         key = jax.random.key(self.key)
         keys = key[None] if self.seeds == 1 else jax.random.split(key, self.seeds)
@@ -86,51 +86,46 @@ def run_group(
     Yields each part and the seconds of its training; None for one that was interrupted.
     """
     members = work.members_of(group)
-    name = f"members_{members[0]:06d}"
-    known = _known_size(work, name)
-    programs, evaluate = None, None
+    known, ended = processes.by_first(lambda: _begun(work, members))
     size = known or len(members)
-    if not known or not all(_path(work, part).exists() for part in _parts(members, size)):
+    programs, evaluate = None, None
+    if len(ended) < len(_parts(members, size)):
         programs, evaluate = _programs(work, group, len(members), known)
         size = programs.agents or 1
-        _note_size(work, name, size)
+        processes.by_first(lambda: _note_size(work, members, size))
         if on_start:
             seconds, memory = programs.compile_seconds, programs.memory_bytes
             on_start(GroupPlan(group.config, len(members), size, device_name(programs), memory, seconds))
     for part in _parts(members, size):
-        done, seconds = _read_part(work, part), 0.0
-        if done is None and programs is not None:
+        done: Part | None
+        if programs is None or part[0] in ended:
+            done, seconds = load_part(_path(work, part)), 0.0
+        else:
             done, seconds = _run_part(work, group, part, programs, evaluate, on_progress)
         on_progress(0 if done is None else int(done.timesteps.sum()), None)
         yield done, seconds
 
 
-def _read_part(work: Work, members: NDArray[np.int_]) -> Part | None:
-    path = _path(work, members)
-    return load_part(path) if work.directory and path.exists() else None
-
-
 def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[Programs, Evaluate | None]:
     """Compiled for as many members as fit the memory, by the compiler's count; for ``known`` of them after a resume."""
-    devices = jax.local_devices()
+    devices, least = jax.devices(), jax.process_count()
     env = work.env_of(group)
 
     def compiled(size: int) -> tuple[Programs, Evaluate | None, int]:
         programs = compile_programs(group.config, env, size, group.traced, devices=devices, **work.made_of)
         if not work.eval_episodes:
             return programs, None, programs.memory_bytes
-        keys, swept = work.inputs(group, _filled(work.members_of(group)[:size], size))
-        lowered = make_evaluate(programs, work.eval_episodes, work.eval_deterministic).lower(
-            swept, programs.shapes, keys
-        )
-        evaluate = lowered.compile()
+        inputs = work.inputs(group, _filled(work.members_of(group)[:size], size))
+        keys, swept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+        play = make_evaluate(programs, work.eval_episodes, work.eval_deterministic)
+        evaluate = play.lower(swept, programs.shapes, keys).compile()
         return programs, evaluate, max(programs.memory_bytes, memory_of(evaluate))
 
-    limit = work.memory_limit or int(MEMORY_SHARE * _free_memory(devices))
-    size = known or _even(count, work.at_once, len(devices))
+    limit = work.memory_limit or min(processes.everyones(int(MEMORY_SHARE * _free_memory())))
+    size = known or _even(count, work.at_once, len(devices), least)
     programs, evaluate, needed = compiled(size)
-    while needed > limit and not known and size > 1:
-        size = min(_even(count, max(1, int(size * limit / needed)), len(devices)), size - 1)
+    while needed > limit and not known and size > least:
+        size = min(_even(count, max(least, int(size * limit / needed)), len(devices), least), size - least)
         programs, evaluate, needed = compiled(size)
     if needed > limit and known:
         warnings.warn(f"{size} members, as before, need {needed:,} bytes, and {limit:,} are free now", stacklevel=2)
@@ -145,14 +140,15 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
 def _run_part(
     work: Work,
     group: Group,
-    members: NDArray[np.int_],
+    members: NDArray[np.integer],
     programs: Programs,
     evaluate: Evaluate | None,
     on_progress: Callable[[int, Progress | None], None],
 ) -> tuple[Part | None, float]:
     """Train these members, score them, and store what they came to; None if they were interrupted."""
     keys, swept = work.inputs(group, _filled(members, programs.agents or 1))
-    keys, swept = programs.put(keys), programs.put(swept)
+    own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, EVALUATION), 0))(keys)
+    keys, own, swept = programs.put(keys), programs.put(own), programs.put(swept)
     ended = run_session(
         programs,
         keys,
@@ -171,9 +167,10 @@ def _run_part(
         last = np.isfinite(curve.returns)[:, ::-1].argmax(axis=1)
         scores = curve.returns[np.arange(count), curve.returns.shape[1] - 1 - last]
     else:
-        own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, EVALUATION), 0))(keys)
-        scores = np.asarray(evaluate(swept, ended.state, own).returns.mean(axis=1))[:count]
-    params, moments = jax.tree.map(lambda x: np.asarray(x)[:count], (ended.state.params, ended.state.normalizer.obs))
+        played = processes.whole(evaluate(swept, ended.state, own).returns)
+        scores = np.asarray(played.mean(axis=1))[:count]
+    final = processes.whole((ended.state.params, ended.state.normalizer.obs))
+    params, moments = jax.tree.map(lambda x: np.asarray(x)[:count], final)
     part = Part(
         members,
         curve,
@@ -184,27 +181,31 @@ def _run_part(
         moments,
     )
     if work.directory:
-        save_part(_path(work, members), part)
-        shutil.rmtree(_checkpoints(work.directory, members), ignore_errors=True)
+        processes.by_first(lambda: _store(work, part))
     return part, ended.seconds
 
 
-def _keeping(work: Work, members: NDArray[np.int_]) -> Keeping | None:
+def _store(work: Work, part: Part) -> None:
+    save_part(_path(work, part.members), part)
+    shutil.rmtree(_checkpoints(work, part.members), ignore_errors=True)
+
+
+def _keeping(work: Work, members: NDArray[np.integer]) -> Keeping | None:
     """The checkpoints of a part, and its loggers; members that only fill a part up are in neither's rows."""
     if work.directory is None:
         return None
     logs = _path(work, members).with_suffix("")
-    logs.mkdir(exist_ok=True)
     names, count = [f"member_{member}" for member in members], len(members)
     settings = {name: str(work.settings[i // work.seeds]) for name, i in zip(names, members, strict=True)}
 
     def open_log(before: Mapping[str, Table] | None) -> Logger:
         known = None if before is None else {kind: _first(table, count) for kind, table in before.items()}
         numbered = "member", members.tolist()
+        logs.mkdir(exist_ok=True)
         log = open_loggers(work.loggers, logs, names, {"settings": settings}, known, numbered)
         return Logger(lambda kind, table: log.write(kind, _first(table, count)), log.close)
 
-    checkpoints = Checkpoints(_checkpoints(work.directory, members))
+    checkpoints = Checkpoints(_checkpoints(work, members))
     return Keeping(checkpoints, work.checkpoint_seconds, work.resume, open_log)
 
 
@@ -212,48 +213,61 @@ def _first(table: Table, count: int) -> Table:
     return {name: x[:count] for name, x in table.items()}
 
 
-def _parts(members: NDArray[np.int_], size: int) -> list[NDArray[np.int_]]:
+def _parts(members: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-def _filled(members: NDArray[np.int_], size: int) -> NDArray[np.int_]:
+def _filled(members: NDArray[np.integer], size: int) -> NDArray[np.integer]:
     """As many members as the program is for; the last one again where there are fewer."""
     return np.concatenate([members, np.repeat(members[-1:], size - len(members))])
 
 
-def _even(count: int, most: int | None, devices: int) -> int:
-    """The size of parts as equal as can be, at most ``most``; if there is work for all devices, a multiple of them."""
+def _even(count: int, most: int | None, devices: int, processes: int = 1) -> int:
+    """The size of parts as equal as can be, at most ``most``, and a multiple of the processes.
+
+    If there is work for all devices, it is a multiple of them.
+    """
     size = math.ceil(count / math.ceil(count / min(most or count, count)))
-    if size < devices:
-        return size
-    up = math.ceil(size / devices) * devices
-    return up if most is None or up <= most else up - devices
+    unit = devices if size >= devices else processes
+    up = math.ceil(size / unit) * unit
+    return up if most is None or up <= most else up - unit
 
 
-def _free_memory(devices: Sequence[jax.Device]) -> int:
-    """Bytes that are free on each device; on the CPU its devices share what the machine has."""
+def _free_memory() -> int:
+    """Bytes that are free on each device of this process; on the CPU they share what the machine has."""
+    devices = jax.local_devices()
     statistics = devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(statistics["bytes_limit"] - statistics["bytes_in_use"])
-    return int(psutil.virtual_memory().available / len(devices))
+    return int(psutil.virtual_memory().available / len(devices) / processes.on_this_machine())
 
 
-def _path(work: Work, members: NDArray[np.int_]) -> Path:
+def _path(work: Work, members: NDArray[np.integer]) -> Path:
     return (work.directory or Path()) / "parts" / f"members_{members[0]:06d}_{members[-1]:06d}.npz"
 
 
-def _checkpoints(directory: Path, members: NDArray[np.int_]) -> Path:
-    return directory / "checkpoints" / f"members_{members[0]:06d}_{members[-1]:06d}"
+def _checkpoints(work: Work, members: NDArray[np.integer]) -> Path:
+    return (work.directory or Path()) / "checkpoints" / f"members_{members[0]:06d}_{members[-1]:06d}"
 
 
-def _known_size(work: Work, name: str) -> int | None:
-    """How many members at once the sweep that is resumed had in this group: with another number bits may differ."""
-    path = (work.directory or Path()) / "parts" / f"{name}.json"
-    return json.loads(path.read_text())["at_once"] if work.directory and path.exists() else None
+def _begun(work: Work, members: NDArray[np.integer]) -> tuple[int | None, list[int]]:
+    """How many of these members the sweep that is resumed had at once, and the first of each part that has ended.
+
+    The number is kept, because with another one bits may differ.
+    """
+    path = _size_path(work, members)
+    if work.directory is None or not path.exists():
+        return None, []
+    size = json.loads(path.read_text())["at_once"]
+    return size, [int(part[0]) for part in _parts(members, size) if _path(work, part).exists()]
 
 
-def _note_size(work: Work, name: str, size: int) -> None:
+def _note_size(work: Work, members: NDArray[np.integer], size: int) -> None:
     if work.directory:
-        (work.directory / "parts").mkdir(exist_ok=True)
-        text = json.dumps({"at_once": size}) + "\n"
-        whole(work.directory / "parts" / f"{name}.json", lambda path: path.write_text(text))
+        path = _size_path(work, members)
+        path.parent.mkdir(exist_ok=True)
+        whole(path, lambda path: path.write_text(json.dumps({"at_once": size}) + "\n"))
+
+
+def _size_path(work: Work, members: NDArray[np.integer]) -> Path:
+    return (work.directory or Path()) / "parts" / f"members_{members[0]:06d}.json"

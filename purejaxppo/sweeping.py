@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from purejaxppo import run_directory
+from purejaxppo import processes, run_directory
 from purejaxppo.checks import integer, seconds_of
 from purejaxppo.config import Config, validate
 from purejaxppo.grids import DRAWN, Group, Setting, groups_of, settings_of
@@ -70,9 +72,10 @@ def sweep(
     as ``fit(config.replace(**settings[h]), seeds=seeds, key=key)`` has for s, so all settings have the same seeds.
 
     Members run ``at_once`` as many as fit into ``memory_limit`` bytes on each device (what is free, if not given) by
-    the compiler's own count, spread over all local devices. ``directory``, which must not exist, gets the tables, the
+    the compiler's own count, spread over all devices. ``directory``, which must not exist, gets the tables, the
     pictures and, in ``parts/``, what each of these portions came to; with ``resume`` a sweep that was killed goes on
     where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
+    Processes that `processes.connect` joins call it with the same arguments, and get the same result.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     grid = dict(grid or {})
@@ -118,12 +121,17 @@ def sweep(
                 break
             result = dataclasses.replace(result, parts=[*result.parts, part])
             if work.directory:
-                write_tables(work.directory, result)
-        if work.directory and result.parts:
-            write_figures(work.directory, result)
-        if work.directory and not result.interrupted:
-            run_directory.end(work.directory)
+                processes.by_first(partial(write_tables, work.directory, result))
+        if work.directory:
+            processes.by_first(partial(_write_end, work.directory, result))
     return result
+
+
+def _write_end(directory: Path, result: SweepResult) -> None:
+    if result.parts:
+        write_figures(directory, result)
+    if not result.interrupted:
+        run_directory.end(directory)
 
 
 def asked_of(
@@ -151,6 +159,8 @@ def asked_of(
 def _require_sense(work: Work, group: Group) -> None:
     """What cannot run is refused before anything is trained."""
     env = work.env_of(group)
+    if work.at_once is not None and work.at_once < jax.process_count():
+        raise ConfigError(f"at_once = {work.at_once}: each of the {jax.process_count()} processes needs a member")
     if work.eval_episodes and env.max_episode_steps is None:
         raise ConfigError(
             f"{env.name} has no bound on the length of an episode, so its policies cannot be scored by whole ones: "
