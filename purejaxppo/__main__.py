@@ -7,6 +7,7 @@ STARTED = time.perf_counter()  # before anything heavy is imported
 # ruff: noqa: E402
 import datetime
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from purejaxppo.config import Config, tuned
-from purejaxppo.options import OF_SWEEP, OF_TRAIN, count, number, numbers, options_of, seconds, split_cpu
+from purejaxppo.options import OF_SWEEP, OF_TRAIN, OfARun, count, number, numbers, of_a_run, options_of, split_cpu
 from purejaxppo.options import grid as parsed_grid
 from purejaxppo.types import ConfigError
 
@@ -25,7 +26,10 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a wrong input is one sentence on stderr and exit code 2."""
+    """Run one command; a wrong input is one sentence on stderr and exit code 2.
+
+    Of several processes one that fails does not wait for the others, which may be gone.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"purejaxppo: {message}", file=sys.stderr)
@@ -35,10 +39,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"purejaxppo: {error}", file=sys.stderr)
             raise SystemExit(WRONG_INPUT) from None
         except KeyboardInterrupt:
+            _abandon_others(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
         except OSError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
+            _abandon_others(FAILED)
             raise SystemExit(FAILED) from None
+        except Exception:
+            if _several():
+                traceback.print_exc()
+            _abandon_others(FAILED)
+            raise
+
+
+def _several() -> bool:
+    processes = sys.modules.get("purejaxppo.processes")
+    return processes is not None and processes.connected()
+
+
+def _abandon_others(code: int) -> None:
+    """If this is one of several processes, it ends here."""
+    if _several():
+        print("purejaxppo: all processes end; the same commands with --resume go on", file=sys.stderr)
+        sys.modules["purejaxppo.processes"].abandon(code)
 
 
 def _run(arguments: list[str]) -> None:
@@ -52,27 +75,29 @@ def _run(arguments: list[str]) -> None:
     )
     for name, command in (("train", train), ("sweep", sweep)):
         if isinstance(chosen, options[name]):
-            command(**vars(chosen))
+            given = dict(vars(chosen))
+            if name == "sweep":
+                devices = number(given.pop("devices"))
+                split_cpu(None if devices is None else count("devices", devices, 1))  # before JAX starts
+            run = of_a_run(given)
+            console.quiet = not run.first
+            command(run, **given)
 
 
 # --------------------------------------------------------------------------------------- commands
 
 
 def train(
+    of: OfARun,
     seeds: str,
     eval_episodes: str,
     eval_every: str,
-    key: str,
-    directory: Path | None,
-    resume: bool,
-    checkpoint_seconds: str,
-    log: tuple[str, ...],
-    tuned: bool,
     **settings: Any,
 ) -> None:
     """Train, show what happens, and leave a run directory."""
     from purejaxppo import console as show
     from purejaxppo import envs as environments
+    from purejaxppo import processes
     from purejaxppo.fitting import asked_of, fit
 
     config = Config.from_dict(numbers(settings))
@@ -81,28 +106,28 @@ def train(
     if how["eval_every"] and not num_episodes:
         raise ConfigError("eval_every needs eval_episodes of at least 1")
     how["eval_episodes"] = num_episodes or 1
-    num_key = count("key", key, 0)
     env = environments.make(config.env)
     config = config.replace(env=env.name)
-    directory = directory or _directory(config, asked_of(config, **how), num_key, resume)
+    directory = of.directory or _directory(config, asked_of(config, **how), of)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
         run = fit(
             config,
             **how,
-            key=num_key,
+            key=of.key,
             env=env,
             directory=directory,
-            resume=resume,
-            checkpoint_seconds=seconds("checkpoint_seconds", checkpoint_seconds),
-            loggers=log,
+            resume=of.resume,
+            checkpoint_seconds=of.checkpoint_seconds,
+            loggers=of.loggers,
             on_start=screen.on_start,
             on_progress=screen.on_progress,
         )
     show.show_result(console, run)
     alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
     if num_episodes and alive and not run.interrupted:
-        show.show_evaluation(console, [run.policy(seed) for seed in alive], num_episodes)
+        policies = [run.policy(seed) for seed in alive]
+        processes.by_first(lambda: show.show_evaluation(console, policies, num_episodes))
     best = ", best_policy/" if (directory / "best_policy").exists() else ""
     console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
     if run.interrupted:
@@ -112,23 +137,16 @@ def train(
 
 
 def sweep(
+    of: OfARun,
     grid: tuple[str, ...],
     seeds: str,
     samples: str,
     eval_episodes: str,
     at_once: str,
     memory_limit: str,
-    devices: str,
-    key: str,
-    directory: Path | None,
-    resume: bool,
-    checkpoint_seconds: str,
-    log: tuple[str, ...],
-    tuned: bool,
     **settings: Any,
 ) -> None:
     """Train every setting of a grid with many seeds, and say which is best."""
-    split_cpu(None if number(devices) is None else count("devices", devices, 1))
     from purejaxppo import console as show
     from purejaxppo.sweeping import asked_of
     from purejaxppo.sweeping import sweep as run_sweep
@@ -141,19 +159,18 @@ def sweep(
         "eval_episodes": count("eval_episodes", eval_episodes, 0),
         "at_once": None if number(at_once) is None else count("at_once", at_once, 1),
     }
-    num_key = count("key", key, 0)
-    directory = directory or _directory(config, asked_of(config, **how), num_key, resume, "sweep-")
+    directory = of.directory or _directory(config, asked_of(config, **how), of, "sweep-")
     screen = show.SweepScreen(console)
     with screen.live():
         result = run_sweep(
             config,
             **how,
-            key=num_key,
+            key=of.key,
             directory=directory,
             memory_limit=None if number(memory_limit) is None else count("memory_limit", memory_limit, 1, bits=62),
-            resume=resume,
-            checkpoint_seconds=seconds("checkpoint_seconds", checkpoint_seconds),
-            loggers=log,
+            resume=of.resume,
+            checkpoint_seconds=of.checkpoint_seconds,
+            loggers=of.loggers,
             on_plan=screen.on_plan,
             on_start=screen.on_start,
             on_progress=screen.on_progress,
@@ -266,17 +283,22 @@ def compare(
         raise SystemExit(INTERRUPTED)
 
 
-def _directory(config: Config, asked: dict[str, Any], key: int, resume: bool, kind: str = "") -> Path:
+def _directory(config: Config, asked: dict[str, Any], of: OfARun, kind: str = "") -> Path:
     """A new one in ``runs/``; to resume, the newest there of the same command that has not come to its end."""
+    from purejaxppo.processes import by_first
     from purejaxppo.run_directory import unfinished
 
     name = f"{kind}{config.env.replace('/', '_')}"
-    if resume:
-        found = unfinished(Path("runs"), f"{name}-*", asked, key)
-        if found:
-            return found
-        console.print("Nothing of this command is left to resume in runs/: a new one begins.")
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+
+    def choose() -> str:
+        if of.resume:
+            found = unfinished(Path("runs"), f"{name}-*", asked, of.key)
+            if found:
+                return str(found)
+            console.print("Nothing of this command is left to resume in runs/: a new one begins.")
+        return str(Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+
+    return Path(by_first(choose))
 
 
 if __name__ == "__main__":

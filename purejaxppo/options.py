@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -22,6 +22,12 @@ OF_A_RUN = {
     "checkpoint_seconds": (30.0, "time between two checkpoints"),
     "log": ((), "further logs beside metrics.csv: tensorboard, wandb"),
     "tuned": (True, "start from the settings that are tuned for the environment"),
+    "coordinator": (
+        None,
+        "of several processes: HOST:PORT of the first, or auto where JAX finds them (Slurm, MPI, Kubernetes, TPU)",
+    ),
+    "num_processes": (None, "how many there are"),
+    "process_index": (None, "which of them this one is: 0, 1, …"),
 }
 OF_TRAIN = {
     "seeds": (1, "agents to train at once"),
@@ -62,6 +68,36 @@ def options_of(command: str, doc: str, own: dict[str, tuple[Any, str]], argument
     return dataclasses.make_dataclass(command, options, namespace={"__doc__": doc}, frozen=True)
 
 
+class OfARun(NamedTuple):
+    """The options that `train` and `sweep` share, and whether this is the process that shows what happens."""
+
+    key: int
+    directory: Path | None
+    resume: bool
+    checkpoint_seconds: float
+    loggers: tuple[str, ...]
+    first: bool
+
+
+def of_a_run(options: dict[str, Any]) -> OfARun:
+    """Take these out of the options of a command; with a coordinator, join the other processes."""
+    own = {name: options.pop(name) for name in OF_A_RUN}
+    coordinator, given = own["coordinator"], {name: number(own[name]) for name in ("num_processes", "process_index")}
+    counts = {name: None if x is None else integer(name, x, 0) for name, x in given.items()}
+    key, seconds = count("key", own["key"], 0), seconds_of("checkpoint_seconds", number(own["checkpoint_seconds"]))
+    first = True
+    if coordinator != "None":
+        from purejaxppo import processes
+
+        processes.connect(coordinator, **counts)
+        first = processes.first()
+    elif any(x is not None for x in counts.values()):
+        raise ConfigError(
+            "num_processes and process_index need the address of the first process: coordinator=HOST:PORT"
+        )
+    return OfARun(key, own["directory"], own["resume"], seconds, own["log"], first)
+
+
 def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
     """One option. Numbers come as text, so that `Config`, which knows what is allowed, says what is wrong with them."""
     if name == "directory":
@@ -69,7 +105,15 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
     if isinstance(check, tuple):
         doc = f"{doc}: {', '.join(check)}"
     number = default is None or type(default) in (int, float)
-    metavar = None if not number else "FLOAT" if default is None else type(default).__name__.upper()
+    metavar = (
+        "TEXT"
+        if name == "coordinator"
+        else None
+        if not number
+        else "FLOAT"
+        if default is None
+        else type(default).__name__.upper()
+    )
     kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
     default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
     return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
@@ -121,11 +165,6 @@ def _grid_value(name: str, text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return text if name in FIELDS and isinstance(FIELDS[name].default, str) else number(text)
-
-
-def seconds(name: str, text: str) -> float:
-    """An option that is a time."""
-    return seconds_of(name, number(text))
 
 
 def split_cpu(parts: int | None) -> None:

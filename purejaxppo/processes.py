@@ -5,11 +5,12 @@ here, so that all take the same way; files are written, and found, by the first 
 does anything.
 """
 
+import contextlib
 import json
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -29,7 +30,8 @@ def connect(coordinator: str = "auto", num_processes: int | None = None, process
 
     ``coordinator`` is the address and port of the first process, of which each one's ``process_index`` in 0 …
     ``num_processes`` − 1 tells whether it is it; with ``auto`` all three are found where JAX finds them: Slurm, Open
-    MPI, MPI with mpi4py, Kubernetes, TPU pods. When a process dies, the others end with an error within a minute.
+    MPI, MPI with mpi4py, Kubernetes, TPU pods. When a process dies, the others end with an error within a minute: a
+    `ConnectionError`, or by JAX, which ends those that wait for the first process.
 
     This is `jax.distributed.initialize`, which may be called instead, with shorter limits; and SIGTERM stays what it is
     for `fit` and `sweep`: the end after the next checkpoint.
@@ -57,6 +59,11 @@ def connect(coordinator: str = "auto", num_processes: int | None = None, process
         raise ConfigError(f"the processes were not connected: {str(error).splitlines()[0]}") from None
 
 
+def connected() -> bool:
+    """Whether this is one of several processes."""
+    return jax.distributed.is_initialized()
+
+
 def first() -> bool:
     """Whether this process is the one that writes files."""
     return jax.process_index() == 0
@@ -69,10 +76,11 @@ def everyones(value: Any) -> list[Any]:
     from jax.experimental.multihost_utils import process_allgather
 
     text = json.dumps(value).encode()
-    longest = process_allgather(np.int32(len(text))).max()
-    padded = np.full(-(-longest // 256) * 256, ord(" "), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    return [json.loads(x.tobytes()) for x in process_allgather(padded)]
+    with _reaching_others():
+        longest = process_allgather(np.int32(len(text))).max()
+        padded = np.full(-(-longest // 256) * 256, ord(" "), np.uint8)
+        padded[: len(text)] = np.frombuffer(text, np.uint8)
+        return [json.loads(x.tobytes()) for x in process_allgather(padded)]
 
 
 def agreed(value: T) -> T:
@@ -127,11 +135,23 @@ def whole(tree: PyTree) -> PyTree:
         return tree
     assert isinstance(far[0], NamedSharding)
     everywhere = NamedSharding(far[0].mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x.addressable_data(0), jax.jit(lambda x: x, out_shardings=everywhere)(tree))
+    with _reaching_others():
+        gathered = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=everywhere)(tree))
+    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
 
 
-def abandon() -> NoReturn:
+@contextlib.contextmanager
+def _reaching_others() -> Iterator[None]:
+    """What JAX raises where another process has ended, whatever its type is, is a `ConnectionError`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        told = "the processes of this run do not work together any more, one may have ended"
+        raise ConnectionError(f"{told}: {str(error).splitlines()[0]}") from error
+
+
+def abandon(code: int) -> NoReturn:
     """End this process at once: at its normal end it would wait for the others, which may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)

@@ -40,10 +40,17 @@ def most_devices(name: str, parts: int, devices: Sequence[jax.Device]) -> list[j
     own: dict[int, list[jax.Device]] = {}
     for device in devices:
         own.setdefault(device.process_index, []).append(device)
-    for count in range(min(map(len, own.values())), 0, -1):
-        if parts % (count * len(own)) == 0:
-            return [device for of_process in own.values() for device in of_process[:count]]
-    raise ConfigError(f"{name} = {parts} cannot be divided among {len(own)} processes: take a multiple of {len(own)}")
+    count = evenly(name, parts, [len(of_process) for of_process in own.values()])
+    return [device for of_process in own.values() for device in of_process[:count]]
+
+
+def evenly(name: str, parts: int, devices: Sequence[int]) -> int:
+    """How many devices of each process share the parts evenly, of so many that the processes have."""
+    for count in range(min(devices), 0, -1):
+        if parts % (count * len(devices)) == 0:
+            return count
+    many = len(devices)
+    raise ConfigError(f"{name} = {parts} cannot be divided among {many} processes: take a multiple of {many}")
 
 
 def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:

@@ -1,10 +1,11 @@
 """One process of several that train together; each has two host devices.
 
-python runs_on_processes.py DIRECTORY INDEX COUNT PORT RUN...     RUN is fit, sweep, …
+python runs_on_processes.py DIRECTORY INDEX COUNT PORT RUN...     writes DIRECTORY/RUN_INDEX.pkl
 """
 
 import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -14,71 +15,87 @@ import jax
 import numpy as np
 from small_envs import counter, linear_model
 
-from purejaxppo import Config, fit, processes, programs, sweep
+from purejaxppo import Config, ConfigError, fit, processes, programs, sweep
 from purejaxppo.networks import feed_forward
 
 CONFIG = Config(
     num_envs=16,
     num_steps=8,
-    total_timesteps=16 * 8 * 12,
+    total_timesteps=16 * 8 * 9,
     num_epochs=2,
     num_minibatches=2,
     num_shards=4,
     normalize_obs=True,
     normalize_reward=True,
 )
-init, _, _, unroll = linear_model()
-MODEL = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
 SMALL = CONFIG.replace(num_envs=4, num_shards=1, num_minibatches=1)
+init, _, _, unroll = linear_model()  # compiles in a fraction of the MLP's time, whose way with rows it gets
+MODEL = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
+HOW = {"env": counter(), "model": MODEL, "key": 3}
 
 
-def run_fit(directory: Path, **more):
-    run = fit(
-        CONFIG, env=counter(), model=MODEL, key=3, directory=directory / "fit", eval_every=4, eval_episodes=4, **more
-    )
+def of_run(run):
     state = run.state._replace(key=jax.random.key_data(run.state.key))
     return {
-        "state": jax.tree.leaves(jax.tree.map(np.asarray, state)),
-        "best": jax.tree.leaves(jax.tree.map(np.asarray, run.best)),
-        "metrics": run.metrics._asdict(),
-        "evaluations": run.evaluations,
+        "arrays": jax.tree.leaves(jax.tree.map(np.asarray, (state, run.best))),
+        "tables": jax.tree.leaves((run.metrics, run.evaluations)),
         "resumed_at": run.resumed_at,
+        "interrupted": run.interrupted,
+        "device": run.plan.device,
     }
 
 
-def run_agents(directory: Path, **more):
-    """Two agents on four devices: one on each process."""
-    run = fit(SMALL, env=counter(), model=MODEL, key=3, seeds=2, checkpoint_seconds=0, **more)
-    return {"state": jax.tree.leaves(run.state.params), "metrics": run.metrics._asdict()}
+def train(directory, ends=None, **more):
+    """One agent, its environments in four shards; the second process gets a signal after some iteration."""
+
+    def on_progress(progress):
+        if ends and jax.process_index() == 1 and progress.iterations >= ends[1]:
+            os.kill(os.getpid(), ends[0])
+
+    how = {"directory": directory, "eval_every": 3, "eval_episodes": 4}
+    return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
 
 
-def run_sweep(directory: Path, **more):
-    result = sweep(
-        SMALL,
-        3,
-        {"lr": [1e-3, 3e-3]},
-        3,
-        directory / "sweep",
-        env=counter(),
-        model=MODEL,
-        eval_episodes=4,
-        at_once=4,
-        **more,
-    )
-    return {
-        "scores": result.scores.to_numpy(float),
-        "curves": result.curves.to_numpy(float),
-        "policy": jax.tree.leaves(result.policy(5).params),
-        "devices": result.parts[0].members.tolist(),
-    }
+def sweeping(directory):
+    """Six members on four devices, four at once."""
+    result = sweep(SMALL, 3, {"lr": [1e-3, 3e-3]}, directory=directory / "sweep", eval_episodes=4, at_once=4, **HOW)
+    tables = [table.to_numpy(float) for table in (result.scores, result.curves)]
+    return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables, "parts": len(result.parts)}
 
+
+def refused(directory):
+    """What is said to wrong input, the same in all processes."""
+    taken, there = directory / "taken", {"directory": directory / "whole"}
+    asked = [
+        lambda: fit(CONFIG, **HOW, **there),
+        lambda: fit(CONFIG.replace(num_shards=1), **HOW, directory=taken),
+        lambda: fit(CONFIG, seeds=3, **HOW, directory=taken),
+        lambda: sweep(SMALL, 2, at_once=1, directory=taken, **HOW),
+    ]
+    said = []
+    for ask in asked:
+        try:
+            ask()
+        except ConfigError as error:
+            said.append(str(error))
+    return {"said": said, "taken": taken.exists()}
+
+
+RUNS = {
+    "whole": lambda directory: train(directory / "whole"),
+    "sweep": sweeping,
+    "refused": refused,
+    "stopped": lambda directory: train(directory / "run", (signal.SIGTERM, 2)),
+    "killed": lambda directory: train(directory / "run", (signal.SIGKILL, 6), resume=True, checkpoint_seconds=0),
+    "resumed": lambda directory: train(directory / "run", resume=True),
+}
 
 if __name__ == "__main__":
-    directory, index, count, port, *runs = sys.argv[1:]
-    if int(count) > 1:
-        processes.connect(f"localhost:{port}", int(count), int(index))
+    directory, (index, count, port), runs = Path(sys.argv[1]), map(int, sys.argv[2:5]), sys.argv[5:]
+    if count > 1:
+        processes.connect(f"localhost:{port}", count, index)
     jax.config.update("jax_enable_x64", True)
-    programs.CHUNK_SECONDS = 0.02
+    jax.config.update("jax_disable_most_optimizations", True)
+    programs.CHUNK_SECONDS = 0  # an iteration at a time
     for name in runs:
-        outcome = globals()[f"run_{name}"](Path(directory))
-        Path(directory, f"{name}_{index}.pkl").write_bytes(pickle.dumps(outcome))
+        (directory / f"{name}_{index}.pkl").write_bytes(pickle.dumps(RUNS[name](directory)))
