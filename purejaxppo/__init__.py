@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from purejaxppo.policy import Policy as Policy
     from purejaxppo.policy import load_policy as load_policy
     from purejaxppo.policy import save_policy as save_policy
+    from purejaxppo.processes import connect as connect
     from purejaxppo.sweep_results import SweepResult as SweepResult
     from purejaxppo.sweeping import sweep as sweep
     from purejaxppo.train import make_train as make_train
@@ -51,6 +52,7 @@ _HOME = {
     "UPDATES": "updates",
     "Uniform": "grids",
     "compare": "comparison",
+    "connect": "processes",
     "evaluate": "evaluation",
     "fit": "fitting",
     "load_policy": "policy",

@@ -96,7 +96,7 @@ def fit(
     The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. Where
     there are several devices, the agents are spread over them; a single one with ``num_shards`` has its environments on
     several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM. Processes that
-    `processes.connect` joins call it with the same arguments, and get the same result.
+    `connect` joins call it with the same arguments, and get the same result.
 
     ``key`` is an integer or a random key. ``directory``, which must not exist, gets what `run_directory` describes, a
     checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on

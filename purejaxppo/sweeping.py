@@ -75,7 +75,7 @@ def sweep(
     the compiler's own count, spread over all devices. ``directory``, which must not exist, gets the tables, the
     pictures and, in ``parts/``, what each of these portions came to; with ``resume`` a sweep that was killed goes on
     where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
-    Processes that `processes.connect` joins call it with the same arguments, and get the same result.
+    Processes that `connect` joins call it with the same arguments, and get the same result.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     grid = dict(grid or {})
