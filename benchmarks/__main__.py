@@ -85,7 +85,26 @@ def sweeps(seeds: int = 16, repeats: int = 9, members: tuple[int, ...] = (256, 2
         sweeps_benchmark.many(size, timesteps)
 
 
+def population(
+    envs: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1"), populations: int = 8, members: int = 16, show: bool = False
+) -> None:
+    """Compare agents that copy one another with the same agents alone, from learning rates between 1e-6 and 0.1.
+
+    Args:
+        envs: which environments
+        populations: how many of each, from different keys
+        members: agents in a population
+        show: only print the stored table
+    """
+    split_cpu(None)
+    from benchmarks import population as population_benchmark
+
+    if not show:
+        population_benchmark.run(list(envs), populations, members)
+    population_benchmark.table()
+
+
 if __name__ == "__main__":
     commands = {"learning": learning, "table": table, "table1": table1}
-    commands |= {"speed": speed, "trpo_cost": trpo_cost, "sweeps": sweeps}
+    commands |= {"speed": speed, "trpo_cost": trpo_cost, "sweeps": sweeps, "population": population}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from purejaxppo.policy import Policy as Policy
     from purejaxppo.policy import load_policy as load_policy
     from purejaxppo.policy import save_policy as save_policy
+    from purejaxppo.population import Exchange as Exchange
     from purejaxppo.processes import connect as connect
     from purejaxppo.sweep_results import SweepResult as SweepResult
     from purejaxppo.sweeping import sweep as sweep
@@ -41,6 +42,7 @@ _HOME = {
     "Config": "config",
     "ConfigError": "types",
     "EpisodeStatistics": "evaluation",
+    "Exchange": "population",
     "Metrics": "types",
     "Policy": "policy",
     "LogUniform": "grids",

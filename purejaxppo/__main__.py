@@ -141,6 +141,7 @@ def sweep(
     grid: tuple[str, ...],
     seeds: str,
     samples: str,
+    exchange_every: str,
     eval_episodes: str,
     at_once: str,
     memory_limit: str,
@@ -148,6 +149,7 @@ def sweep(
 ) -> None:
     """Train every setting of a grid with many seeds, and say which is best."""
     from purejaxppo import console as show
+    from purejaxppo.population import Exchange
     from purejaxppo.sweeping import asked_of
     from purejaxppo.sweeping import sweep as run_sweep
 
@@ -156,6 +158,7 @@ def sweep(
         "seeds": count("seeds", seeds, 1),
         "grid": parsed_grid(grid),
         "samples": count("samples", samples, 0),
+        "exchange": Exchange(every) if (every := count("exchange_every", exchange_every, 0)) else None,
         "eval_episodes": count("eval_episodes", eval_episodes, 0),
         "at_once": None if number(at_once) is None else count("at_once", at_once, 1),
     }

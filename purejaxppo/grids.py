@@ -80,6 +80,11 @@ def groups_of(config: Config, settings: Sequence[Setting]) -> list[Group]:
     return groups
 
 
+def bounds_of(grid: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest value of each field."""
+    return {name: (x.low, x.high) if isinstance(x, DRAWN) else (min(x), max(x)) for name, x in grid.items()}
+
+
 def _is_traced(name: str, value: Any) -> bool:
     return name in LEAVES and value is not None
 

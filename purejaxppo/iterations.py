@@ -1,15 +1,16 @@
 """How long a run is: counting its steps, and running its iterations."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from purejaxppo.config import Config
-from purejaxppo.types import Metrics, PyTree, TrainState
+from purejaxppo.types import Metrics, PyTree
 
-Step = Callable[[TrainState], tuple[TrainState, Metrics]]
+State = TypeVar("State", bound=Any)  # of one agent; of a population, where each number in the metrics is one for each
 
 
 def no_steps(config: Config) -> Array:
@@ -30,8 +31,12 @@ def empty_rows(metrics: PyTree, *sizes: int) -> PyTree:
 
 
 def run_iterations(
-    config: Config, step: Step, state: TrainState, rows: Metrics, count: Int[Array, ""] | int
-) -> tuple[TrainState, Metrics]:
+    config: Config,
+    step: Callable[[State], tuple[State, Metrics]],
+    state: State,
+    rows: Metrics,
+    count: Int[Array, ""] | int,
+) -> tuple[State, Metrics]:
     """Up to ``count`` iterations; the metrics of the i-th go to row i.
 
     With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
@@ -39,13 +44,13 @@ def run_iterations(
     one, but for the episodes, of which they have none. (It is known from the ``rows`` of the call before, given back.)
     """
 
-    def going(loop: tuple[TrainState, Metrics, Array, Array]) -> Array:
+    def going(loop: tuple[State, Metrics, Array, Array]) -> Array:
         state, _, i, finite = loop
         if not config.whole_episodes:
             return i < count
         return (i < count) & (state.timesteps < config.total_timesteps) & finite
 
-    def iteration(loop: tuple[TrainState, Metrics, Array, Array]) -> tuple[TrainState, Metrics, Array, Array]:
+    def iteration(loop: tuple[State, Metrics, Array, Array]) -> tuple[State, Metrics, Array, Array]:
         state, rows, i, _ = loop
         state, metrics = step(state)
         finite = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)

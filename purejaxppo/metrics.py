@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from purejaxppo import losses
 from purejaxppo.types import Batch, EpisodeSums, Metrics
 
+SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs
+PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
+
 
 def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]) -> Metrics:
     """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
@@ -30,10 +33,11 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:
     """[..., iterations] whether the losses and the gradient were finite up to and with this iteration.
 
-    Where value loss and explained variance are NaN throughout, there is no value function that is fitted.
+    Where value loss and explained variance are NaN throughout, there is no value function that is fitted. In a
+    population, whose agents begin anew as others, it is said of each iteration alone.
     """
     value_loss, explained = np.asarray(metrics.value_loss), np.asarray(metrics.explained_variance)
     unmeasured = (np.isnan(value_loss) & np.isnan(explained)).all(axis=-1, keepdims=True)
     value_loss = np.where(unmeasured, 0, value_loss)
     fine = np.isfinite(np.asarray([metrics.policy_loss, value_loss, metrics.grad_norm])).all(axis=0)
-    return np.logical_and.accumulate(fine, axis=-1)
+    return fine if PARENT in metrics.extra else np.logical_and.accumulate(fine, axis=-1)

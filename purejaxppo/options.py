@@ -39,6 +39,10 @@ OF_SWEEP = {
     "grid": ((), "what is swept: lr=1e-4,3e-4 num_envs=4,8 hidden_sizes=64x64,128x128 or lr=loguniform(1e-5,1e-2)"),
     "seeds": (8, "seeds of each setting"),
     "samples": (0, "draws from the distributions in the grid"),
+    "exchange_every": (
+        0,
+        "iterations after which members copy better ones (population-based training); 0: they do not",
+    ),
     "eval_episodes": (128, "episodes that each final policy is scored in; 0: the last returns of training"),
     "at_once": (None, "members that train at once; if not given, as many as the memory holds"),
     "memory_limit": (None, "bytes on each device that they may take; if not given, most of what is free"),

@@ -17,15 +17,17 @@ from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.iterations import empty_rows, run_iterations
 from purejaxppo.policy import Policy
+from purejaxppo.population import Bounds, Exchange, Population, make_population, own_metrics
 from purejaxppo.processes import agreed, put, whole
 from purejaxppo.shards import make_mesh, most_devices, replicated, state_sharding
 from purejaxppo.train import make_trainer
-from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, TrainState
+from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, Trainer, TrainState
 
 CHUNK_SECONDS = 0.3  # how often the host looks at a run
 CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
 AGENTS = PartitionSpec("agents")
 
+State = TrainState | Population  # of agents on their own, or of those that copy one another
 Swept = Mapping[str, Array]  # hyper-parameters in which the agents differ, each [agents]
 
 
@@ -38,9 +40,9 @@ class Programs(NamedTuple):
     agents: int | None
     placed: NamedSharding | None  # where keys, hyper-parameters and metrics are, if on more than one device
     state_placed: PyTree  # likewise the state: a sharding for each of its leaves, or one for all
-    init: Callable[[PRNGKey, Swept], TrainState]  # keys [agents]
-    chunk: Callable[[Swept, TrainState, Metrics, int], tuple[TrainState, Metrics]]  # uses up state and rows
-    shapes: TrainState
+    init: Callable[[PRNGKey, Swept], State]  # keys [agents]
+    chunk: Callable[[Swept, State, Metrics, int], tuple[State, Metrics]]  # uses up state and rows
+    shapes: State
     rows: Metrics  # shapes [agents, capacity] of the metrics of a chunk
     memory_bytes: int  # what a chunk needs for its state and temporaries, on each device
     compile_seconds: float
@@ -62,7 +64,7 @@ class Programs(NamedTuple):
 class Chunk(NamedTuple):
     """Some iterations that were run; the state is used up by the next chunk."""
 
-    state: TrainState
+    state: State
     metrics: Metrics  # NumPy [agents, iterations of the chunk]; one agent has an axis too
     done: int  # iterations so far
     steps_before: NDArray[Any]  # [agents] that each had taken before
@@ -80,47 +82,34 @@ def compile_programs(
     params: PyTree = None,
     frozen: PyTree = None,
     devices: Sequence[jax.Device] | None = None,
+    exchange: tuple[Exchange, Bounds] | None = None,
 ) -> Programs:
     """Compile the training of ``agents`` agents that differ in their keys and in the hyper-parameters ``swept``.
 
     They are spread over the devices of all processes, of which as many are used as divide their number: each runs its
-    own agents, and nothing is communicated. One agent with ``num_shards`` has its environments on as many devices as
-    divide the shards.
+    own agents, and nothing is communicated but what a population copies in an ``exchange``. One agent with
+    ``num_shards`` has its environments on as many devices as divide the shards.
+
     Raises `ConfigError` for what cannot run.
     """
     started = time.perf_counter()
-
-    def init(key: PRNGKey, swept: Swept) -> TrainState:
-        return make_trainer(config.replace(**swept), env, model, reward_fn).init(key, params)
-
-    def chunk(
-        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array
-    ) -> tuple[TrainState, Metrics]:
-        """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
-        trainer = make_trainer(config.replace(**swept), env, model, reward_fn)
-        return run_iterations(config, partial(trainer.step, frozen=frozen), state, rows, count)
-
-    def one_row(key: PRNGKey, swept: Swept) -> Metrics:
-        trainer = make_trainer(config.replace(**swept), env, model, reward_fn)
-        return trainer.step(trainer.init(key, params), frozen)[1]
-
-    inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
-    row = jax.eval_shape(one_row, *inputs)
-    _require_scalar_metrics(row)
-    rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
-    mesh = mesh_of(config, agents, devices)
-    spread = mesh.size > 1
-    if agents is not None:
+    trainer_of = partial(make_trainer, env=env, model=model, reward_fn=reward_fn)
+    mesh, nowhere = mesh_of(config, agents, devices), PartitionSpec()
+    inputs, rows = _shapes(config, trainer_of, agents, swept, params, frozen, exchange is not None)
+    init, chunk = _of_one(config, trainer_of, params)
+    if exchange:
+        axis = mesh.axis_names[0] if mesh.size > 1 else None
+        init, chunk = _of_population(config, *make_population(config, trainer_of, *exchange, axis), params)
+    elif agents is not None:
         init, chunk = jax.vmap(init), jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
-        inputs, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
-        if spread:
-            over, none = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False), PartitionSpec()
-            init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(none, AGENTS, AGENTS, AGENTS, none))
+    if agents is not None and mesh.size > 1:
+        over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
+        init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(nowhere, AGENTS, AGENTS, AGENTS, nowhere))
     shapes = jax.eval_shape(init, *inputs)
     placed, where = None, None
     of_init: dict[str, Any] = {}
     of_chunk: dict[str, Any] = {}
-    if spread:
+    if mesh.size > 1:
         everywhere = replicated(mesh)
         placed, where = _placed(mesh, agents, shapes)
         of_init = {"in_shardings": placed, "out_shardings": where}
@@ -137,8 +126,66 @@ def compile_programs(
     return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)
 
 
+TrainerOf = Callable[[Config], Trainer]
+
+
+def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Callable, Callable]:
+    """The two functions that are compiled, of one agent."""
+
+    def init(key: PRNGKey, swept: Swept) -> TrainState:
+        return trainer_of(config.replace(**swept)).init(key, params)
+
+    def chunk(
+        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array
+    ) -> tuple[TrainState, Metrics]:
+        """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
+        step = partial(trainer_of(config.replace(**swept)).step, frozen=frozen)
+        return run_iterations(config, step, state, rows, count)
+
+    return init, chunk
+
+
+def _of_population(config: Config, init: Callable, step: Callable, params: PyTree) -> tuple[Callable, Callable]:
+    """The two functions that are compiled, of agents that copy one another."""
+
+    def chunk(
+        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array
+    ) -> tuple[Population, Metrics]:
+        rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)  # an iteration's metrics are a row
+        state, rows = run_iterations(config, partial(step, frozen=frozen), state, rows, count)
+        return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)
+
+    return partial(init, params=params), chunk
+
+
+def _shapes(
+    config: Config,
+    trainer_of: TrainerOf,
+    agents: int | None,
+    swept: Sequence[str],
+    params: PyTree,
+    frozen: PyTree,
+    population: bool,
+) -> tuple[tuple[PyTree, PyTree], Metrics]:
+    """The shapes of the keys and the hyper-parameters, and of the metrics of a chunk."""
+    inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
+
+    def one_row(key: PRNGKey, swept: Swept) -> Metrics:
+        trainer = trainer_of(config.replace(**swept))
+        return trainer.step(trainer.init(key, params), frozen)[1]
+
+    row = jax.eval_shape(one_row, *inputs)
+    _require_scalar_metrics(row)
+    if population:
+        row = row._replace(extra=row.extra | own_metrics(inputs[1], jnp.zeros((), jnp.int32)))
+    rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
+    if agents is None:
+        return inputs, rows
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
+
+
 def run_chunks(
-    programs: Programs, swept: Swept, state: TrainState, before: Metrics | None = None, every: int | None = None
+    programs: Programs, swept: Swept, state: State, before: Metrics | None = None, every: int | None = None
 ) -> Iterator[Chunk]:
     """Train up to the end, `CHUNK_SECONDS` at a time, with a pause after every multiple of ``every`` iterations.
 
@@ -192,7 +239,7 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
     """
     config, env, model, agents = programs.config, programs.env, programs.model, programs.agents
 
-    def one(swept: Swept, state: TrainState, key: PRNGKey) -> EpisodeStatistics:
+    def one(swept: Swept, state: State, key: PRNGKey) -> EpisodeStatistics:
         policy = Policy.from_state(config.replace(**swept), state, None, env, model)
         played = evaluate(policy, env, key, episodes, deterministic)
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
@@ -234,9 +281,9 @@ def mesh_of(config: Config, agents: int | None, devices: Sequence[jax.Device] | 
     return Mesh(np.array(devices), ("agents",))
 
 
-def _placed(mesh: Mesh, agents: int | None, shapes: TrainState) -> tuple[NamedSharding, PyTree]:
+def _placed(mesh: Mesh, agents: int | None, shapes: State) -> tuple[NamedSharding, PyTree]:
     """Where keys, hyper-parameters and metrics are, and where the state is."""
-    if agents is None:
+    if isinstance(shapes, TrainState) and agents is None:
         return replicated(mesh), state_sharding(mesh, shapes)
     return NamedSharding(mesh, AGENTS), NamedSharding(mesh, AGENTS)
 

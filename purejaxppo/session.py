@@ -18,9 +18,9 @@ from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.evaluation import EpisodeStatistics
 from purejaxppo.loggers import Logger
 from purejaxppo.normalize import Normalizer
-from purejaxppo.programs import Chunk, Evaluate, Programs, Swept, make_evaluate, run_chunks
+from purejaxppo.programs import Chunk, Evaluate, Programs, State, Swept, make_evaluate, run_chunks
 from purejaxppo.tables import Table
-from purejaxppo.types import Metrics, PRNGKey, PyTree, TrainState
+from purejaxppo.types import Metrics, PRNGKey, PyTree
 
 EVALUATION = 0x5E7A1  # folded into an agent's key, it begins the keys of its evaluations
 
@@ -55,7 +55,7 @@ class Progress(NamedTuple):
 class Ended(NamedTuple):
     """What a session leaves."""
 
-    state: TrainState
+    state: State
     best: Best | None  # None without evaluations
     metrics: Metrics  # [agents, iterations]
     evaluations: Table | None  # [agents, evaluations]
@@ -163,7 +163,7 @@ def _evaluator(
     keys_of = jax.jit(key_of if programs.agents is None else jax.vmap(key_of, in_axes=(0, None)))
 
     @jax.jit
-    def better(best: Best, state: TrainState, statistics: EpisodeStatistics) -> tuple[Best, dict[str, Array]]:
+    def better(best: Best, state: State, statistics: EpisodeStatistics) -> tuple[Best, dict[str, Array]]:
         row = {
             "return_mean": statistics.returns.mean(axis=-1),
             "return_std": statistics.returns.std(axis=-1),
@@ -188,7 +188,7 @@ def _evaluator(
     return step
 
 
-def _no_best(state: TrainState) -> Best:
+def _no_best(state: State) -> Best:
     """Before the first evaluation; copies, because the state is used up."""
     params, moments = jax.tree.map(jnp.copy, (state.params, state.normalizer.obs))
     # Made of the state, so that they are on its devices, where a checkpoint puts them back.

@@ -22,6 +22,7 @@ from purejaxppo.grids import Group, Setting
 from purejaxppo.loggers import Logger, open_loggers
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.plots import windowed
+from purejaxppo.population import Bounds, Exchange, schedule_of
 from purejaxppo.programs import Evaluate, Programs, compile_programs, device_name, make_evaluate, memory_of
 from purejaxppo.session import EVALUATION, Keeping, Progress, run_session
 from purejaxppo.sweep_results import Part, load_part, save_part
@@ -58,6 +59,7 @@ class Work(NamedTuple):
     resume: bool
     checkpoint_seconds: float
     loggers: Sequence[str]
+    exchange: tuple[Exchange, Bounds] | None  # of a population, whose members all train at once
 
     def env_of(self, group: Group) -> Env:
         return envs.make(group.config.env) if self.env is None else self.env
@@ -112,7 +114,8 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
     env = work.env_of(group)
 
     def compiled(size: int) -> tuple[Programs, Evaluate | None, int]:
-        programs = compile_programs(group.config, env, size, group.traced, devices=devices, **work.made_of)
+        made_of = work.made_of | {"devices": devices, "exchange": work.exchange}
+        programs = compile_programs(group.config, env, size, group.traced, **made_of)
         if not work.eval_episodes:
             return programs, None, programs.memory_bytes
         inputs = work.inputs(group, _filled(work.members_of(group)[:size], size))
@@ -122,9 +125,9 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
         return programs, evaluate, max(programs.memory_bytes, memory_of(evaluate))
 
     limit = work.memory_limit or min(processes.everyones(int(MEMORY_SHARE * _free_memory())))
-    size = known or _even(count, work.at_once, len(devices), least)
+    size = known or (count if work.exchange else _even(count, work.at_once, len(devices), least))
     programs, evaluate, needed = compiled(size)
-    while needed > limit and not known and size > least:
+    while needed > limit and not known and size > least and not work.exchange:
         size = min(_even(count, max(least, int(size * limit / needed)), len(devices), least), size - least)
         programs, evaluate, needed = compiled(size)
     if needed > limit and known:
@@ -171,14 +174,18 @@ def _run_part(
         scores = np.asarray(played.mean(axis=1))[:count]
     final = processes.whole((ended.state.params, ended.state.normalizer.obs))
     params, moments = jax.tree.map(lambda x: np.asarray(x)[:count], final)
+    last = np.where(
+        finite.any(axis=1), finite.shape[1] - finite[:, ::-1].argmax(axis=1), 0
+    )  # iteration that was finite
     part = Part(
         members,
         curve,
         np.where(finite[:, -1], scores, np.nan),
         np.asarray(metrics.timesteps[:, -1]),
-        np.where(finite[:, -1], 0, finite.argmin(axis=1) + 1),
+        np.where(finite[:, -1], 0, last + 1),
         params,
         moments,
+        schedule_of(metrics, work.exchange[0].every) if work.exchange else None,
     )
     if work.directory:
         processes.by_first(lambda: _store(work, part))

@@ -120,8 +120,9 @@ def curves(curves: pd.DataFrame, scores: pd.DataFrame, most: int = MOST) -> Figu
     fields = swept(scores)
     chosen, tables = best(scores, fields, most), by_setting(curves, fields)
     figure, axes = _figure()
+    run = "member" if "member" in curves else "seed"  # of a population several members may have the same of both
     for setting, colour in zip(chosen, COLOURS, strict=False):
-        returns = tables[setting].pivot(index="seed", columns="timesteps", values="episode_return")
+        returns = tables[setting].pivot(index=run, columns="timesteps", values="episode_return")
         curve = seen(Curve(returns.columns.to_numpy(float), returns.to_numpy(float)))
         if curve.returns.size:
             plot_middle(axes, curve, colour, name(fields, setting), _alpha(chosen))
@@ -131,6 +132,34 @@ def curves(curves: pd.DataFrame, scores: pd.DataFrame, most: int = MOST) -> Figu
 
 
 # --------------------------------------------------------------------------------------------- drawing
+
+
+def schedules(schedules: pd.DataFrame, scores: pd.DataFrame) -> Figure:
+    """Of a population the hyper-parameters behind each member's final state over environment steps, the best marked.
+
+    ``schedules`` is as `SweepResult` has it: a row for each member and part between exchanges.
+    """
+    fields = [str(name) for name in schedules.columns if name not in ("member", "timesteps", "had_by")]
+    known = scores.dropna(subset="score")
+    best = known["member"].iloc[int(known["score"].to_numpy().argmax())] if len(known) else None
+    figure = Figure(figsize=(6.4, 2.6 * len(fields) + 1.0), dpi=150, layout="constrained")
+    for axes, field in zip(figure.subplots(len(fields), squeeze=False)[:, 0], fields, strict=True):
+        for member, rows in schedules.groupby("member"):
+            chosen = member == best
+            look = (
+                {"color": COLOURS[1], "linewidth": 2.0, "zorder": 3} if chosen else {"color": "0.55", "linewidth": 0.7}
+            )
+            label = f"member {member}, the best: {known['score'].max():.4g}" if chosen else None
+            steps, values = rows["timesteps"].to_numpy(float), rows[field].to_numpy(float)
+            axes.step([0.0, *steps], [values[0], *values], where="pre", label=label, **look)
+        low, high = schedules[field].min(), schedules[field].max()
+        if low > 0 and high >= 10 * low:
+            axes.set_yscale("log")
+        dress_curve(axes, "", field)
+    figure.suptitle("hyper-parameters behind each final state", fontsize="medium")
+    if best is not None:
+        _legend(figure, figure.axes[-1])
+    return figure
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -23,6 +23,7 @@ from purejaxppo.grids import Setting
 from purejaxppo.normalize import Moments, Normalizer
 from purejaxppo.plots import Curve
 from purejaxppo.policy import Policy
+from purejaxppo.population import Schedule
 from purejaxppo.session import Best
 from purejaxppo.statistics import Estimate
 from purejaxppo.types import ConfigError, Env, Model, PyTree
@@ -40,6 +41,7 @@ class Part(NamedTuple):
     diverged_at: NDArray[np.integer]  # [m] iteration in which loss or gradient were no longer finite; 0: in none
     params: PyTree  # [m, ...] of the final policies
     obs_moments: Moments | None  # likewise
+    schedule: Schedule | None = None  # of a population
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,24 @@ class SweepResult:
         """How probable it is that a seed of the one setting scores higher than one of the other; diverged is lowest."""
         return statistics.probability_of_improvement(self._scores_of(better), self._scores_of(worse))
 
+    @cached_property
+    def schedules(self) -> pd.DataFrame:
+        """Of a population how the hyper-parameters behind each member's final state changed while it was trained.
+
+        A row for each member and part between exchanges: ``timesteps`` at its end, ``had_by``, the member that had the
+        state then, and the fields.
+        """
+        found = [part.schedule for part in self.parts if part.schedule is not None]
+        if not found:
+            raise ConfigError("the members exchanged nothing: sweep(..., exchange=Exchange(every=iterations))")
+        fields = {name: x.astype(float) for name, x in found[0].swept.items()}
+        timesteps = found[0].timesteps.astype(int)
+        ways = [found[0]._replace(swept=fields, timesteps=timesteps).of(member) for member in range(len(self.settings))]
+        rows = [
+            {"member": i, "timesteps": way.timesteps, "had_by": way.parent, **way.swept} for i, way in enumerate(ways)
+        ]
+        return pd.concat([pd.DataFrame(row) for row in rows], ignore_index=True)
+
     def performance_profile(self, setting: Setting, thresholds: ArrayLike) -> Estimate:
         """For each threshold the share of the setting's seeds that score above it; one that diverged does not."""
         return statistics.performance_profile(self._scores_of(setting), thresholds)
@@ -136,6 +156,8 @@ class SweepResult:
         if self.scores["score"].notna().any():
             figures["profiles"] = sweep_plots.profile(self.scores, self.fields)
             figures |= {f"sensitivity_{name}": sweep_plots.sensitivity(self.scores, name) for name in self.fields}
+        if self.parts[0].schedule is not None:
+            figures["schedules"] = sweep_plots.schedules(self.schedules, self.scores)
         varied = [name for name in self.fields if self.scores[name].map(str).nunique() > 1]
         pairs = [(x, y) for i, x in enumerate(varied) for y in varied[i + 1 :]]
         for x, y in pairs[:MOST_HEAT_MAPS]:
@@ -163,9 +185,12 @@ class SweepResult:
 
 
 def write_tables(directory: Path, result: SweepResult) -> None:
-    """``scores.csv``, ``curves.csv`` and ``summary.csv``, each whole or not at all."""
-    for name in ("scores", "curves", "summary"):
-        whole(directory / f"{name}.csv", partial(getattr(result, name).to_csv, index=False))
+    """``scores.csv``, ``curves.csv``, ``summary.csv``, of a population ``schedules.csv``: each whole or not at all."""
+    written = {name: getattr(result, name) for name in ("scores", "curves", "summary")}
+    if result.parts[0].schedule is not None:
+        written["schedules"] = result.schedules
+    for name, table in written.items():
+        whole(directory / f"{name}.csv", partial(table.to_csv, index=False))
 
 
 def write_figures(directory: Path, result: SweepResult) -> None:
@@ -180,6 +205,9 @@ def save_part(path: Path, part: Part) -> None:
     if part.obs_moments is not None:
         arrays |= {f"obs_moments/{name}": x for name, x in part.obs_moments._asdict().items()}
     arrays |= {f"curve/{name}": x for name, x in part.curve._asdict().items()}
+    if part.schedule is not None:
+        flat = traverse_util.flatten_dict(part.schedule._asdict(), sep="/")
+        arrays |= {f"schedule/{name}": x for name, x in flat.items()}
     arrays |= {name: getattr(part, name) for name in ("members", "scores", "timesteps", "diverged_at")}
 
     def save(path: Path) -> None:
@@ -195,6 +223,7 @@ def load_part(path: Path) -> Part:
         with np.load(path, allow_pickle=False) as file:
             tree = traverse_util.unflatten_dict(dict(file), sep="/")
         moments = Moments(**tree.pop("obs_moments")) if "obs_moments" in tree else None
-        return Part(**tree | {"curve": Curve(**tree["curve"]), "obs_moments": moments})
+        schedule = Schedule(**tree.pop("schedule")) if "schedule" in tree else None
+        return Part(**tree | {"curve": Curve(**tree["curve"]), "obs_moments": moments, "schedule": schedule})
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: delete it, and these members are trained again ({error})") from None

@@ -14,8 +14,9 @@ import numpy as np
 from purejaxppo import processes, run_directory
 from purejaxppo.checks import integer, seconds_of
 from purejaxppo.config import Config, validate
-from purejaxppo.grids import DRAWN, Group, Setting, groups_of, settings_of
+from purejaxppo.grids import DRAWN, Group, Setting, bounds_of, groups_of, settings_of
 from purejaxppo.loggers import checked_names
+from purejaxppo.population import Exchange
 from purejaxppo.session import Progress
 from purejaxppo.sweep_parts import GroupPlan, Work, run_group
 from purejaxppo.sweep_results import SweepResult, write_figures, write_tables
@@ -49,6 +50,7 @@ def sweep(
     directory: str | os.PathLike | None = None,
     *,
     samples: int = 0,
+    exchange: Exchange | None = None,
     env: Env | None = None,
     model: Model | None = None,
     reward_fn: Callable | Reward | None = None,
@@ -75,6 +77,10 @@ def sweep(
     the compiler's own count, spread over all devices. ``directory``, which must not exist, gets the tables, the
     pictures and, in ``parts/``, what each of these portions came to; with ``resume`` a sweep that was killed goes on
     where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
+
+    With an ``exchange`` the members are one population that trains at once, and copy one another (`Exchange`). In the
+    result each is a setting of its own, that of its end; `SweepResult.schedule` is the way there.
+
     Processes that `connect` joins call it with the same arguments, and get the same result.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
@@ -98,14 +104,17 @@ def sweep(
         resume,
         seconds_of("checkpoint_seconds", checkpoint_seconds),
         loggers,
+        None if exchange is None else (exchange, bounds_of(grid)),
     )
     groups = groups_of(config, settings)
+    if exchange is not None:
+        _require_population(work, groups)
     for group in groups:
         _require_sense(work, group)
     with contextlib.ExitStack() as stack:
         if directory is not None:
             checked_names(loggers, Path(directory), len(settings) * seeds)
-            asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once)
+            asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
             opened = stack.enter_context(run_directory.opened(directory, asked, key, resume))
             work = work._replace(directory=opened)
         elif resume or loggers:
@@ -120,6 +129,10 @@ def sweep(
             if part is None:  # its members are not at their end, and have no scores
                 break
             result = dataclasses.replace(result, parts=[*result.parts, part])
+            if part.schedule is not None:
+                ends = {name: x[:, -1].tolist() for name, x in part.schedule.swept.items()}
+                final = [{name: ends[name][i] for name in grid} for i in range(len(part.members))]
+                result = dataclasses.replace(result, settings=final, seeds=1)
             if work.directory:
                 processes.by_first(partial(write_tables, work.directory, result))
         if work.directory:
@@ -142,6 +155,7 @@ def asked_of(
     eval_episodes: int = 128,
     eval_deterministic: bool = True,
     at_once: int | None = None,
+    exchange: Exchange | None = None,
 ) -> dict[str, Any]:
     """What a sweep has to have in common with the one that it goes on with, as ``config.json`` has it."""
     return {
@@ -153,7 +167,21 @@ def asked_of(
         "eval_episodes": eval_episodes,
         "eval_deterministic": eval_deterministic,
         "at_once": at_once,
+        "exchange": None if exchange is None else dataclasses.asdict(exchange),
     }
+
+
+def _require_population(work: Work, groups: Sequence[Group]) -> None:
+    """What cannot be a population is refused."""
+    config, count, fields = groups[0].config, len(work.settings) * work.seeds, list(work.settings[0])
+    static = [name for name in fields if any(name not in group.traced for group in groups)]
+    if static or not fields:
+        what = f"{static[0]!r} is not one" if static else "the grid has none"
+        raise ConfigError(f"members exchange continuous hyper-parameters, and {what}")
+    if count < 2 or work.at_once not in (None, count):
+        raise ConfigError(f"a population of {count} with at_once = {work.at_once}: all train at once, two at least")
+    if config.whole_episodes:
+        raise ConfigError(f"{config.algorithm} counts whole episodes, so that members do not keep step: no exchange")
 
 
 def _require_sense(work: Work, group: Group) -> None:

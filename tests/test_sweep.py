@@ -15,6 +15,7 @@ from test_resume import Killed
 from purejaxppo import (
     Config,
     ConfigError,
+    Exchange,
     LogUniform,
     Uniform,
     fit,
@@ -44,6 +45,7 @@ class Compiled:
 
     def __call__(self, config, env, agents, swept=(), **rest):
         key = (*map(str, config.to_dict().values()), env.name, agents, swept, jax.config.jax_enable_x64)
+        key += (str(rest.get("exchange")),)
         self.asked.append(key)
         if key not in self.programs:
             self.programs[key] = compile_programs(config, env, agents, swept, **rest)
@@ -60,6 +62,11 @@ def compiled():
 
 def run(grid=GRID, config=CONFIG, **ways):
     return sweep(config, **({"seeds": SEEDS, "grid": grid, "key": 7, "env": ENV, "eval_episodes": 4} | ways))
+
+
+def population(directory):
+    """Six members that copy one another, three on each device if there are two."""
+    return run({"lr": [1e-3, 1e-2]}, directory=directory, exchange=Exchange(2, share=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,7 @@ def test_neither_do_devices(whole, tmp_path):
         fit(CONFIG, on_progress=lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT), **both)
         resumed = fit(CONFIG, resume=True, **both)
         print(resumed.plan.device, resumed.resumed_at)
+        population(sys.argv[1] + "/population")
     """)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
@@ -157,11 +165,15 @@ def test_neither_do_devices(whole, tmp_path):
     for name in ("scores", "curves"):
         tables = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
         pd.testing.assert_frame_equal(*tables, rtol=1e-4)
+    result = population(None)
     # One agent, the environments of which are on two devices there and on one here; two agents, one on each of them.
     one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, eval_every=2)
     for name, policy in (("policy", one.policy()), ("best_policy", one.best_policy())):
         saved = load_policy(tmp_path / "sweep" / "one" / name)
         assert_close((saved.params, saved.obs_moments), (policy.params, policy.obs_moments), 1e-4)
+    tables = (result.schedules, pd.read_csv(tmp_path / "sweep" / "population" / "schedules.csv"))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4)
+    assert (result.schedules["had_by"] != result.schedules["member"]).any()
     both = fit(CONFIG, seeds=2, key=7, env=ENV)
     assert_close(load_policy(tmp_path / "sweep" / "both" / "policy" / "seed_1").params, both.policy(1).params, 1e-4)
 
