@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(arguments)
         except ConfigError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
+            _abandon_others(WRONG_INPUT)
             raise SystemExit(WRONG_INPUT) from None
         except KeyboardInterrupt:
             _abandon_others(INTERRUPTED)
@@ -58,9 +59,12 @@ def _several() -> bool:
 
 
 def _abandon_others(code: int) -> None:
-    """If this is one of several processes, it ends here."""
+    """If this is one of several processes, it ends here; what is wrong for all of them they have told by then."""
     if _several():
-        print("purejaxppo: all processes end; the same commands with --resume go on", file=sys.stderr)
+        if code == WRONG_INPUT:
+            time.sleep(3)
+        else:
+            print("purejaxppo: all processes end; the same commands with --resume go on", file=sys.stderr)
         sys.modules["purejaxppo.processes"].abandon(code)
 
 

@@ -6,8 +6,7 @@ checkpoints/
     rows_00000096_00000128.npz the rows of metrics and evaluations since the checkpoint before
 
 A checkpoint without its JSON file, or with a file that is not what it says, is passed over for the one before. The
-two newest checkpoints are kept, and all rows. Of several processes each writes its part of the arrays, and the first
-one all the rest; they see the same directory.
+two newest checkpoints are kept, and all rows. Of several processes the first one writes, and all of them read.
 """
 
 import hashlib
@@ -22,8 +21,9 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from purejaxppo.files import to_disk, whole
-from purejaxppo.processes import by_first
+from purejaxppo.files import to_disk
+from purejaxppo.files import whole as write_whole
+from purejaxppo.processes import by_first, put, whole
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError, PyTree
 
@@ -51,21 +51,19 @@ class Checkpoints:
 
         What goes wrong raises whatever it is, and leaves the checkpoints that were there as they were.
         """
+        named = _named(arrays)
+        if jax.process_count() > 1:
+            named = {name: np.asarray(whole(x)) for name, x in named.items()}
+        by_first(lambda: self._write(iteration, named, rows))
+
+    def _write(self, iteration: int, named: dict[str, Any], rows: Mapping[str, Table]) -> None:
         import orbax.checkpoint as ocp
 
-        name = f"iteration_{iteration:08d}"
-        by_first(lambda: self._make_room(name))
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(_named(arrays)))
-        by_first(lambda: self._complete(name, iteration, rows))
-
-    def _make_room(self, name: str) -> None:
         self.directory.mkdir(exist_ok=True)
+        name, part = f"iteration_{iteration:08d}", f"rows_{self.last:08d}_{iteration:08d}.npz"
         self._remove(self.directory / name)  # a damaged one, which the run has gone back from
-
-    def _complete(self, name: str, iteration: int, rows: Mapping[str, Table]) -> None:
-        """Write the rows, and when all is on the disk the file without which nothing of it counts."""
-        part = f"rows_{self.last:08d}_{iteration:08d}.npz"
+        with _checkpointer() as checkpointer:
+            checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(named))
         flat = {f"{kind}/{column}": x for kind, table in rows.items() for column, x in table.items()}
         written = self.directory / f".{part}"
         with written.open("wb") as file:
@@ -77,7 +75,9 @@ class Checkpoints:
         parts = self.parts | {part: _sha256(self.directory / part)}
         of_arrays = {str(path.relative_to(self.directory)): _sha256(path) for path in files}
         manifest = {"format_version": FORMAT_VERSION, "iteration": iteration, "rows": parts, "arrays": of_arrays}
-        whole(self.directory / f"{name}.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+        write_whole(
+            self.directory / f"{name}.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n")
+        )
         self._remove_all_but({name, f"iteration_{self.last:08d}"}, set(parts))
         self.parts, self.last = parts, iteration
 
@@ -124,13 +124,17 @@ class Checkpoints:
 
         name = f"iteration_{iteration:08d}"
         parts = json.loads((self.directory / f"{name}.json").read_text())["rows"]
-        target = _named(like)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        target = named = _named(like)
+        if jax.process_count() > 1:
+            target = {key: np.zeros(x.shape, x.dtype) for key, x in named.items()}
+        with _checkpointer() as checkpointer:
             stored = dict(checkpointer.metadata(self.directory.resolve() / name).item_metadata)
             kinds = [{key: (tuple(x.shape), np.dtype(x.dtype)) for key, x in tree.items()} for tree in (stored, target)]
             if kinds[0] != kinds[1]:
                 raise ConfigError(f"{self.directory / name} was not written by this configuration: its arrays differ")
             arrays = checkpointer.restore(self.directory.resolve() / name, args=ocp.args.StandardRestore(target))
+        if jax.process_count() > 1:
+            arrays = {key: put(x, named[key].sharding) for key, x in arrays.items()}
         tables: dict[str, dict[str, list[NDArray[Any]]]] = {}
         for part in parts:
             for key, x in _numbers(self.directory / part).items():
@@ -156,6 +160,17 @@ class Checkpoints:
     def _remove(path: Path) -> None:
         path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # first: without it the rest does not count
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpointer() -> Any:
+    """Orbax's; one of several processes waits for no other, since what they do together is agreed here."""
+    import orbax.checkpoint as ocp
+
+    own = jax.process_index()
+    alone = {"primary_host": own, "active_processes": {own}, "barrier_sync_key_prefix": f"process_{own}"}
+    options = ocp.options.MultiprocessingOptions(**alone if jax.process_count() > 1 else {})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 class _DamagedError(ValueError):

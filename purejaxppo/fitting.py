@@ -121,6 +121,8 @@ def fit(
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)
+    asked_here = {**asked, "key": named_key, "directory": directory is not None, "resume": resume}
+    processes.require_same(asked_here | {"checkpoint_seconds": checkpoint_seconds})
     with contextlib.ExitStack() as stack:
         keeping = None
         if directory is not None:

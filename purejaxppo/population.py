@@ -118,7 +118,7 @@ def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n
     rank = jnp.argsort(order)
     best = order[jax.random.randint(key, (count,), 0, few)]
     replaced = ((rank >= count - few) & known | ~alive) & (value[best] > value)
-    return jnp.where(replaced, best, jnp.arange(count))
+    return jnp.where(replaced, best, jnp.arange(count)).astype(jnp.int32)
 
 
 def own_metrics(swept: Mapping[str, Array], parent: Array) -> dict[str, Array]:
@@ -148,7 +148,7 @@ def make_population(
     def init(keys: PRNGKey, swept: dict[str, Array], params: PyTree = None) -> Population:
         agents = jax.vmap(lambda key, own: trainer_of(config.replace(**own)).init(key, params))(keys, swept)
         count = len(keys)
-        number = jnp.arange(count) + (0 if axis is None else jax.lax.axis_index(axis) * count)
+        number = jnp.arange(count, dtype=jnp.int32) + (0 if axis is None else jax.lax.axis_index(axis) * count)
         key = jax.random.fold_in(of_all(keys)[0], KEY)
         zeros = jnp.zeros(count)
         return Population(agents, swept, zeros, zeros.astype(jnp.int32), number, jnp.broadcast_to(key, (count,)))

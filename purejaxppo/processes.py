@@ -5,22 +5,22 @@ here, so that all take the same way; files are written, and found, by the first 
 does anything.
 """
 
-import contextlib
+import functools
 import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from numpy.typing import NDArray
 
 from purejaxppo.types import ConfigError, PyTree
 
 HEARTBEAT_SECONDS = 20  # after which a process that is not heard of any more ends all of them
-SHUTDOWN_SECONDS = 30  # that a process waits for the others when it ends
 
 T = TypeVar("T")
 
@@ -30,11 +30,12 @@ def connect(coordinator: str = "auto", num_processes: int | None = None, process
 
     ``coordinator`` is the address and port of the first process, of which each one's ``process_index`` in 0 …
     ``num_processes`` − 1 tells whether it is it; with ``auto`` all three are found where JAX finds them: Slurm, Open
-    MPI, MPI with mpi4py, Kubernetes, TPU pods. When a process dies, the others end with an error within a minute: a
-    `ConnectionError`, or by JAX, which ends those that wait for the first process.
+    MPI, MPI with mpi4py, Kubernetes, TPU pods. When a process dies, the others end with an error within a minute: with
+    a `ConnectionError`, mostly, or ended by JAX, as when the first one is gone.
 
-    This is `jax.distributed.initialize`, which may be called instead, with shorter limits; and SIGTERM stays what it is
-    for `fit` and `sweep`: the end after the next checkpoint.
+    This is `jax.distributed.initialize`, which may be called instead, and three things more: who is dead is known
+    sooner, a process that ends with an exception does not wait for the others, and SIGTERM stays what it is for `fit`
+    and `sweep`, the end after the next checkpoint.
     """
     given: dict[str, Any] = {"num_processes": num_processes, "process_id": process_index}
     if coordinator == "auto":
@@ -52,16 +53,21 @@ def connect(coordinator: str = "auto", num_processes: int | None = None, process
         given["coordinator_address"] = coordinator
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
-        )
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes were not connected: {str(error).splitlines()[0]}") from None
+    show = sys.excepthook
+
+    def end(*error: Any) -> None:
+        show(*error)
+        abandon(1)
+
+    sys.excepthook = end
 
 
 def connected() -> bool:
     """Whether this is one of several processes."""
-    return jax.distributed.is_initialized()
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
@@ -73,14 +79,18 @@ def everyones(value: Any) -> list[Any]:
     """What each process gives, which JSON can hold; all have to call it."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental.multihost_utils import process_allgather
-
     text = json.dumps(value).encode()
-    with _reaching_others():
-        longest = process_allgather(np.int32(len(text))).max()
-        padded = np.full(-(-longest // 256) * 256, ord(" "), np.uint8)
-        padded[: len(text)] = np.frombuffer(text, np.uint8)
-        return [json.loads(x.tobytes()) for x in process_allgather(padded)]
+    longest = int(_from_each(np.array([len(text)], np.int32)).max())
+    padded = text.ljust(-(-longest // 256) * 256)  # few sizes, each of which is compiled
+    return [json.loads(x.tobytes()) for x in _from_each(np.frombuffer(padded, np.uint8))]
+
+
+def _from_each(row: NDArray[Any]) -> NDArray[Any]:
+    """[processes, n] of a row [n] of each."""
+    one_of = {device.process_index: device for device in reversed(jax.devices())}  # its first
+    mesh = Mesh(np.array([one_of[i] for i in range(jax.process_count())]), ("processes",))
+    own, where = jax.device_put(row[None], one_of[jax.process_index()]), NamedSharding(mesh, PartitionSpec("processes"))
+    return np.asarray(whole(jax.make_array_from_single_device_arrays((mesh.size, *row.shape), where, [own])))
 
 
 def agreed(value: T) -> T:
@@ -99,12 +109,24 @@ def by_first(action: Callable[[], T]) -> T:
             value = action()
         except Exception as error:
             failed = error
-    value, told = agreed((value, None if failed is None else str(failed)))
+    wrong = None if failed is None else (isinstance(failed, ConfigError), str(failed))
+    value, wrong = agreed((value, wrong))
     if failed is not None:
         raise failed
-    if told is not None:
-        raise ConfigError(told)
+    if wrong is not None:
+        raise ConfigError(wrong[1]) if wrong[0] else OSError(f"in the first process: {wrong[1]}")
     return value
+
+
+def require_same(given: dict[str, Any]) -> None:
+    """Raise `ConfigError` where a process was given something else than the first one."""
+    pairs = (pair for name, x in given.items() for pair in (x.items() if isinstance(x, dict) else [(name, x)]))
+    given = json.loads(json.dumps(dict(pairs)))
+    for process, other in enumerate(everyones(given)):
+        differing = [name for name in given if other.get(name) != given[name]]
+        if differing:
+            own = f"{differing[0]} = {given[differing[0]]!r} in process {jax.process_index()}"
+            raise ConfigError(f"all processes of a run need the same: {own}, {other.get(differing[0])!r} in {process}")
 
 
 def on_this_machine() -> int:
@@ -119,6 +141,7 @@ def put(tree: PyTree, where: Sharding | None) -> PyTree:
         return jax.device_put(tree, where)
 
     def one(x: Any) -> Any:
+        x = x if hasattr(x, "dtype") else np.asarray(x)
         if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         x = np.asarray(jax.numpy.asarray(x))
@@ -134,20 +157,18 @@ def whole(tree: PyTree) -> PyTree:
     if not far:
         return tree
     assert isinstance(far[0], NamedSharding)
-    everywhere = NamedSharding(far[0].mesh, PartitionSpec())
-    with _reaching_others():
-        gathered = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=everywhere)(tree))
+    try:
+        gathered = jax.block_until_ready(_everywhere(NamedSharding(far[0].mesh, PartitionSpec()))(tree))
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either where another process is gone
+        told = "the processes of this run do not work together any more, one may have ended"
+        raise ConnectionError(f"{told}: {str(error).splitlines()[0]}") from error
     return jax.tree.map(lambda x: x.addressable_data(0), gathered)
 
 
-@contextlib.contextmanager
-def _reaching_others() -> Iterator[None]:
-    """What JAX raises where another process has ended, whatever its type is, is a `ConnectionError`."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        told = "the processes of this run do not work together any more, one may have ended"
-        raise ConnectionError(f"{told}: {str(error).splitlines()[0]}") from error
+@functools.cache
+def _everywhere(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+    """The identity, compiled once for each kind of tree."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def abandon(code: int) -> NoReturn:

@@ -121,6 +121,7 @@ def compile_programs(
     )
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
+    agreed(None)  # all are ready: to begin with, the devices wait half a minute for one another
     seconds, run = time.perf_counter() - started, partial(compiled, frozen)
     memory = memory_of(compiled)
     return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)

@@ -133,6 +133,7 @@ def run_session(
             if keeping and (stop or wishes[0][1] > keeping.seconds):
                 _save(keeping.checkpoints, chunk.done, (state, best), rows)
                 saved_at = time.perf_counter()
+                stop = any(processes.everyones(interrupted()))  # while it was saved, perhaps
             if stop:
                 break
     metrics = rows.joined("metrics")

@@ -117,13 +117,16 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
         made_of = work.made_of | {"devices": devices, "exchange": work.exchange}
         programs = compile_programs(group.config, env, size, group.traced, **made_of)
         if not work.eval_episodes:
-            return programs, None, programs.memory_bytes
+            return programs, None, max(processes.everyones(programs.memory_bytes))
         inputs = work.inputs(group, _filled(work.members_of(group)[:size], size))
         keys, swept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         play = make_evaluate(programs, work.eval_episodes, work.eval_deterministic)
         evaluate = play.lower(swept, programs.shapes, keys).compile()
-        return programs, evaluate, max(programs.memory_bytes, memory_of(evaluate))
+        needed = max(programs.memory_bytes, memory_of(evaluate))
+        return programs, evaluate, max(processes.everyones(needed))
 
+    if known and known % least:
+        raise ConfigError(f"the sweep was begun with {known} members at once, which {least} processes cannot divide")
     limit = work.memory_limit or min(processes.everyones(int(MEMORY_SHARE * _free_memory())))
     size = known or (count if work.exchange else _even(count, work.at_once, len(devices), least))
     programs, evaluate, needed = compiled(size)

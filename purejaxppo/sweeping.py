@@ -111,10 +111,12 @@ def sweep(
         _require_population(work, groups)
     for group in groups:
         _require_sense(work, group)
+    asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
+    asked_here = {**asked, "key": key, "directory": directory is not None, "resume": resume}
+    processes.require_same(asked_here | {"checkpoint_seconds": work.checkpoint_seconds})
     with contextlib.ExitStack() as stack:
         if directory is not None:
             checked_names(loggers, Path(directory), len(settings) * seeds)
-            asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
             opened = stack.enter_context(run_directory.opened(directory, asked, key, resume))
             work = work._replace(directory=opened)
         elif resume or loggers:

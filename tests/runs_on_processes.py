@@ -7,7 +7,9 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from small_envs import counter, linear_model
 
-from purejaxppo import Config, ConfigError, fit, processes, programs, sweep
+from purejaxppo import Config, ConfigError, Exchange, checkpoint, fit, fitting, processes, programs, sweep
 from purejaxppo.networks import feed_forward
 
 CONFIG = Config(
@@ -32,6 +34,14 @@ SMALL = CONFIG.replace(num_envs=4, num_shards=1, num_minibatches=1)
 init, _, _, unroll = linear_model()  # compiles in a fraction of the MLP's time, whose way with rows it gets
 MODEL = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
 HOW = {"env": counter(), "model": MODEL, "key": 3}
+compiled: dict[str, programs.Programs] = {}
+
+
+def once(config, env, agents, **rest):
+    """Compiled once for all runs of one agent."""
+    if "one" not in compiled:
+        compiled["one"] = programs.compile_programs(config, env, agents, **rest)
+    return compiled["one"]
 
 
 def of_run(run):
@@ -53,7 +63,23 @@ def train(directory, ends=None, **more):
             os.kill(os.getpid(), ends[0])
 
     how = {"directory": directory, "eval_every": 3, "eval_episodes": 4}
-    return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
+    with mock.patch.object(fitting, "compile_programs", once):
+        return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
+
+
+def full_disk(directory):
+    """The first two checkpoints cannot be written."""
+    write, calls = checkpoint.Checkpoints._write, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise OSError("no space left")
+        return write(*arguments)
+
+    with mock.patch.object(checkpoint.Checkpoints, "_write", fails), warnings.catch_warnings(record=True) as told:
+        outcome = train(directory / "full", checkpoint_seconds=0)
+    return outcome | {"told": [str(x.message) for x in told if "checkpoint" in str(x.message)], "calls": len(calls)}
 
 
 def sweeping(directory):
@@ -61,6 +87,15 @@ def sweeping(directory):
     result = sweep(SMALL, 3, {"lr": [1e-3, 3e-3]}, directory=directory / "sweep", eval_episodes=4, at_once=4, **HOW)
     tables = [table.to_numpy(float) for table in (result.scores, result.curves)]
     return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables, "parts": len(result.parts)}
+
+
+def population(directory):
+    """Eight members that copy one another, two on each device."""
+    how = {"directory": directory / "population", "eval_episodes": 4, "exchange": Exchange(2, share=0.5)}
+    result = sweep(SMALL, 4, {"lr": [1e-3, 3e-3]}, **how, **HOW)
+    tables = [table.to_numpy(float) for table in (result.scores, result.schedules)]
+    assert (result.schedules["had_by"] != result.schedules["member"]).any()
+    return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables}
 
 
 def refused(directory):
@@ -71,6 +106,7 @@ def refused(directory):
         lambda: fit(CONFIG.replace(num_shards=1), **HOW, directory=taken),
         lambda: fit(CONFIG, seeds=3, **HOW, directory=taken),
         lambda: sweep(SMALL, 2, at_once=1, directory=taken, **HOW),
+        lambda: fit(CONFIG.replace(lr=1e-3 * (1 + jax.process_index())), **HOW, directory=taken),
     ]
     said = []
     for ask in asked:
@@ -84,7 +120,9 @@ def refused(directory):
 RUNS = {
     "whole": lambda directory: train(directory / "whole"),
     "sweep": sweeping,
+    "population": population,
     "refused": refused,
+    "full": full_disk,
     "stopped": lambda directory: train(directory / "run", (signal.SIGTERM, 2)),
     "killed": lambda directory: train(directory / "run", (signal.SIGKILL, 6), resume=True, checkpoint_seconds=0),
     "resumed": lambda directory: train(directory / "run", resume=True),

@@ -25,31 +25,36 @@ def start(directory, count, *runs):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, SCRIPT, directory]
-    return [
-        subprocess.Popen([*command, str(index), str(count), str(port), *runs], env=environment, stderr=subprocess.PIPE)
-        for index in range(count)
-    ]
+    command, started = [sys.executable, SCRIPT, directory], []
+    for index in range(count):
+        with (directory / f"told_{index}").open("w") as told:
+            numbers = map(str, (index, count, port))
+            started.append(subprocess.Popen([*command, *numbers, *runs], env=environment, stdout=told, stderr=told))
+    return started
 
 
-def ends(started):
-    """The exit code of each, and what it wrote to stderr."""
-    told = [process.communicate(timeout=300)[1].decode() for process in started]
-    return [process.returncode for process in started], told
+def ends(directory, started):
+    """The exit code of each, and what it wrote."""
+    try:
+        codes = [process.wait(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return codes, [(directory / f"told_{index}").read_text() for index in range(len(started))]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{(processes, run): what each process got}, the directory of two, and how the one that was left alone ended."""
     root = tmp_path_factory.mktemp("runs")
-    two = start(root / "two", 2, "whole", "sweep", "refused", "stopped", "killed")
-    two[1].wait(timeout=300)
+    two = start(root / "two", 2, "whole", "sweep", "population", "refused", "full", "stopped", "killed")
+    two[1].wait(timeout=400)
     died = time.monotonic()
-    (survivor, killed), told = ends(two)
+    (survivor, killed), told = ends(root / "two", two)
     left = {"codes": (survivor, killed), "told": told[0], "seconds": time.monotonic() - died}
-    again, one = start(root / "two", 2, "resumed"), start(root / "one", 1, "whole", "sweep")
-    for started in (again, one):
-        codes, told = ends(started)
+    again, one = start(root / "two", 2, "resumed"), start(root / "one", 1, "whole", "sweep", "population")
+    for directory, started in ((root / "two", again), (root / "one", one)):
+        codes, told = ends(directory, started)
         assert not any(codes), told[0][-3000:]
     found = {}
     for path in root.glob("*/*.pkl"):
@@ -58,7 +63,8 @@ def runs(tmp_path_factory):
     return found, root / "two", left
 
 
-@pytest.mark.parametrize("name", ["whole", "sweep"])
+@pytest.mark.learning
+@pytest.mark.parametrize("name", ["whole", "sweep", "population"])
 def test_two_processes_have_the_numbers_of_one(runs, name):
     found, _, _ = runs
     one = found["one", name, 0]
@@ -71,6 +77,7 @@ def test_two_processes_have_the_numbers_of_one(runs, name):
     assert any(np.nanmax(np.abs(x)) > 0 for x in one["tables"])
 
 
+@pytest.mark.learning
 def test_they_use_the_devices_of_both(runs):
     found, _, _ = runs
     assert found["two", "whole", 1]["device"] == "4 × cpu in 2 processes"
@@ -78,12 +85,14 @@ def test_they_use_the_devices_of_both(runs):
     assert found["two", "sweep", 0]["parts"] == found["one", "sweep", 0]["parts"] == 2
 
 
+@pytest.mark.learning
 def test_a_signal_to_one_stops_both_after_a_checkpoint(runs):
     found, _, _ = runs
     assert [found["two", "stopped", index]["interrupted"] for index in range(2)] == [True, True]
     assert len({len(found["two", "stopped", index]["tables"][0][0]) for index in range(2)}) == 1
 
 
+@pytest.mark.learning
 def test_when_one_dies_the_other_ends_with_an_error(runs):
     _, _, left = runs
     assert left["codes"][1] == -signal.SIGKILL and left["codes"][0] not in (0, -signal.SIGKILL)
@@ -91,6 +100,7 @@ def test_when_one_dies_the_other_ends_with_an_error(runs):
     assert "ConnectionError: the processes of this run do not work together any more" in left["told"]
 
 
+@pytest.mark.learning
 def test_what_was_stopped_and_killed_goes_on_to_the_same_bits(runs):
     found, directory, _ = runs
     for index in range(2):
@@ -103,16 +113,29 @@ def test_what_was_stopped_and_killed_goes_on_to_the_same_bits(runs):
         assert (directory / "run" / name).read_bytes() == (directory / "whole" / name).read_bytes()
 
 
+@pytest.mark.learning
 def test_what_is_refused_is_refused_by_both(runs):
     found, directory, _ = runs
     for index in range(2):
         refused = found["two", "refused", index]
-        exists, shards, seeds, at_once = refused["said"]
+        exists, shards, seeds, at_once, different = refused["said"]
         assert "exists already" in exists and str(directory / "whole") in exists
         assert shards == "num_shards = 1 cannot be divided among 2 processes: take a multiple of 2"
         assert seeds == "seeds = 3 cannot be divided among 2 processes: take a multiple of 2"
         assert at_once == "at_once = 1: each of the 2 processes needs a member"
+        assert different.startswith("all processes of a run need the same: lr = ")
         assert not refused["taken"]
+
+
+@pytest.mark.learning
+def test_a_full_disk_is_told_by_both_and_they_go_on(runs):
+    found, _, _ = runs
+    for index in range(2):
+        full, whole = found["two", "full", index], found["two", "whole", index]
+        assert len(full["told"]) == 2 and all("no space left" in text for text in full["told"])
+        assert full["calls"] == (9 if index == 0 else 0)  # the first process writes
+        for a, b in zip(full["tables"], whole["tables"], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 # ---------------------------------------------------------------------------------------- the parts
