@@ -1,6 +1,5 @@
 """`fit`: a training run as a person meets it, with progress, checkpoints and a run directory around `make_trainer`."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -121,21 +120,11 @@ def fit(
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)
-    asked_here = {**asked, "key": named_key, "directory": directory is not None, "resume": resume}
-    processes.require_same(asked_here | {"checkpoint_seconds": checkpoint_seconds})
-    with contextlib.ExitStack() as stack:
+    with run_directory.opened(directory, asked, named_key, resume) as home:
         keeping = None
-        if directory is not None:
-            directory = stack.enter_context(run_directory.opened(directory, asked, named_key, resume))
-            names = [f"seed_{seed}" for seed in range(seeds)]
-            keeping = Keeping(
-                Checkpoints(directory / "checkpoints"),
-                checkpoint_seconds,
-                resume,
-                partial(open_loggers, loggers, directory, names, asked),
-            )
-        elif resume:
-            raise ConfigError("resume needs the directory of the run that is to go on")
+        if home is not None:
+            log = partial(open_loggers, loggers, home, [f"seed_{seed}" for seed in range(seeds)], asked)
+            keeping = Keeping(Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, log)
         programs = compile_programs(config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen)
         plan = Plan(config, seeds, device_name(programs), programs.memory_bytes, programs.compile_seconds)
         if on_start:
@@ -156,8 +145,8 @@ def fit(
             ended.evaluations,
             ended.resumed_at,
         )
-        if directory is not None:
-            processes.by_first(lambda: run_directory.write(Path(directory), run))
+        if home is not None:
+            processes.by_first(partial(run_directory.write, home, run))
     return run
 
 

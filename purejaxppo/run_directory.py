@@ -34,12 +34,19 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def opened(directory: str | os.PathLike, asked: dict[str, Any], key: Any, resume: bool) -> Iterator[Path]:
-    """The directory of a run, which no other run may use meanwhile: a new one, or one to go on with.
+def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any, resume: bool) -> Iterator[Path | None]:
+    """The directory of a run, which no other run may use meanwhile: a new one, or one to go on with; None without one.
 
     A mistake shows before hours of training: a directory that exists and is not to be resumed, a run that has ended,
-    one of which something else was asked, one that not all processes of the run can see.
+    one of which something else was asked, one that not all processes of the run can see, or another one of whose
+    processes was asked for something else.
     """
+    processes.require_same({**asked, "key": key, "resume": resume, "directory": directory is not None})
+    if directory is None:
+        if resume:
+            raise ConfigError("resume needs the directory of what is to go on")
+        yield None
+        return
     directory = Path(directory)
     described = {**asked, "key": key}
     with contextlib.ExitStack() as stack:

@@ -128,9 +128,10 @@ def run_session(
                 rows.add("evaluation", table)
             if on_progress:
                 on_progress(_progress(chunk, counted))
-            wishes = processes.everyones((interrupted(), time.perf_counter() - saved_at))
+            due = keeping is not None and time.perf_counter() - saved_at > keeping.seconds
+            wishes = processes.everyones((interrupted(), due))
             stop = any(pressed for pressed, _ in wishes)
-            if keeping and (stop or wishes[0][1] > keeping.seconds):
+            if keeping and (stop or wishes[0][1]):
                 _save(keeping.checkpoints, chunk.done, (state, best), rows)
                 saved_at = time.perf_counter()
                 stop = any(processes.everyones(interrupted()))  # while it was saved, perhaps

@@ -1,6 +1,5 @@
 """`sweep`: every combination of hyper-parameters and seeds, in as few compilations as can be."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -112,15 +111,9 @@ def sweep(
     for group in groups:
         _require_sense(work, group)
     asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
-    asked_here = {**asked, "key": key, "directory": directory is not None, "resume": resume}
-    processes.require_same(asked_here | {"checkpoint_seconds": work.checkpoint_seconds})
-    with contextlib.ExitStack() as stack:
-        if directory is not None:
-            checked_names(loggers, Path(directory), len(settings) * seeds)
-            opened = stack.enter_context(run_directory.opened(directory, asked, key, resume))
-            work = work._replace(directory=opened)
-        elif resume or loggers:
-            raise ConfigError("resume and loggers need the directory of the sweep")
+    checked_names(loggers, None if directory is None else Path(directory), len(settings) * seeds)
+    with run_directory.opened(directory, asked, key, resume) as home:
+        work = work._replace(directory=home)
         if on_plan:
             steps = sum(group.config.actual_timesteps * len(group.settings) * seeds for group in groups)
             on_plan(SweepPlan(len(settings) * seeds, settings, seeds, len(groups), steps))
@@ -135,10 +128,10 @@ def sweep(
                 ends = {name: x[:, -1].tolist() for name, x in part.schedule.swept.items()}
                 final = [{name: ends[name][i] for name in grid} for i in range(len(part.members))]
                 result = dataclasses.replace(result, settings=final, seeds=1)
-            if work.directory:
-                processes.by_first(partial(write_tables, work.directory, result))
-        if work.directory:
-            processes.by_first(partial(_write_end, work.directory, result))
+            if home is not None:
+                processes.by_first(partial(write_tables, home, result))
+        if home is not None:
+            processes.by_first(partial(_write_end, home, result))
     return result
 
 

@@ -368,7 +368,7 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         ({"seeds": 0}, "seeds = 0"),
         ({"at_once": 0}, "at_once = 0"),
         ({"memory_limit": -1}, "memory_limit = -1"),
-        ({"resume": True}, "resume and loggers need the directory"),
+        ({"resume": True}, "resume needs the directory of what is to go on"),
     ],
 )
 def test_wrong_input_is_one_sentence_before_anything_is_compiled(ways, said, compiled, tmp_path):
