@@ -162,4 +162,4 @@ def asked_of(
 def _evaluation(every: int, episodes: int, deterministic: bool) -> Evaluation | None:
     if integer("eval_every", every, 0) == 0:
         return None
-    return Evaluation(every, integer("eval_episodes", episodes, 1), deterministic)
+    return Evaluation(every, integer("eval_episodes", episodes, 1), bool(deterministic))

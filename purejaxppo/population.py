@@ -28,10 +28,10 @@ class Exchange:
     """When and how agents copy one another.
 
     Every ``every`` iterations each of the worst ``share`` of the agents takes the whole state of one of the best
-    ``share``, drawn at random, but for its random key, and its hyper-parameters, each times one of ``factors``, as
-    likely, and kept within the bounds of the grid. Agents are ordered by the mean return of the episodes that finished
-    since the last exchange; one that has none is left alone, and one that diverged (parameters, loss or gradient are
-    not finite) is always among the worst.
+    ``share``, drawn at random, with a random key of its own, and its hyper-parameters, each times one of ``factors``,
+    as likely, and kept within the bounds of the grid. Agents are ordered by the mean return of the episodes that
+    finished since the last exchange, so ``every`` should be longer than those; an agent that has none is left alone,
+    and one that diverged (parameters, losses or gradient are not finite) is the worst.
     """
 
     every: int
@@ -108,16 +108,18 @@ def schedule_of(metrics: Metrics, every: int) -> Schedule:
 def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n"], share: float) -> Int[Array, "n"]:
     """Whose state each of n agents goes on with: its own number, or that of one of the best.
 
-    A score that is NaN is not known. There are max(1, ⌊share · n⌋) of the best, and of the worst.
+    A score that is NaN is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as many of
+    the worst, those that are not alive among them.
     """
     count = len(score)
     few = max(1, int(share * count))
     known = alive & jnp.isfinite(score)
     value = jnp.where(known, score, -jnp.inf)
-    order = jnp.argsort(-value)  # the best first
+    order = jnp.argsort(-value)  # the best first, and last those that are not known
     rank = jnp.argsort(order)
-    best = order[jax.random.randint(key, (count,), 0, few)]
-    replaced = ((rank >= count - few) & known | ~alive) & (value[best] > value)
+    best = order[jax.random.randint(key, (count,), 0, jnp.clip(known.sum(), 1, few))]
+    worst = known & (rank >= known.sum() - jnp.maximum(few - (~alive).sum(), 0))
+    replaced = (worst | ~alive) & (value[best] > value)
     return jnp.where(replaced, best, jnp.arange(count)).astype(jnp.int32)
 
 
@@ -163,25 +165,31 @@ def make_population(
             agents=agents, returns=state.returns + returns, episodes=state.episodes + metrics.episodes
         )
         due = exchange.at_the_end_of(config, agents.iteration[0])
-        sound = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)
+        fitted = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
+        losses = metrics.policy_loss + jnp.where(fitted, metrics.value_loss, 0)
+        sound = jnp.isfinite(losses + metrics.grad_norm)
         state, parent = jax.lax.cond(due, copy, lambda state, _: (state, state.number), state, sound)
         return state, metrics._replace(extra=metrics.extra | own_metrics(used, parent))
 
     def copy(state: Population, sound: Bool[Array, "m"]) -> tuple[Population, Int[Array, "m"]]:
         """One exchange."""
-        choice, perturbation = jax.random.split(jax.random.fold_in(state.key[0], state.iteration[0]))
+        choice, perturbation, fresh = jax.random.split(jax.random.fold_in(state.key[0], state.iteration[0]), 3)
         finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)]
         alive = jnp.stack(finite).all(axis=0) & sound
         score = state.returns / state.episodes  # 0 / 0 is NaN: not known
         parents = choose_parents(choice, of_all(score), of_all(alive), exchange.share)
         parent = parents[state.number]
-        agents = jax.tree.map(lambda x: of_all(x)[parent], state.agents)._replace(key=state.agents.key)
+        copied = parent != state.number
+        # Members of the same seed have the same key: with its own one a copy would repeat what its parent does.
+        own = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(fresh, state.number)
+        agents = jax.tree.map(lambda x: of_all(x)[parent], state.agents)
+        agents = agents._replace(key=jnp.where(copied, own, state.agents.key))
         swept = {}
         for i, (name, (low, high)) in enumerate(bounds.items()):
             key = jax.random.fold_in(perturbation, i)
             factor = jax.random.choice(key, jnp.asarray(exchange.factors), parents.shape)[state.number]
             changed = jnp.clip(of_all(state.swept[name])[parent] * factor, low, high)
-            swept[name] = jnp.where(parent == state.number, state.swept[name], changed)
+            swept[name] = jnp.where(copied, changed, state.swept[name])
         nothing = jnp.zeros_like
         state = Population(agents, swept, nothing(state.returns), nothing(state.episodes), state.number, state.key)
         return state, parent

@@ -60,7 +60,7 @@ def connect(coordinator: str = "auto", num_processes: int | None = None, process
 
     def end(*error: Any) -> None:
         show(*error)
-        abandon(1)
+        abandon(130 if issubclass(error[0], KeyboardInterrupt) else 1)
 
     sys.excepthook = end
 
@@ -122,11 +122,12 @@ def require_same(given: dict[str, Any]) -> None:
     """Raise `ConfigError` where a process was given something else than the first one."""
     pairs = (pair for name, x in given.items() for pair in (x.items() if isinstance(x, dict) else [(name, x)]))
     given = json.loads(json.dumps(dict(pairs)))
-    for process, other in enumerate(everyones(given)):
-        differing = [name for name in given if other.get(name) != given[name]]
-        if differing:
-            own = f"{differing[0]} = {given[differing[0]]!r} in process {jax.process_index()}"
-            raise ConfigError(f"all processes of a run need the same: {own}, {other.get(differing[0])!r} in {process}")
+    all_given = everyones(given)
+    names = dict.fromkeys(name for one in all_given for name in one)
+    for name in names:
+        values = [repr(one.get(name)) for one in all_given]
+        if len(set(values)) > 1:
+            raise ConfigError(f"all processes of a run need the same {name}, and they have {', '.join(values)}")
 
 
 def on_this_machine() -> int:

@@ -127,7 +127,7 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
 
     if known and known % least:
         raise ConfigError(f"the sweep was begun with {known} members at once, which {least} processes cannot divide")
-    limit = work.memory_limit or min(processes.everyones(int(MEMORY_SHARE * _free_memory())))
+    limit = min(processes.everyones(work.memory_limit or int(MEMORY_SHARE * _free_memory())))
     size = known or (count if work.exchange else _even(count, work.at_once, len(devices), least))
     programs, evaluate, needed = compiled(size)
     while needed > limit and not known and size > least and not work.exchange:

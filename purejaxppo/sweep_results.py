@@ -91,11 +91,12 @@ class SweepResult:
         """A row for each setting, the best first: interquartile mean of the scores with its 95 % bootstrap interval,
         median, mean, and how many seeds diverged. A seed that diverged is left out of these, but ranks last."""
         rows = []
-        for setting, table in tables.best(self.scores, self.fields, len(self.settings)).items():
+        fields = self._compared
+        for setting, table in tables.best(self.scores, fields, len(self.settings)).items():
             finite = table["score"].dropna().to_numpy(float)
             point, low, high = statistics.estimate(finite) if len(finite) else (np.nan,) * 3
             rows.append(
-                dict(zip(self.fields, setting, strict=True))
+                dict(zip(fields, setting, strict=True))
                 | {"interquartile_mean": point, "low": low, "high": high}
                 | {"median": np.median(finite) if len(finite) else np.nan, "mean": table["score"].mean()}
                 | {"seeds": len(table), "diverged": int(table["diverged_at"].notna().sum())}
@@ -107,7 +108,7 @@ class SweepResult:
         """The configuration with the highest interquartile mean of the scores; a seed that diverged counts as −∞."""
         if not self.parts:
             raise ConfigError("no member was trained to its end: the sweep was interrupted before")
-        (rows,) = tables.best(self.scores, self.fields, 1).values()
+        (rows,) = tables.best(self.scores, self._compared, 1).values()
         return self.config_of(int(rows["member"].iloc[0]))
 
     def config_of(self, member: int) -> Config:
@@ -137,7 +138,9 @@ class SweepResult:
         """
         found = [part.schedule for part in self.parts if part.schedule is not None]
         if not found:
-            raise ConfigError("the members exchanged nothing: sweep(..., exchange=Exchange(every=iterations))")
+            raise ConfigError(
+                "this is no population that was trained to its end: sweep(..., exchange=Exchange(every=…))"
+            )
         fields = {name: x.astype(float) for name, x in found[0].swept.items()}
         timesteps = found[0].timesteps.astype(int)
         ways = [found[0]._replace(swept=fields, timesteps=timesteps).of(member) for member in range(len(self.settings))]
@@ -165,6 +168,12 @@ class SweepResult:
                 figures[f"heat_map_{x}_{y}"] = sweep_plots.heat_map(self.scores, x, y)
         return figures
 
+    @property
+    def _compared(self) -> list[str]:
+        """What tells apart what is compared: settings, or the members of a population."""
+        population = bool(self.parts) and self.parts[0].schedule is not None
+        return ["member", *self.fields] if population else self.fields
+
     def _named(self, member: int) -> dict[str, Any]:
         return {"member": int(member), **self.settings[member // self.seeds], "seed": int(member % self.seeds)}
 
@@ -174,10 +183,10 @@ class SweepResult:
         return member
 
     def _scores_of(self, setting: Setting) -> NDArray[np.floating]:
-        for index, known in enumerate(self.settings):
-            if known == dict(setting):
-                rows = self.scores["member"] // self.seeds == index
-                return self.scores.loc[rows, "score"].fillna(-np.inf).to_numpy(float)
+        found = [index for index, known in enumerate(self.settings) if known == dict(setting)]
+        if found:
+            rows = (self.scores["member"] // self.seeds).isin(found)
+            return self.scores.loc[rows, "score"].fillna(-np.inf).to_numpy(float)
         raise ConfigError(f"{setting!r} is not a setting of this sweep; one is {self.settings[0]!r}")
 
 

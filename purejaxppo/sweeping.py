@@ -78,7 +78,7 @@ def sweep(
     where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
 
     With an ``exchange`` the members are one population that trains at once, and copy one another (`Exchange`). In the
-    result each is a setting of its own, that of its end; `SweepResult.schedule` is the way there.
+    result each is a setting of its own, that of its end; `SweepResult.schedules` is the way there.
 
     Processes that `connect` joins call it with the same arguments, and get the same result.
     """
@@ -103,11 +103,11 @@ def sweep(
         resume,
         seconds_of("checkpoint_seconds", checkpoint_seconds),
         loggers,
-        None if exchange is None else (exchange, bounds_of(grid)),
+        None,
     )
     groups = groups_of(config, settings)
     if exchange is not None:
-        _require_population(work, groups)
+        work = work._replace(exchange=_population(exchange, grid, work, groups))
     for group in groups:
         _require_sense(work, group)
     asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
@@ -160,23 +160,39 @@ def asked_of(
         "samples": samples,
         "seeds": seeds,
         "eval_episodes": eval_episodes,
-        "eval_deterministic": eval_deterministic,
+        "eval_deterministic": bool(eval_deterministic),
         "at_once": at_once,
         "exchange": None if exchange is None else dataclasses.asdict(exchange),
     }
 
 
-def _require_population(work: Work, groups: Sequence[Group]) -> None:
-    """What cannot be a population is refused."""
+def _population(
+    exchange: Any, grid: Mapping[str, Any], work: Work, groups: Sequence[Group]
+) -> tuple[Exchange, dict[str, tuple[float, float]]]:
+    """The exchange and the bounds of the hyper-parameters; what cannot be a population is refused."""
     config, count, fields = groups[0].config, len(work.settings) * work.seeds, list(work.settings[0])
+    if not isinstance(exchange, Exchange):
+        raise ConfigError(f"exchange = {exchange!r}: it must be an Exchange, such as Exchange(every=20)")
     static = [name for name in fields if any(name not in group.traced for group in groups)]
+    if config.objective == "adaptive_kl" and "kl_coef" in fields:
+        static.append("kl_coef")  # it is where the coefficient begins, and nothing later
     if static or not fields:
         what = f"{static[0]!r} is not one" if static else "the grid has none"
         raise ConfigError(f"members exchange continuous hyper-parameters, and {what}")
+    bounds = bounds_of(grid)
+    for end in zip(*bounds.values(), strict=True):
+        validate(config.replace(**dict(zip(bounds, end, strict=True))))
     if count < 2 or work.at_once not in (None, count):
         raise ConfigError(f"a population of {count} with at_once = {work.at_once}: all train at once, two at least")
+    if all(low == high for low, high in bounds.values()):
+        raise ConfigError("no hyper-parameter in the grid has two values, so that there is nothing to explore")
     if config.whole_episodes:
         raise ConfigError(f"{config.algorithm} counts whole episodes, so that members do not keep step: no exchange")
+    if exchange.every >= config.num_iterations:
+        raise ConfigError(f"every = {exchange.every}: there are {config.num_iterations} iterations, and no exchange")
+    if not work.eval_episodes:
+        raise ConfigError("a population is scored in fresh episodes: eval_episodes must be at least 1")
+    return exchange, bounds
 
 
 def _require_sense(work: Work, group: Group) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from purejaxppo.metrics import PARENT
 from purejaxppo.types import Metrics
 
 Table = Mapping[str, NDArray[Any]]
@@ -75,6 +76,9 @@ def averaged(table: Table) -> Table:
     last = np.arange(len(exists)), exists.shape[1] - 1 - exists[:, ::-1].argmax(axis=1)
     result = {name: np.asarray(table[name])[last][:, None] for name in ("iteration", "timesteps")}
     for name in columns(table)[len(result) :]:
+        if name == PARENT:  # a number of an agent
+            result[name] = np.asarray(table[name])[last][:, None]
+            continue
         weight = np.where(exists, table["episodes"] if name in ("episode_return", "episode_length") else 1, 0)
         x = np.asarray(table[name], float)
         weight = np.where(np.isnan(x), 0, weight)

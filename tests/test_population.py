@@ -13,7 +13,7 @@ from small_envs import counter, linear_model
 from test_resume import Killed
 from test_sweep import Compiled
 
-from purejaxppo import Config, ConfigError, Exchange, LogUniform, make_trainer, programs, sweep, sweep_parts
+from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, programs, sweep, sweep_parts
 from purejaxppo.networks import feed_forward
 from purejaxppo.population import Schedule, choose_parents, make_population
 
@@ -53,16 +53,17 @@ def test_the_worst_copy_the_best(agents, share, seed):
     score, alive = np.array([x for x, _ in agents]), np.array([y for _, y in agents])
     parent = np.asarray(choose_parents(jax.random.key(seed), jnp.asarray(score), jnp.asarray(alive), share))
     count, few = len(agents), max(1, int(share * len(agents)))
-    known = [i for i in range(count) if alive[i] and score[i] == score[i]]
-    ranked = sorted(known, key=lambda i: -score[i])
-    best = ranked[:few]
-    worst = [i for i in ranked if sum(score[j] >= score[i] for j in known) + count - len(known) > count - few]
+    known = sorted((i for i in range(count) if alive[i] and score[i] == score[i]), key=lambda i: -score[i])
+    best, slots = known[:few], max(0, few - int((~alive).sum()))
+    worst = known[len(known) - slots :]
     for i in range(count):
-        if parent[i] != i:
-            assert parent[i] in best or score[parent[i]] == score[best[-1]]
-            assert not alive[i] or (i in worst and score[parent[i]] > score[i])
-        elif not alive[i] and len(known) >= few:
-            pytest.fail("an agent that diverged goes on although there are enough that have not")
+        if not alive[i]:
+            assert (parent[i] in best) if known else parent[i] == i
+        elif i in worst and parent[i] != i:
+            assert parent[i] in best and score[parent[i]] > score[i]
+        else:
+            assert parent[i] == i
+            assert i not in worst or score[i] >= score[best[-1]]  # one of the best was no better
 
 
 def test_every_one_of_the_best_is_copied_now_and_then():
@@ -107,8 +108,8 @@ def test_an_agent_becomes_another_but_for_its_key(steps):
     same = after.agents._replace(key=()), before.agents._replace(key=())
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)[parent]), *same)
     keys = [np.asarray(jax.random.key_data(x.agents.key)) for x in (after, before)]
-    np.testing.assert_array_equal(*keys)
-    assert len(np.unique(keys[0], axis=0)) == 6
+    np.testing.assert_array_equal(keys[0][~copied], keys[1][~copied])
+    assert len(np.unique(np.concatenate([keys[0], keys[1][copied]]), axis=0)) == 6 + copied.sum()
     assert not after.episodes.any() and not after.returns.any()
     for name, (low, high) in BOUNDS.items():
         old, new = np.asarray(before.swept[name]), np.asarray(after.swept[name])
@@ -141,8 +142,10 @@ def whole(tmp_path_factory):
     return run(directory=directory), directory
 
 
-def test_without_an_exchange_in_time_it_is_the_sweep():
-    plain, population = run(exchange=None), run(exchange=Exchange(8))
+def test_before_its_first_exchange_it_is_the_sweep(monkeypatch):
+    plain = run(exchange=None)
+    monkeypatch.setattr(Exchange, "at_the_end_of", lambda *_: jnp.asarray(False))
+    population = run(exchange=Exchange(7))
     pd.testing.assert_frame_equal(
         population.scores.drop(columns="seed"), plain.scores.drop(columns="seed"), rtol=1e-4, check_exact=False
     )
@@ -159,7 +162,8 @@ def test_the_result_tells_the_way_there(whole):
     ends = table[table["timesteps"] == 256].set_index("member")
     pd.testing.assert_frame_equal(ends[["lr", "ent_coef"]], result.scores.set_index("member")[["lr", "ent_coef"]])
     assert (ends["had_by"] == ends.index).all() and (table["had_by"] != table["member"]).any()
-    assert table["lr"].between(1e-4, 1e-1).all() and table["ent_coef"].between(0, 0.1).all()
+    assert table["lr"].between(0.99e-4, 1.01e-1).all() and table["ent_coef"].between(0, 0.101).all()
+    assert result.summary["member"].nunique() == len(result.summary) == 8
     best = result.scores[result.scores["score"] == result.scores["score"].max()]
     assert result.best in [result.policy(member).config for member in best["member"]]
     np.testing.assert_allclose([result.config_of(member).lr for member in best["member"]], best["lr"])
@@ -177,7 +181,7 @@ def test_killed_between_two_exchanges_it_goes_on_with_the_same_results(whole, tm
 
     def watch(now):
         calls.append(now.timesteps)
-        if len(calls) == 5:
+        if len(calls) == 6:  # the newest checkpoint is after iteration 5, between two exchanges
             raise Killed
 
     with pytest.raises(Killed):
@@ -189,6 +193,16 @@ def test_killed_between_two_exchanges_it_goes_on_with_the_same_results(whole, tm
         pd.testing.assert_frame_equal(getattr(resumed, name), getattr(result, name), check_exact=True)
     for path in directory.glob("parts/*/metrics.csv"):
         assert (tmp_path / "sweep" / path.relative_to(directory)).read_bytes() == path.read_bytes()
+
+
+def test_copies_do_not_repeat_what_their_parents_do():
+    """Three members have one key and three another; those of the worse key copy, and nothing is perturbed."""
+    grid = {"lr": [1e-3, 1e-2, 1e-1]}
+    result = run(grid=grid, samples=0, exchange=Exchange(4, share=0.5, factors=(1.0,)))
+    parents = result.schedules.query("timesteps == 128")["had_by"].tolist()
+    assert max(map(parents.count, parents)) >= 3  # two members have copied the same one
+    policies = [np.concatenate([x.ravel() for x in jax.tree.leaves(result.policy(i).params)]) for i in range(6)]
+    assert all((policies[i] != policies[j]).any() for i in range(6) for j in range(i))
 
 
 def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
@@ -209,11 +223,22 @@ def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
         ({"grid": {"lr": [1e-3], "num_envs": [2, 4]}}, "and 'num_envs' is not one"),
         ({"grid": {"lr": [1e-3]}, "seeds": 1}, "a population of 1"),
         ({"at_once": 3}, "a population of 8 with at_once = 3"),
+        ({"exchange": Exchange(8)}, "there are 8 iterations, and no exchange"),
+        ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
+        ({"grid": {"lr": [1e-3]}}, "nothing to explore"),
+        ({"grid": {"gamma": Uniform(0.0, 1.0001)}}, "gamma = 1.0001"),
+        ({"grid": {"lr": [1e-3, 1e-2], "early_stop_kl": [None, 0.1]}}, "'early_stop_kl' is not one"),
     ],
 )
 def test_what_is_no_population_is_refused(ways, said):
     with pytest.raises(ConfigError, match=said):
         run(**ways)
+
+
+def test_a_coefficient_that_adapts_is_refused():
+    config = CONFIG.replace(objective="adaptive_kl")
+    with pytest.raises(ConfigError, match="'kl_coef' is not one"):
+        sweep(config, 4, {"kl_coef": [0.1, 1.0]}, env=ENV, model=MODEL, exchange=Exchange(2))
 
 
 def test_whole_episodes_are_refused():

@@ -123,7 +123,7 @@ def test_what_is_refused_is_refused_by_both(runs):
         assert shards == "num_shards = 1 cannot be divided among 2 processes: take a multiple of 2"
         assert seeds == "seeds = 3 cannot be divided among 2 processes: take a multiple of 2"
         assert at_once == "at_once = 1: each of the 2 processes needs a member"
-        assert different.startswith("all processes of a run need the same: lr = ")
+        assert different == "all processes of a run need the same lr, and they have 0.001, 0.002"
         assert not refused["taken"]
 
 
