@@ -74,9 +74,9 @@ def reserve(directory: str | os.PathLike, described: dict[str, Any], *inside: st
         "python": platform.python_version(),
     }
     text = json.dumps(description, indent=2) + "\n"
-    if directory.exists():
-        raise ConfigError(f"{directory} exists already, and a run never overwrites: choose another directory")
     try:
+        if directory.exists():
+            raise ConfigError(f"{directory} exists already, and a run never overwrites: choose another directory")
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         temporary.chmod(0o755)

@@ -398,6 +398,14 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
         (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = 'soon'"),
         (["--grid", "lr=1e-3", "--memory-limit", "much"], "memory_limit = 'much'"),
         (["--grid", "lr=1e-3", "--log", "tensorbord"], "did you mean 'tensorboard'?"),
+        (["--grid", "lr=1e-3", "--exchange-every", 2], "nothing to explore"),
+        (["--grid", "lr=1e-3,1e-2", "--exchange-every", -1], "exchange_every = -1"),
+        (["--grid", "lr=1e-3", "--num-processes", 2], "need the address of the first process"),
+        (["--grid", "lr=1e-3", "--coordinator", "here:1"], "how many there are, and which of them"),
+        (
+            ["--grid", "lr=1e-3", "--coordinator", "here", "--num-processes", 2, "--process-index", 0],
+            "coordinator = 'here': it must be HOST:PORT, or auto",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_one_sentence(arguments, said, refused, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def steps():
 
     (begin, with_exchange), (_, without) = stepping(2), stepping(1000)
     swept = {"lr": jnp.geomspace(1e-4, 1e-1, 6), "ent_coef": jnp.linspace(0, 0.1, 6)}
-    state, first = with_exchange(begin(jax.random.split(jax.random.key(1), 6), swept))
+    state, first = with_exchange(jax.jit(begin)(jax.random.split(jax.random.key(1), 6), swept))
     return state, first, with_exchange(state), without(state)
 
 

@@ -20,6 +20,7 @@ from small_envs import counter
 from purejaxppo import Config, ConfigError, fit, fitting, load_policy, programs, session, sweep
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.files import locked
+from purejaxppo.run_directory import reserve
 
 CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96, hidden_sizes=(4,))
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
@@ -296,6 +297,21 @@ def test_what_is_not_a_run_or_is_at_its_end_is_refused(through, tmp_path):
     assert "is not a run that could go on" in sentence(tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
     assert "needs the directory" in sentence(None)
+
+
+def test_a_read_only_directory_is_told(tmp_path):
+    """Root may write everywhere, so that for it somebody else tries."""
+    tmp_path.chmod(0o500)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match=r"cannot make the run directory .*: Permission denied"):
+            reserve(tmp_path / "run", {})
+    finally:
+        if is_root:
+            os.seteuid(0)
+        tmp_path.chmod(0o700)
 
 
 def test_two_processes_on_one_directory(copy):
