@@ -109,7 +109,8 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
     if isinstance(check, tuple):
         doc = f"{doc}: {', '.join(check)}"
     number = default is None or type(default) in (int, float)
-    of_number = "FLOAT" if default is None else type(default).__name__.upper()
+    of_none = "INT" if check is None else "FLOAT"  # of the options that are not in `Config` all these are counts
+    of_number = of_none if default is None else type(default).__name__.upper()
     metavar = "TEXT" if name == "coordinator" else of_number if number else None
     kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
     default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
