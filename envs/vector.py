@@ -1,87 +1,123 @@
 """B environments at once, with one auto-reset for every suite."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from purejaxppo.types import Box, Env, EpisodeSums, PRNGKey, PyTree, Step, VectorEnv, VectorState
 
-SMALLEST_POOL = 64
+SHARE_AT_ONCE = 32  # one environment in 32 ends at a typical step of CartPole: then one pass serves all that ended
 
 
-def vectorize(env: Env, num_envs: int) -> VectorEnv:
+def vectorize(env: Env, num_envs: int, at_once: int | None = None) -> VectorEnv:
     """``num_envs`` copies of ``env`` that start again by themselves.
 
-    Fresh starts come from a pool that ``refill`` draws once per rollout, because resetting every environment at every
-    step only to throw nearly all of it away costs more than the steps themselves. A step offers its environments
-    ``num_envs`` consecutive rows of the pool, and the next step's rows begin as many further on as episodes ended: so
-    environments that finish together start differently, and one that finishes twice starts differently again. The
-    `Step` that comes back is from before the reset: its ``obs`` is the final observation of an episode that ended.
+    Every step has a fresh random key for each environment, and an episode that begins after the step begins at
+    ``env.reset`` of that key. Starts are therefore independent draws, whatever the lengths of the episodes are and in
+    whatever order they end. Drawing the starts of all environments at every step would give the same episodes, but
+    nearly all draws would be thrown away, so only the environments that ended draw, ``at_once`` of them at a time
+    (`restart`).
+
+    The `Step` that comes back is from before the reset: its ``obs`` is the final observation of an episode that ended.
     """
-    B, pool_size = num_envs, max(num_envs, SMALLEST_POOL)
+    B = num_envs
+    at_once = max(1, B // SHARE_AT_ONCE) if at_once is None else at_once
 
     def reset(key: PRNGKey) -> VectorState:
-        pool = fresh_starts(env, key, pool_size)  # a rollout draws another one before any of it is used again
-        states, obs = jax.tree.map(lambda x: x[:B], pool)
+        states, obs = fresh_starts(env, key, B)
         return VectorState(
             env=states,
             obs=obs,
             reset=jnp.ones(B, bool),
-            pool=pool,
-            pool_row=jnp.zeros((), jnp.int32),
             episode_return=jnp.zeros(B, jnp.result_type(float)),
             episode_length=jnp.zeros(B, jnp.int32),
             finished=_nothing_finished(),
         )
 
-    def refill(key: PRNGKey, state: VectorState) -> VectorState:
-        return state._replace(pool=fresh_starts(env, key, pool_size), finished=_nothing_finished())
+    def begin_rollout(state: VectorState) -> VectorState:
+        return state._replace(finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
-        out = jax.vmap(env.step)(jax.random.split(key, B), state.env, action)
-        reward = jnp.asarray(out.reward, jnp.result_type(float))
-        out = out._replace(reward=reward, mask=jnp.broadcast_to(out.mask, (B,)))
-        done = out.terminated | out.truncated
+        keys = jax.random.split(key, B + 1)  # for the step of each environment, and for all restarts
+        timestep = jax.vmap(env.step)(keys[:B], state.env, action)
+        reward = jnp.asarray(timestep.reward, jnp.result_type(float))
+        timestep = timestep._replace(reward=reward, mask=jnp.broadcast_to(timestep.mask, (B,)))
+        done = timestep.terminated | timestep.truncated
+        draw = _reset_in_types_of_step(env)
+        states, obs = restart(draw, keys[B], done, (timestep.state, timestep.obs), at_once)
 
-        rows = (state.pool_row + jnp.arange(B)) % pool_size
-        starts = jax.tree.map(lambda x: x[rows], state.pool)
-        states, obs = jax.tree.map(
-            lambda new, old: jnp.where(done.reshape((B,) + (1,) * (old.ndim - 1)), new, old),
-            starts,
-            (out.state, out.obs),
-        )
-
-        ended = done.sum(dtype=jnp.int32)
-        episode_return, episode_length = state.episode_return + reward, state.episode_length + 1
+        episode_return = state.episode_return + reward
+        episode_length = state.episode_length + 1
         finished = EpisodeSums(
             returns=state.finished.returns + jnp.where(done, episode_return, 0).sum(),
             lengths=state.finished.lengths + jnp.where(done, episode_length, 0).sum(),
-            episodes=state.finished.episodes + ended,
+            episodes=state.finished.episodes + done.sum(dtype=jnp.int32),
         )
         return VectorState(
             env=states,
             obs=obs,
             reset=done,
-            pool=state.pool,
-            pool_row=(state.pool_row + ended) % pool_size,
             episode_return=jnp.where(done, 0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
             finished=finished,
-        ), out
+        ), timestep
 
-    return VectorEnv(reset, refill, step)
+    return VectorEnv(reset, begin_rollout, step)
+
+
+def restart(
+    draw: Callable[[PRNGKey], PyTree], key: PRNGKey, done: Bool[Array, "B"], current: PyTree, at_once: int
+) -> PyTree:
+    """``current`` [B, ...] with ``draw(key_b)`` in the place of every row b that is ``done``.
+
+    ``key_b`` is ``fold_in(key, b)``, so what a row gets depends on nothing but the key and its number. That is the
+    invariant on which the shortcut relies: the rows that are done are drawn ``at_once`` at a time, in a loop of as many
+    passes as it takes, and the result is the same for any ``at_once``. With ``at_once=B`` there is no loop: all rows
+    are drawn and those that are not done are dropped, which needs no communication between rows.
+    """
+    B = done.shape[0]
+
+    def draw_rows(rows: Array) -> PyTree:
+        return jax.vmap(lambda b: draw(jax.random.fold_in(key, b)))(rows)
+
+    if at_once >= B:
+        return where_rows(done, draw_rows(jnp.arange(B)), current)
+
+    def one_pass(loop: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        waiting, current = loop
+        (rows,) = jnp.nonzero(waiting, size=at_once, fill_value=B)  # row B does not exist: nothing is written there
+        current = jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(rows))
+        return waiting.at[rows].set(False, mode="drop"), current
+
+    return jax.lax.while_loop(lambda loop: loop[0].any(), one_pass, (done, current))[1]
+
+
+def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
+    """Row by row: ``condition`` is [B], the leaves of ``new`` and ``old`` are [B, ...]."""
+    return jax.tree.map(lambda n, o: jnp.where(condition.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+
+
+def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, Array]:
+    """``count`` independent initial (state, obs)."""
+    return jax.vmap(_reset_in_types_of_step(env))(jax.random.split(key, count))
+
+
+def _reset_in_types_of_step(env: Env) -> Callable[[PRNGKey], tuple[PyTree, Array]]:
+    """``env.reset`` in the types that a step has: a loop over steps needs them to be the same."""
+
+    def reset(key: PRNGKey) -> tuple[PyTree, Array]:
+        state, obs = env.reset(key)
+        dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
+        action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
+        timestep = jax.eval_shape(env.step, key, state, action)
+        types = (timestep.state, timestep.obs)
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), (state, obs), types)
+
+    return reset
 
 
 def _nothing_finished() -> EpisodeSums:
     zero = jnp.zeros((), jnp.result_type(float))
     return EpisodeSums(zero, zero, jnp.zeros((), jnp.int32))
-
-
-def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, Array]:
-    """``count`` initial (state, obs), in the types that a step has: a loop over steps needs them to be the same."""
-    states, obs = jax.vmap(env.reset)(jax.random.split(key, count))
-    state = jax.tree.map(lambda x: x[0], states)
-    dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
-    action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
-    out = jax.eval_shape(env.step, key, state, action)
-    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), (states, obs), (out.state, out.obs))

@@ -27,7 +27,7 @@ from purejaxppo.processes import by_first, put, whole
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError, PyTree
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had a pool of fresh starts in the environments' state
 
 
 class Saved(NamedTuple):
@@ -108,7 +108,10 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(f"{name}.json cannot be read ({error})") from None
         if version != FORMAT_VERSION:
-            raise ConfigError(f"{self.directory / name} has format version {version}, and this one is {FORMAT_VERSION}")
+            raise ConfigError(
+                f"{self.directory / name} has format version {version}, and this version of purejaxppo reads "
+                f"{FORMAT_VERSION}: resume it with the version that wrote it"
+            )
         for file, digest in (files | parts).items():
             path = self.directory / file
             if not path.is_file():

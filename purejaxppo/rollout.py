@@ -1,12 +1,12 @@
 """Policy × environments → transitions."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from purejaxppo.envs.vector import where_rows
 from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs, pooled
 from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import Env, EpisodeSums, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
@@ -40,11 +40,12 @@ def make_rollout(
     def rollout(
         key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
-        key_refill, key_steps = jax.random.split(key)
+        key_reset, key_steps = jax.random.split(key)
         if whole_episodes:
-            env_state, carry = vector_env.reset(key_refill), model.initial_carry(env_state.reset.shape[0])
+            env_state = vector_env.reset(key_reset)
+            carry = model.initial_carry(env_state.reset.shape[0])
         else:
-            env_state = vector_env.refill(key_refill, env_state)
+            env_state = vector_env.begin_rollout(env_state)
         no_reset = jnp.zeros_like(env_state.reset)
 
         def step(loop: tuple, keys: PRNGKey) -> tuple[tuple, Transition]:
@@ -61,7 +62,7 @@ def make_rollout(
             if many_cuts:
                 _, _, next_value = model.step(params, *successor, no_reset)
             if one_cut_at_most:
-                cut = _where(truncated & valid, successor, cut)
+                cut = where_rows(truncated & valid, successor, cut)
             if seen is not None:
                 seen = merge(seen, moments_of(env_state.obs, valid if whole_episodes else None))
             if whole_episodes:
@@ -141,8 +142,3 @@ def _first_episodes(transitions: Transition) -> EpisodeSums:
     played = transitions.valid & done.any(axis=0)[None]
     returns = jnp.where(played, transitions.reward, 0).sum()
     return EpisodeSums(returns, played.sum(dtype=returns.dtype), done.sum(dtype=jnp.int32))
-
-
-def _where(condition: Any, new: PyTree, old: PyTree) -> PyTree:
-    """Row by row: ``condition`` is [B], the leaves are [B, ...]."""
-    return jax.tree.map(lambda n, o: jnp.where(condition.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)

@@ -31,6 +31,7 @@ from purejaxppo.types import (
     Trainer,
     TrainState,
     Transition,
+    VectorEnv,
 )
 from purejaxppo.updates import UPDATES
 
@@ -83,7 +84,7 @@ def make_trainer(
     env, model = resolve(config, env, model)
     config = _for_whole_episodes(config, env)
     _require_enough_sequences(config, model)
-    vector_env = vectorize(env, config.num_envs // config.num_shards)
+    vector_env = _vectorize(env, config)
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
     rollout = in_shards(rollout, config.num_shards)
     estimate = ADVANTAGES[config.estimator]
@@ -167,6 +168,12 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
         return env, model
     env = flatten_observations(env)
     return env, make_model(config, env.action_space)
+
+
+def _vectorize(env: Env, config: Config) -> VectorEnv:
+    """The environments of one shard. Several shards restart without a loop, whose end they would have to agree on."""
+    num_envs = config.num_envs // config.num_shards
+    return vectorize(env, num_envs, at_once=None if config.num_shards == 1 else num_envs)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

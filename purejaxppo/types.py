@@ -114,18 +114,16 @@ class VectorState(NamedTuple):
     env: PyTree  # [B, ...] states of the environments
     obs: Array  # [B, ...] what the agent sees next
     reset: Bool[Array, "B"]  # obs is the first of its episode
-    pool: PyTree  # [P, ...] (state, obs) of fresh starts, drawn once per rollout
-    pool_row: Int[Array, ""]  # where the next step takes its starts from
     episode_return: Float[Array, "B"]  # of the running episode, undiscounted
     episode_length: Int[Array, "B"]
-    finished: EpisodeSums  # since the last refill
+    finished: EpisodeSums  # since the rollout began
 
 
 class VectorEnv(NamedTuple):
     """B environments that restart by themselves; made by `envs.vector.vectorize`."""
 
     reset: Callable[[PRNGKey], VectorState]
-    refill: Callable[[PRNGKey, VectorState], VectorState]  # once per rollout: a new pool, sums at zero
+    begin_rollout: Callable[[VectorState], VectorState]  # sets the sums over finished episodes to zero
     step: Callable[[PRNGKey, VectorState, Array], tuple[VectorState, Step]]  # Step of [B, ...], before the reset
 
 

@@ -128,11 +128,7 @@ def test_initial_states_differ_over_time_and_across_environments():
     for rows in starts:
         rows = rows[::2]  # every environment starts again every two steps, together with the others
         assert not np.isnan(rows).any()
-        assert all(len(np.unique(np.round(row, 5))) == B for row in rows)
-        assert len(np.unique(np.round(rows, 5))) >= 0.6 * rows.size
-        assert all(len(np.unique(np.round(rows[:, b], 5))) > 1 for b in range(B))
-    # Another pool, but for the episodes that began at the last step of the first rollout.
-    assert not np.isin(np.round(starts[0], 5), np.round(starts[1][1:], 5)).any()
+        assert len(np.unique(np.round(rows, 5))) == rows.size
     later = np.concatenate(starts)[1:]
     assert not np.isin(np.round(later, 5), np.round(start.obs[:, 0], 5)).any()
 
@@ -141,7 +137,7 @@ def test_the_final_observation_is_not_lost():
     """Playground issue 305. The vectoriser hands out the step from before the reset, and goes on from the reset."""
     env = counter(DISCRETE, 1, 0)  # every step ends an episode
     vector_env = vectorize(env, B)
-    state = vector_env.refill(jax.random.key(2), vector_env.reset(jax.random.key(0)))
+    state = vector_env.reset(jax.random.key(0))
     after, out = jax.jit(vector_env.step)(jax.random.key(1), state, jnp.full(B, 2))
     np.testing.assert_array_equal(out.obs, np.stack([state.obs[:, 0], np.full(B, 1.0), np.full(B, 2.0)], -1))
     assert out.truncated.all() and after.reset.all()
