@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.types import Box, ConfigError, Env, PRNGKey, PyTree, Space, Step
+from purejaxppo.types import Box, ConfigError, Env, PyTree, Space, Step
 
 
 def require_consistent(env: Env) -> None:
@@ -44,7 +44,7 @@ def require_consistent(env: Env) -> None:
     _require_agreement(env, "one step", before, "the next", after, operator.eq)
 
 
-def _step(env: Env, key: PRNGKey, state: PyTree) -> Step:
+def _step(env: Env, key: Any, state: PyTree) -> Step:
     """The shapes and types of a step."""
     dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
     action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)

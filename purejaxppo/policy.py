@@ -254,5 +254,7 @@ def _space_to_json(space: Space) -> dict[str, Any]:
 
 def _space_from_json(values: Any) -> Space:
     with contextlib.suppress(AttributeError, KeyError, TypeError, ConfigError):
-        return SPACES[values["kind"]](**{name: x for name, x in values.items() if name != "kind"})
+        space = SPACES[values["kind"]](**{name: x for name, x in values.items() if name != "kind"})
+        if list(space.shape) == values.get("shape", list(space.shape)):
+            return space
     raise ConfigError(f"{values!r} is not a space that this version knows")
