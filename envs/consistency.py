@@ -12,12 +12,13 @@ from purejaxppo.types import Box, ConfigError, Env, PyTree, Space, Step
 
 
 def require_consistent(env: Env) -> None:
-    """Raise `ConfigError` where reset and step disagree with the spaces or with each other. Nothing is run.
+    """Raise `ConfigError` where reset and step disagree with the spaces or with each other.
 
-    ``reset`` returns ``(state, obs)`` and ``step`` a `Step`. An observation is one array of the shape of its space; in
-    a finite space it holds integers. Reward, flags and mask are scalars, and all but the reward are bools. The states
-    of reset and step have the same structure and shapes. Their types may differ, because a fresh start is cast to the
-    types that a step returns, but the next step must return these types again.
+    ``reset`` returns ``(state, obs)`` and ``step`` a `Step`. An observation is one array of the shape of
+    its space; in a finite space it holds integers. Reward, flags and mask are scalars, and all but the
+    reward are bools. The states of reset and step have the same structure and shapes. Their types may
+    differ, because a fresh start is cast to the types that a step returns, but the next step must return
+    these types again. Nothing is run.
     """
     for name in ("observation_space", "action_space"):
         space = getattr(env, name)
@@ -28,7 +29,8 @@ def require_consistent(env: Env) -> None:
 
     start = jax.eval_shape(env.reset, key)
     if not isinstance(start, tuple | list) or len(start) != 2:
-        raise ConfigError(f"reset of {env.name} returns a {type(start).__name__}: it must return (state, obs)")
+        found = type(start).__name__
+        raise ConfigError(f"reset of {env.name} returns a {found}: it must return (state, obs)")
     state, obs = start
     _require_observation(env, "reset", obs)
     step = _step(env, key, state)
@@ -50,27 +52,30 @@ def _step(env: Env, key: Any, state: PyTree) -> Step:
     action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
     step = jax.eval_shape(env.step, key, state, action)
     if not isinstance(step, Step):
-        raise ConfigError(f"step of {env.name} returns a {type(step).__name__}: it must return a Step")
+        found = type(step).__name__
+        raise ConfigError(f"step of {env.name} returns a {found}: it must return a Step")
     return step
 
 
 def _require_observation(env: Env, name: str, obs: Any) -> None:
     """One array of real numbers, of the shape of its space."""
     if not jax.tree_util.all_leaves([obs]):
-        raise ConfigError(f"{name} of {env.name} returns a {type(obs).__name__} as obs: it must be one array")
+        found = type(obs).__name__
+        raise ConfigError(f"{name} of {env.name} returns a {found} as obs: it must be one array")
     if obs.shape != env.observation_space.shape:
         raise ConfigError(
-            f"{name} of {env.name} returns an obs of the shape {obs.shape}: it must have that of its "
-            f"observation_space, {env.observation_space.shape}"
+            f"{name} of {env.name} returns an obs of the shape {obs.shape}: "
+            f"it must have that of its observation_space, {env.observation_space.shape}"
         )
 
 
 def _require_type(env: Env, obs: Any) -> None:
     """Integers in a finite space, real numbers or bools in a Box."""
-    is_integer, is_real = (jnp.issubdtype(obs.dtype, kind) for kind in (np.integer, np.floating))
-    if not (is_integer or (isinstance(env.observation_space, Box) and (is_real or obs.dtype == bool))):
-        allowed = "real numbers" if isinstance(env.observation_space, Box) else "integers"
+    is_box = isinstance(env.observation_space, Box)
+    kinds = (np.integer, np.floating, np.bool_) if is_box else (np.integer,)
+    if not any(jnp.issubdtype(obs.dtype, kind) for kind in kinds):
         space = type(env.observation_space).__name__
+        allowed = "real numbers" if is_box else "integers"
         raise ConfigError(
             f"obs of {env.name} has the type {obs.dtype}: in the observation_space {space} it must hold {allowed}"
         )
@@ -81,7 +86,8 @@ def _require_scalars(env: Env, step: Step) -> None:
     for name in ("reward", "terminated", "truncated", "mask"):
         x = getattr(step, name)
         if not jax.tree_util.all_leaves([x]):
-            raise ConfigError(f"step of {env.name} returns a {type(x).__name__} as {name}: it must be one number")
+            found = type(x).__name__
+            raise ConfigError(f"step of {env.name} returns a {found} as {name}: it must be one number")
         kinds = (np.integer, np.floating, np.bool_) if name == "reward" else (np.bool_,)
         if x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             words = "one real number" if name == "reward" else "one bool"
@@ -91,13 +97,19 @@ def _require_scalars(env: Env, step: Step) -> None:
 
 
 def _require_agreement(
-    env: Env, name: str, tree: PyTree, other_name: str, other: PyTree, types_fit: Callable[[Any, Any], bool]
+    env: Env,
+    name: str,
+    tree: PyTree,
+    other_name: str,
+    other: PyTree,
+    types_fit: Callable[[Any, Any], bool],
 ) -> None:
     """The same structure and shapes, and types that fit."""
     parts, other_parts = (_by_path(x) for x in (tree, other))
     rule = f"{name} and {other_name} of {env.name} must return the same structure, shapes and types"
     if lone := sorted(parts.keys() ^ other_parts.keys()):
-        raise ConfigError(f"{rule}: {lone[0]} comes from {name if lone[0] in parts else other_name} only")
+        source = name if lone[0] in parts else other_name
+        raise ConfigError(f"{rule}: {lone[0]} comes from {source} only")
     for path, x in parts.items():
         y = other_parts[path]
         if x.shape != y.shape or not types_fit(x.dtype, y.dtype):
@@ -105,7 +117,8 @@ def _require_agreement(
             raise ConfigError(f"{rule}: {path} is {kinds}")
     structure, other_structure = (jax.tree.structure(x) for x in (tree, other))
     if structure != other_structure:  # type: ignore[operator]
-        raise ConfigError(f"{rule}: their states are made of different containers, such as a list and a tuple")
+        words = "their states are made of different containers, such as a list and a tuple"
+        raise ConfigError(f"{rule}: {words}")
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

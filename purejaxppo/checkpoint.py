@@ -206,7 +206,8 @@ def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
         x = arrays.get(name, leaf)  # an empty one has nothing to restore
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else x
 
-    return from_named({name: value(name, leaf) for name, leaf in named_leaves(like, ".").items()}, like, ".")
+    values = {name: value(name, leaf) for name, leaf in named_leaves(like, ".").items()}
+    return from_named(values, like, ".")
 
 
 def _plain(x: Any) -> Any:

@@ -33,7 +33,8 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
 
 def _in_full_precision(x: Array) -> Array:
     """At least float32, also of a model in bfloat16: tables and files have no narrower numbers."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

@@ -125,22 +125,25 @@ class Policy:
 def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
     """Write the policy as ``policy.json`` (format version, config, spaces, checksum) and ``params.npz`` (plain arrays).
 
-    The parameters may be any pytree of floating-point arrays. Types that NumPy does not have, such as bfloat16, are
-    stored as float32, and ``policy.json`` names them. The directory must not exist; it appears whole or not at all.
+    The parameters may be any pytree of floating-point arrays. Types that NumPy does not have, such as
+    bfloat16, are stored as float32, and ``policy.json`` names them. The directory must not exist; it
+    appears whole or not at all.
     """
     directory = Path(directory)
     if directory.exists():
         raise ConfigError(f"{directory} exists already; choose another directory for the policy")
     require_trainable(policy.params)
     config = validate(policy.config)
-    arrays = {name: np.asarray(x) for name, x in named_leaves(_named_parts(policy.params, policy.obs_moments)).items()}
+    leaves = named_leaves(_named_parts(policy.params, policy.obs_moments))
+    arrays = {name: np.asarray(x) for name, x in leaves.items()}
+    stored = {name: as_stored(x) for name, x in arrays.items()}
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     except OSError as error:
         raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
     try:
-        np.savez(temporary / "params.npz", **{name: as_stored(x) for name, x in arrays.items()})  # type: ignore[arg-type]
+        np.savez(temporary / "params.npz", **stored)  # type: ignore[arg-type]
         description = {
             "format": "purejaxppo policy",
             "format_version": FORMAT_VERSION,
@@ -210,9 +213,11 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ConfigError(f"{directory / 'params.npz'} is damaged: it holds something else than numbers") from None
     try:
         dtypes = {name: jnp.dtype(dtype) for name, dtype in description.get("dtypes", {}).items()}
-        return description, arrays | {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
+        extended = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ConfigError(f"{directory / 'policy.json'} is damaged: its dtypes are not those of the arrays") from None
+        path = directory / "policy.json"
+        raise ConfigError(f"{path} is damaged: its dtypes are not those of the arrays") from None
+    return description, arrays | extended
 
 
 def _in_place(
@@ -226,8 +231,8 @@ def _in_place(
     tree = _named_parts(jax.eval_shape(model.init, jax.random.key(0), obs), moments)
     expected = named_leaves(tree)
     arrays = {name: _as_format_1_meant(x, expected.get(name)) for name, x in arrays.items()}
-    fits = {name: x.shape for name, x in arrays.items()} == {name: x.shape for name, x in expected.items()}
-    if not fits or not all(jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()):
+    shapes, expected_shapes = ({name: x.shape for name, x in named.items()} for named in (arrays, expected))
+    if shapes != expected_shapes or not all(jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()):
         raise ConfigError(
             f"the parameters in {directory} do not fit the model: other sizes or another network made them"
         )
@@ -241,7 +246,7 @@ def _named_parts(params: PyTree, moments: Moments | None) -> dict[str, PyTree]:
 
 
 def _as_format_1_meant(x: np.ndarray, expected: Any) -> np.ndarray:
-    """Format 1 kept the bytes of bfloat16 and the like but not the name of the type, which the model knows."""
+    """Format 1 kept the bytes of bfloat16 and the like without the type's name, which the model knows."""
     if x.dtype.kind != "V" or expected is None or not is_extended(expected.dtype):
         return x
     return x.view(expected.dtype) if x.dtype.itemsize == expected.dtype.itemsize else x

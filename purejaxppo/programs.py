@@ -193,18 +193,21 @@ def require_storable(
     params: PyTree = None,
     frozen: PyTree = None,
 ) -> None:
-    """Raise `ConfigError` for a run that cannot start, or whose parameters or metrics files cannot hold.
+    """Raise `ConfigError` for a run that cannot start, or whose parameters or metrics cannot be written to files.
 
-    What a model or reward function of the caller's own raises in an iteration, it raises here. Nothing is compiled.
+    Errors that a model or reward function of the caller's own raises in an iteration come from here as
+    well, before anything is compiled.
     """
-    trainer, key = make_trainer(config, env, model, reward_fn), jax.eval_shape(lambda: jax.random.key(0))
+    trainer = make_trainer(config, env, model, reward_fn)
+    key = jax.eval_shape(lambda: jax.random.key(0))
     fresh = jax.eval_shape(lambda key: trainer.init(key).params, key)
     require_trainable(fresh)
     if params is not None:
         require_trainable(params)
         _require_same_shapes(params, fresh)
     if model is not None or reward_fn is not None:
-        _require_scalar_metrics(jax.eval_shape(lambda key: _first_metrics(trainer, key, params, frozen), key))
+        row = jax.eval_shape(lambda key: _first_metrics(trainer, key, params, frozen), key)
+        _require_scalar_metrics(row)
 
 
 def _first_metrics(trainer: Trainer, key: PRNGKey, params: PyTree, frozen: PyTree) -> Metrics:
@@ -213,12 +216,19 @@ def _first_metrics(trainer: Trainer, key: PRNGKey, params: PyTree, frozen: PyTre
 
 
 def _require_same_shapes(params: PyTree, fresh: PyTree) -> None:
-    """Parameters to start from have the names and shapes of the model's own, by which they are loaded again."""
-    given, expected = ({name: np.shape(x) for name, x in named_leaves(tree).items()} for tree in (params, fresh))
+    """Parameters to start from need the names and shapes of the model's own, or they could not be loaded again."""
+    given = {name: np.shape(x) for name, x in named_leaves(params).items()}
+    expected = {name: np.shape(x) for name, x in named_leaves(fresh).items()}
     for name in (*expected, *given):
-        if given.get(name) != expected.get(name):
-            there, here = (f"the shape {x[name]}" if name in x else "no such array" for x in (given, expected))
-            raise ConfigError(f"params do not fit the model: {name!r} has {there}, and in the model {here}")
+        if name not in given:
+            raise ConfigError(f"params do not fit the model: they lack {name!r}")
+        if name not in expected:
+            raise ConfigError(f"params do not fit the model: it has no {name!r}")
+        if given[name] != expected[name]:
+            raise ConfigError(
+                f"params do not fit the model: {name!r} has the shape {given[name]}, "
+                f"and the model needs {expected[name]}"
+            )
 
 
 def run_chunks(

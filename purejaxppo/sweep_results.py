@@ -210,7 +210,7 @@ def write_figures(directory: Path, result: SweepResult) -> None:
 
 
 def save_part(path: Path, part: Part) -> None:
-    """A part as plain arrays, named by their paths in it; of the parameters any tree of floating-point arrays."""
+    """Write a part as plain arrays, named by their paths in it."""
     arrays = {name: as_stored(x) for name, x in named_leaves(part).items()}
 
     def save(path: Path) -> None:
@@ -221,9 +221,9 @@ def save_part(path: Path, part: Part) -> None:
 
 
 def load_part(path: Path, params: PyTree, obs_moments: Moments | None) -> Part:
-    """The part that `save_part` wrote, given the structure and types of its ``params`` and ``obs_moments``.
+    """The part that `save_part` wrote; nothing in the file is run.
 
-    Nothing in the file is run.
+    ``params`` and ``obs_moments`` are shapes of the structure and types that the part's own have.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -14,8 +14,9 @@ from purejaxppo.types import ConfigError, PyTree
 def named_leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
     """The leaves by their paths, such as ``policy/head/bias``, in the order of `jax.tree.leaves`.
 
-    Empty containers have no leaves and so no names: `from_named` takes them from a tree of the same structure. Where
-    two paths read the same, as in ``{"a": {"b": x}, "a/b": y}``, a prime is added to the name of the later leaf.
+    Empty containers have no leaves and so no names: `from_named` takes them from a tree of the same
+    structure. Where two paths read the same, as in ``{"a": {"b": x}, "a/b": y}``, a prime is added to the
+    name of the later leaf.
     """
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -28,11 +29,12 @@ def named_leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
 
 def from_named(named: Mapping[str, Any], like: PyTree, separator: str = "/") -> PyTree:
     """The leaves of these names as a tree of the structure of ``like``."""
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in named_leaves(like, separator)])
+    leaves = [named[name] for name in named_leaves(like, separator)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def require_trainable(params: PyTree) -> None:
-    """Raise `ConfigError` unless these are floating-point arrays: nothing else has a gradient, or can be saved."""
+    """Raise `ConfigError` unless these are floating-point arrays: others have no gradient and are not saved."""
     named = named_leaves(params)
     if not named:
         raise ConfigError("the model has no parameters: there is nothing to train")
@@ -48,6 +50,6 @@ def is_extended(dtype: Any) -> bool:
 
 
 def as_stored(x: Any) -> NDArray[Any]:
-    """The array in a type of NumPy's own: bfloat16 and narrower floats as float32, which holds them exactly."""
+    """The array in a type of NumPy's own: bfloat16 and narrower floats as float32, which is exact."""
     array = np.asarray(x)
     return array.astype(np.float32) if is_extended(array.dtype) else array

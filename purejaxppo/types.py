@@ -30,8 +30,9 @@ class ConfigError(ValueError):
 class Discrete:
     """The integers 0 … n − 1; arrays have shape ``[]``.
 
-    Like the other spaces it takes numbers of Python, NumPy and JAX and holds plain ones, so that it can be compared,
-    hashed and written to a file. Raises `ConfigError` for values that describe no space, and for traced ones.
+    Like the other spaces it takes numbers of Python, NumPy and JAX and holds plain ones, so that it can
+    be compared, hashed and written to a file. Raises `ConfigError` for values that describe no space,
+    and for traced ones.
     """
 
     n: int
@@ -57,8 +58,8 @@ class MultiDiscrete:
         array = _real_numbers("MultiDiscrete.sizes", sizes)
         if array is None or array.ndim != 1 or not array.size or not _are_sizes(array):
             raise ConfigError(
-                f"MultiDiscrete.sizes = {_shown(sizes)}: it must be a sequence of integers, such as (3, 2), "
-                "at least one of them and each at least 1 and below 2**31"
+                f"MultiDiscrete.sizes = {_shown(sizes)}: "
+                "it must be a sequence of integers of at least 1 and below 2**31, such as (3, 2)"
             )
         object.__setattr__(self, "sizes", tuple(int(n) for n in array))
 
@@ -71,9 +72,9 @@ class MultiDiscrete:
 class Box:
     """Real arrays of ``shape`` between ``low`` and ``high``, which may be infinite.
 
-    A bound is one number for all elements, or one for each: an array or nested list of ``shape``, or a flat one in
-    row-major order. It is held as one number where all are equal, else as a flat tuple: boxes that mean the same are
-    equal.
+    A bound is one number for all elements, or one for each: an array or nested list of ``shape``, or a
+    flat one in row-major order. It is held as one number where all are equal, else as a flat tuple, so
+    that boxes that mean the same are equal.
     """
 
     shape: tuple[int, ...]
@@ -92,8 +93,9 @@ class Box:
         lowest, highest = self.limits
         is_empty = (lowest > highest) | (lowest == np.inf) | (highest == -np.inf)
         if is_empty.any():
+            below, above = lowest[is_empty][0], highest[is_empty][0]
             raise ConfigError(
-                f"Box has an element with low = {lowest[is_empty][0]} and high = {highest[is_empty][0]}: "
+                f"Box has an element with low = {below} and high = {above}: "
                 "low must be at most high, low below inf and high above -inf"
             )
 
@@ -111,8 +113,8 @@ class Box:
             raise ConfigError(f"Box.{name} = {_shown(bound)}: it must be made of real numbers, none of them NaN")
         if array.shape not in ((), self.shape, (math.prod(self.shape),)):
             raise ConfigError(
-                f"Box.{name} has the shape {array.shape}: it must be one number, or one for each element of "
-                f"{self.shape}"
+                f"Box.{name} has the shape {array.shape}: "
+                f"it must be one number, or one for each element of {self.shape}"
             )
         flat = (array.ravel() + 0.0).tolist()  # adding 0 makes -0.0 a 0.0
         return flat[0] if len(set(flat)) == 1 else tuple(flat)
@@ -127,13 +129,13 @@ def _real_numbers(name: str, value: Any) -> NDArray[np.float64] | None:
     Raises `ConfigError` for numbers that JAX traces: a space cannot depend on them.
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
-        raise ConfigError(f"{name} is traced: a space is made of concrete numbers, not inside of jax.jit or jax.vmap")
+        raise ConfigError(f"{name} is traced by JAX: a space must be made of concrete numbers")
     try:
         array = np.asarray(value)
         are_long_ints = array.dtype == object and all(isinstance(x, int) for x in array.flat)
         is_real = jax.dtypes.issubdtype(array.dtype, np.number) and array.dtype.kind not in "cm"
         return np.asarray(array, float) if is_real or are_long_ints else None
-    except (TypeError, ValueError, OverflowError):  # a ragged list, say, or an integer beyond all floats
+    except (TypeError, ValueError, OverflowError):  # such as a ragged list
         return None
 
 
@@ -225,7 +227,8 @@ class Distribution(Protocol):
 class Model(NamedTuple):
     """An actor-critic as four functions; ``step`` and ``unroll`` must agree, so that ratios start at 1.
 
-    ``params`` is a dict: ``policy``, ``value`` and, only where they share one, ``trunk``. ``carry`` is the
+    ``params`` is a dict: ``policy``, ``value`` and, only where they share one, ``trunk``, each any pytree of
+    floating-point arrays. (TRPO needs this dict, the other algorithms take any pytree.) ``carry`` is the
     memory, each leaf with B first, and is empty for a feed-forward model. ``reset[t]`` clears it before
     ``obs[t]``.
     """

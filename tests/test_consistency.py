@@ -61,10 +61,22 @@ RULE = "reset and step of counter must return the same structure, shapes and typ
 LATER = "one step and the next of counter must return the same structure, shapes and types: "
 OBS = "it must have that of its observation_space, (3,)"
 WRONG = {
-    "a dict": (changed(lambda x: {"a": x}), "reset of counter returns a dict as obs: it must be one array"),
-    "a tuple": (changed(lambda x: (x, x)), "reset of counter returns a tuple as obs: it must be one array"),
-    "a named tuple": (changed(lambda x: Pair(x, x)), "reset of counter returns a Pair as obs: it must be one array"),
-    "nothing": (changed(lambda x: None), "reset of counter returns a NoneType as obs: it must be one array"),
+    "a dict": (
+        changed(lambda x: {"a": x}),
+        "reset of counter returns a dict as obs: it must be one array",
+    ),
+    "a tuple": (
+        changed(lambda x: (x, x)),
+        "reset of counter returns a tuple as obs: it must be one array",
+    ),
+    "a named tuple": (
+        changed(lambda x: Pair(x, x)),
+        "reset of counter returns a Pair as obs: it must be one array",
+    ),
+    "nothing": (
+        changed(lambda x: None),
+        "reset of counter returns a NoneType as obs: it must be one array",
+    ),
     "a dict from step": (
         changed(same, lambda x: {"a": x}),
         "step of counter returns a dict as obs: it must be one array",
@@ -77,9 +89,18 @@ WRONG = {
         counter()._replace(reset=lambda key: counter().reset(key)[1]),
         "reset of counter returns a ShapeDtypeStruct: it must return (state, obs)",
     ),
-    "shape of both": (changed(lambda x: x[:2]), f"reset of counter returns an obs of the shape (2,): {OBS}"),
-    "shape of reset": (changed(lambda x: x[None], same), f"reset of counter returns an obs of the shape (1, 3): {OBS}"),
-    "shape of step": (changed(same, lambda x: x[:2]), f"step of counter returns an obs of the shape (2,): {OBS}"),
+    "shape of both": (
+        changed(lambda x: x[:2]),
+        f"reset of counter returns an obs of the shape (2,): {OBS}",
+    ),
+    "shape of reset": (
+        changed(lambda x: x[None], same),
+        f"reset of counter returns an obs of the shape (1, 3): {OBS}",
+    ),
+    "shape of step": (
+        changed(same, lambda x: x[:2]),
+        f"step of counter returns an obs of the shape (2,): {OBS}",
+    ),
     "scalar": (changed(lambda x: x[0]), f"reset of counter returns an obs of the shape (): {OBS}"),
     "floats in a finite space": (
         changed(space=MultiDiscrete((9, 9, 9))),

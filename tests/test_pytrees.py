@@ -7,7 +7,18 @@ import pytest
 from small_envs import counter, linear_model, mixed_model
 from test_resume import Killed
 
-from purejaxppo import Config, ConfigError, fit, fitting, load_policy, make_train, programs, session, sweep, sweep_parts
+from purejaxppo import (
+    Config,
+    ConfigError,
+    fit,
+    fitting,
+    load_policy,
+    make_train,
+    programs,
+    session,
+    sweep,
+    sweep_parts,
+)
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.types import Reward
 
@@ -103,7 +114,12 @@ def test_a_killed_run_goes_on_bit_for_bit(through, tmp_path):
 
 
 def test_a_checkpoint_tells_paths_apart_that_read_the_same(tmp_path):
-    tree = {"a": {"b": jnp.arange(2.0)}, "a.b": jnp.arange(3), "a.b'": jnp.zeros((), jnp.bfloat16), "none": [{}, ()]}
+    tree = {
+        "a": {"b": jnp.arange(2.0)},
+        "a.b": jnp.arange(3),
+        "a.b'": jnp.zeros((), jnp.bfloat16),
+        "none": [{}, ()],
+    }
     Checkpoints(tmp_path / "checkpoints").save(1, tree, {})
     assert_same(Checkpoints(tmp_path / "checkpoints").restore(tree).arrays, tree)
 
@@ -184,15 +200,15 @@ STARTS = {
     ),
     "another shape": (
         FRESH | {"value": {"w": np.zeros(4), "b": 0.0}},
-        "params do not fit the model: 'value/w' has the shape (4,), and in the model the shape (3,)",
+        "params do not fit the model: 'value/w' has the shape (4,), and the model needs (3,)",
     ),
     "something missing": (
         FRESH | {"value": {"w": np.zeros(3)}},
-        "params do not fit the model: 'value/b' has no such array, and in the model the shape ()",
+        "params do not fit the model: they lack 'value/b'",
     ),
     "something more": (
         FRESH | {"more": np.zeros(3)},
-        "params do not fit the model: 'more' has the shape (3,), and in the model no such array",
+        "params do not fit the model: it has no 'more'",
     ),
 }
 

@@ -25,12 +25,28 @@ def sentence_of(make):
 SAME = [
     (
         Discrete(3),
-        [3, 3.0, np.int64(3), np.uint8(3), np.float32(3), np.array(3), jnp.int32(3), jnp.asarray(3.0, jnp.bfloat16)],
+        [
+            3,
+            3.0,
+            np.int64(3),
+            np.uint8(3),
+            np.float32(3),
+            np.array(3),
+            jnp.int32(3),
+            jnp.asarray(3.0, jnp.bfloat16),
+        ],
         Discrete,
     ),
     (
         MultiDiscrete((3, 2)),
-        [(3, 2), [3, 2], np.array([3, 2]), jnp.array([3, 2]), (np.int64(3), jnp.int32(2)), range(3, 1, -1)],
+        [
+            (3, 2),
+            [3, 2],
+            np.array([3, 2]),
+            jnp.array([3, 2]),
+            (np.int64(3), jnp.int32(2)),
+            range(3, 1, -1),
+        ],
         MultiDiscrete,
     ),
     (
@@ -40,7 +56,15 @@ SAME = [
     ),
     (
         Box((2,), -1.0, INF),
-        [-1, np.float32(-1), jnp.int8(-1), [-1, -1.0], (-1, np.int64(-1)), np.full(2, -1.0), jnp.full(2, -1)],
+        [
+            -1,
+            np.float32(-1),
+            jnp.int8(-1),
+            [-1, -1.0],
+            (-1, np.int64(-1)),
+            np.full(2, -1.0),
+            jnp.full(2, -1),
+        ],
         lambda low: Box((2,), low, np.full(2, np.inf)),
     ),
     (
@@ -83,7 +107,14 @@ def test_the_limits_of_a_box_are_arrays_of_its_shape():
 
 
 def test_spaces_of_other_meaning_differ():
-    spaces = [Discrete(3), Discrete(2), MultiDiscrete([3]), MultiDiscrete([3, 3]), Box((3,), 0, 1), Box((3, 1), 0, 1)]
+    spaces = [
+        Discrete(3),
+        Discrete(2),
+        MultiDiscrete([3]),
+        MultiDiscrete([3, 3]),
+        Box((3,), 0, 1),
+        Box((3, 1), 0, 1),
+    ]
     spaces += [Box((3,), 0, 2), Box((3,), -1, 1), Box((3,), [0, 0, -1], 1), Box((), 0, 1)]
     assert len(set(spaces)) == len(spaces)
 
@@ -103,7 +134,10 @@ WRONG = [
     (lambda: Box((2,), [0, 3], [1, 2]), "Box has an element with low = 3.0 and high = 2.0: "),
     (lambda: Box((2,), INF, INF), "Box has an element with low = inf and high = inf: "),
     (lambda: Box((2,), -INF, [1, -INF]), "Box has an element with low = -inf and high = -inf: "),
-    (lambda: dataclasses.replace(Box((2,), 0, 1), high=-1), "Box has an element with low = 0.0 and high = -1.0: "),
+    (
+        lambda: dataclasses.replace(Box((2,), 0, 1), high=-1),
+        "Box has an element with low = 0.0 and high = -1.0: ",
+    ),
 ]
 
 
@@ -126,7 +160,7 @@ def test_a_long_value_is_shortened_in_its_sentence():
     ],
 )
 def test_a_traced_number_is_one_sentence_and_a_concrete_one_works_inside_jit(make, name):
-    expected = f"{name} is traced: a space is made of concrete numbers, not inside of jax.jit or jax.vmap"
+    expected = f"{name} is traced by JAX: a space must be made of concrete numbers"
     for transform in (jax.jit, jax.vmap):
         argument = jnp.arange(3) if transform is jax.vmap else 3
 

@@ -44,7 +44,12 @@ def test_every_tree_comes_back_from_its_named_leaves(tree, separator):
 def test_names_are_paths_and_equal_ones_are_told_apart():
     tree = {"policy": {"head": [1, Layer(2, {})]}, "value": (), "policy/head": {"0": 3}, 7: 4}
     tree = {str(key): x for key, x in tree.items()}
-    assert named_leaves(tree) == {"7": 4, "policy/head/0": 1, "policy/head/1/w": 2, "policy/head/0'": 3}
+    assert named_leaves(tree) == {
+        "7": 4,
+        "policy/head/0": 1,
+        "policy/head/1/w": 2,
+        "policy/head/0'": 3,
+    }
     assert named_leaves({"a": {"b": 1}, "a.b": 2}, ".") == {"a.b": 1, "a.b'": 2}
     assert named_leaves({"a": {"b": 1}, "a/b": 2, "a/b'": 3}) == {"a/b": 1, "a/b'": 2, "a/b''": 3}
     assert named_leaves(5) == {"": 5} and from_named({"": 5}, 6) == 5
