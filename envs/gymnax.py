@@ -73,16 +73,10 @@ def original(name: str, **settings: Any) -> tuple[Any, Any]:
 def _space(name: str, what: str, space: Any) -> Space:
     kind = type(space).__name__
     if kind == "Discrete":
-        return Discrete(int(space.n))
+        return Discrete(space.n)
     if kind == "Box":
-        return Box(tuple(int(n) for n in space.shape), _bound(space.low), _bound(space.high))
+        return Box(space.shape, space.low, space.high)
     raise ConfigError(f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained")
-
-
-def _bound(x: Any) -> float | tuple[float, ...]:
-    """One number where all are equal, else all of them."""
-    values = np.unique(np.asarray(x, float))
-    return float(values[0]) if values.size == 1 else tuple(np.asarray(x, float).ravel().tolist())
 
 
 def drawing(name: str) -> Callable[[list[Any], list[Any], Any], None]:

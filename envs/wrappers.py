@@ -63,6 +63,8 @@ def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> A
     log-probability belongs to ``action``, before this.
     """
     action = action.reshape(action.shape[:-1] + space.shape)
+    # In bfloat16 the bounds themselves would be rounded.
+    action = action.astype(jnp.promote_types(action.dtype, jnp.float32))
     low, high = (jnp.broadcast_to(jnp.asarray(limit, action.dtype), action.shape) for limit in space.limits)
     if squash:
         return low + (high - low) * (jnp.tanh(action) + 1) / 2

@@ -25,6 +25,7 @@ from purejaxppo.files import to_disk
 from purejaxppo.files import whole as write_whole
 from purejaxppo.processes import by_first, put, whole
 from purejaxppo.tables import Table
+from purejaxppo.trees import from_named, named_leaves
 from purejaxppo.types import ConfigError, PyTree
 
 FORMAT_VERSION = 2  # 1 had a pool of fresh starts in the environments' state
@@ -198,12 +199,7 @@ def _sha256(path: Path) -> str:
 
 def _named(tree: PyTree) -> dict[str, Any]:
     """The leaves by their paths, without empty ones; random keys as the integers that they are made of."""
-    return {name: _plain(x) for name, x in _leaves(tree) if x.size}
-
-
-def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
+    return {name: _plain(x) for name, x in named_leaves(tree, ".").items() if x.size}
 
 
 def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
@@ -213,7 +209,8 @@ def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
         x = arrays.get(name, leaf)  # an empty one has nothing to restore
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else x
 
-    return jax.tree.unflatten(jax.tree.structure(like), [value(*leaf) for leaf in _leaves(like)])
+    values = {name: value(name, leaf) for name, leaf in named_leaves(like, ".").items()}
+    return from_named(values, like, ".")
 
 
 def _plain(x: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo import envs
+from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.policy import Policy
 from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
@@ -41,6 +42,7 @@ def evaluate(
     if num_episodes < 1:
         raise ConfigError(f"num_episodes = {num_episodes}: it must be an integer of at least 1")
     env = envs.make(policy.config.env) if env is None else env
+    require_consistent(env)
     if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
         raise ConfigError(f"this policy was trained in {policy.config.env}, and {env.name} has other spaces")
     return _evaluate(policy, env, key, num_episodes, deterministic)

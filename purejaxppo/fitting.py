@@ -14,10 +14,9 @@ from purejaxppo.config import Config, validate
 from purejaxppo.loggers import checked_names, open_loggers
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
-from purejaxppo.programs import compile_programs, device_name, mesh_of
+from purejaxppo.programs import compile_programs, device_name, mesh_of, require_storable
 from purejaxppo.session import Best, Evaluation, Keeping, Progress, run_session
 from purejaxppo.tables import Table
-from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PyTree, Reward, TrainState
 
 
@@ -116,7 +115,7 @@ def fit(
     if evaluation and env.max_episode_steps is None:
         raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
     config = dataclasses.replace(config, env=env.name)
-    make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
+    require_storable(config, env, model, reward_fn, params, frozen)  # before a directory is made
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)

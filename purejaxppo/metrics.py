@@ -1,5 +1,6 @@
 """From one iteration's data to one number per field of `Metrics`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -27,7 +28,13 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
         common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid)
     own = {name: measured.get(name, jnp.asarray(jnp.nan)) for name in Metrics._fields if name not in {*common, "extra"}}
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
-    return Metrics(**common, **own, extra=extra)
+    return jax.tree.map(_in_full_precision, Metrics(**common, **own, extra=extra))
+
+
+def _in_full_precision(x: Array) -> Array:
+    """At least float32, also of a model in bfloat16: tables and files have no narrower numbers."""
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

@@ -16,18 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from purejaxppo import envs
-from purejaxppo.config import Config
+from purejaxppo.config import Config, validate
 from purejaxppo.envs.wrappers import into_box, into_features
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Moments, no_moments, normalize_obs
+from purejaxppo.trees import as_stored, from_named, is_extended, named_leaves, require_trainable
 from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, Trained
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 could not tell bfloat16 and the like
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
 
 
@@ -124,28 +125,33 @@ class Policy:
 def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
     """Write the policy as ``policy.json`` (format version, config, spaces, checksum) and ``params.npz`` (plain arrays).
 
-    The directory must not exist; it appears whole or not at all.
+    The parameters may be any pytree of floating-point arrays. Types that NumPy does not have, such as
+    bfloat16, are stored as float32, and ``policy.json`` names them. The directory must not exist; it
+    appears whole or not at all.
     """
     directory = Path(directory)
     if directory.exists():
         raise ConfigError(f"{directory} exists already; choose another directory for the policy")
-    arrays = {f"params/{name}": x for name, x in traverse_util.flatten_dict(policy.params, sep="/").items()}
-    if policy.obs_moments is not None:
-        arrays |= {f"obs_moments/{name}": x for name, x in policy.obs_moments._asdict().items()}
+    require_trainable(policy.params)
+    config = validate(policy.config)
+    leaves = named_leaves(_named_parts(policy.params, policy.obs_moments))
+    arrays = {name: np.asarray(x) for name, x in leaves.items()}
+    stored = {name: as_stored(x) for name, x in arrays.items()}
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     except OSError as error:
         raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
     try:
-        np.savez(temporary / "params.npz", **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
+        np.savez(temporary / "params.npz", **stored)  # type: ignore[arg-type]
         description = {
             "format": "purejaxppo policy",
             "format_version": FORMAT_VERSION,
-            "config": policy.config.to_dict(),
+            "config": config.to_dict(),
             "observation_space": _space_to_json(policy.observation_space),
             "action_space": _space_to_json(policy.action_space),
             "own_model": not policy.flatten,
+            "dtypes": {name: str(x.dtype) for name, x in arrays.items() if is_extended(x.dtype)},
             "params_sha256": hashlib.sha256((temporary / "params.npz").read_bytes()).hexdigest(),
         }
         (temporary / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -190,10 +196,10 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise not_ours from None
     if not isinstance(description, dict) or description.get("format") != "purejaxppo policy":
         raise not_ours
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in READABLE_VERSIONS:
         raise ConfigError(
             f"{directory} has format version {description.get('format_version')}, and this version of purejaxppo reads "
-            f"{FORMAT_VERSION}: load it with the version that wrote it"
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: load it with the version that wrote it"
         )
     missing = {"config", "observation_space", "action_space", "own_model", "params_sha256"} - description.keys()
     if missing:
@@ -202,9 +208,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ConfigError(f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved")
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as file:
-            return description, dict(file)
+            arrays = dict(file)
     except ValueError:  # pickled objects, which are never loaded
         raise ConfigError(f"{directory / 'params.npz'} is damaged: it holds something else than numbers") from None
+    try:
+        dtypes = {name: jnp.dtype(dtype) for name, dtype in description.get("dtypes", {}).items()}
+        extended = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        path = directory / "policy.json"
+        raise ConfigError(f"{path} is damaged: its dtypes are not those of the arrays") from None
+    return description, arrays | extended
 
 
 def _in_place(
@@ -214,16 +227,29 @@ def _in_place(
     obs = jax.ShapeDtypeStruct((1, *space.shape), jnp.result_type(float) if isinstance(space, Box) else jnp.int32)
     if flatten:
         obs = jax.eval_shape(lambda x: into_features(x, space), obs)
-    expected = {"params": jax.eval_shape(model.init, jax.random.key(0), obs)}
-    if config.normalize_obs:
-        expected["obs_moments"] = no_moments(obs.shape[1:])._asdict()
-    shapes = {name: x.shape for name, x in traverse_util.flatten_dict(expected, sep="/").items()}
-    if {name: x.shape for name, x in arrays.items()} != shapes or any(x.dtype.kind != "f" for x in arrays.values()):
+    moments = no_moments(obs.shape[1:]) if config.normalize_obs else None
+    tree = _named_parts(jax.eval_shape(model.init, jax.random.key(0), obs), moments)
+    expected = named_leaves(tree)
+    arrays = {name: _as_format_1_meant(x, expected.get(name)) for name, x in arrays.items()}
+    shapes, expected_shapes = ({name: x.shape for name, x in named.items()} for named in (arrays, expected))
+    if shapes != expected_shapes or not all(jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()):
         raise ConfigError(
             f"the parameters in {directory} do not fit the model: other sizes or another network made them"
         )
-    nested = traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in arrays.items()}, sep="/")
-    return nested["params"], Moments(**nested["obs_moments"]) if config.normalize_obs else None
+    loaded = from_named({name: jnp.asarray(x) for name, x in arrays.items()}, tree)
+    return loaded["params"], loaded["obs_moments"]
+
+
+def _named_parts(params: PyTree, moments: Moments | None) -> dict[str, PyTree]:
+    """What ``params.npz`` holds: ``params/…`` and, where there are moments, ``obs_moments/…``."""
+    return {"params": params, "obs_moments": moments}
+
+
+def _as_format_1_meant(x: np.ndarray, expected: Any) -> np.ndarray:
+    """Format 1 kept the bytes of bfloat16 and the like without the type's name, which the model knows."""
+    if x.dtype.kind != "V" or expected is None or not is_extended(expected.dtype):
+        return x
+    return x.view(expected.dtype) if x.dtype.itemsize == expected.dtype.itemsize else x
 
 
 def _space_to_json(space: Space) -> dict[str, Any]:
@@ -232,15 +258,8 @@ def _space_to_json(space: Space) -> dict[str, Any]:
 
 
 def _space_from_json(values: Any) -> Space:
-    match values:
-        case {"kind": "discrete", "n": int(n), **rest} if n > 0 and not rest:
-            return Discrete(n)
-        case {"kind": "multi_discrete", "sizes": list(sizes)} if sizes and all(type(n) is int and n > 0 for n in sizes):
-            return MultiDiscrete(tuple(sizes))
-        case {"kind": "box", "shape": list(shape), "low": low, "high": high} if all(type(n) is int for n in shape):
-            low, high = (tuple(x) if isinstance(x, list) else x for x in (low, high))
-            with contextlib.suppress(TypeError, ValueError):
-                box = Box(tuple(shape), low, high)
-                _ = box.limits  # fails where the bounds are not numbers or do not fit the shape
-                return box
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ConfigError):
+        space = SPACES[values["kind"]](**{name: x for name, x in values.items() if name != "kind"})
+        if list(space.shape) == values.get("shape", list(space.shape)):
+            return space
     raise ConfigError(f"{values!r} is not a space that this version knows")

@@ -21,6 +21,7 @@ from purejaxppo.population import Bounds, Exchange, Population, make_population,
 from purejaxppo.processes import agreed, put, whole
 from purejaxppo.shards import make_mesh, most_devices, replicated, state_sharding
 from purejaxppo.train import make_trainer
+from purejaxppo.trees import named_leaves, require_trainable
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, Trainer, TrainState
 
 CHUNK_SECONDS = 0.3  # how often the host looks at a run
@@ -172,8 +173,7 @@ def _shapes(
     inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
 
     def one_row(key: PRNGKey, swept: Swept) -> Metrics:
-        trainer = trainer_of(config.replace(**swept))
-        return trainer.step(trainer.init(key, params), frozen)[1]
+        return _first_metrics(trainer_of(config.replace(**swept)), key, params, frozen)
 
     row = jax.eval_shape(one_row, *inputs)
     _require_scalar_metrics(row)
@@ -183,6 +183,52 @@ def _shapes(
     if agents is None:
         return inputs, rows
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
+
+
+def require_storable(
+    config: Config,
+    env: Env,
+    model: Model | None,
+    reward_fn: Callable | Reward | None,
+    params: PyTree = None,
+    frozen: PyTree = None,
+) -> None:
+    """Raise `ConfigError` for a run that cannot start, or whose parameters or metrics cannot be written to files.
+
+    Errors that a model or reward function of the caller's own raises in an iteration come from here as
+    well, before anything is compiled.
+    """
+    trainer = make_trainer(config, env, model, reward_fn)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    fresh = jax.eval_shape(lambda key: trainer.init(key).params, key)
+    require_trainable(fresh)
+    if params is not None:
+        require_trainable(params)
+        _require_same_shapes(params, fresh)
+    if model is not None or reward_fn is not None:
+        row = jax.eval_shape(lambda key: _first_metrics(trainer, key, params, frozen), key)
+        _require_scalar_metrics(row)
+
+
+def _first_metrics(trainer: Trainer, key: PRNGKey, params: PyTree, frozen: PyTree) -> Metrics:
+    """The metrics of the first iteration."""
+    return trainer.step(trainer.init(key, params), frozen)[1]
+
+
+def _require_same_shapes(params: PyTree, fresh: PyTree) -> None:
+    """Parameters to start from need the names and shapes of the model's own, or they could not be loaded again."""
+    given = {name: np.shape(x) for name, x in named_leaves(params).items()}
+    expected = {name: np.shape(x) for name, x in named_leaves(fresh).items()}
+    for name in (*expected, *given):
+        if name not in given:
+            raise ConfigError(f"params do not fit the model: they lack {name!r}")
+        if name not in expected:
+            raise ConfigError(f"params do not fit the model: it has no {name!r}")
+        if given[name] != expected[name]:
+            raise ConfigError(
+                f"params do not fit the model: {name!r} has the shape {given[name]}, "
+                f"and the model needs {expected[name]}"
+            )
 
 
 def run_chunks(

@@ -21,13 +21,15 @@ from purejaxppo.files import whole
 from purejaxppo.grids import Group, Setting
 from purejaxppo.loggers import Logger, open_loggers
 from purejaxppo.metrics import finite_so_far
+from purejaxppo.normalize import Moments
 from purejaxppo.plots import windowed
 from purejaxppo.population import Bounds, Exchange, schedule_of
 from purejaxppo.programs import Evaluate, Programs, compile_programs, device_name, make_evaluate, memory_of
 from purejaxppo.session import EVALUATION, Keeping, Progress, run_session
 from purejaxppo.sweep_results import Part, load_part, save_part
 from purejaxppo.tables import Table
-from purejaxppo.types import ConfigError, Env, PRNGKey
+from purejaxppo.train import make_trainer
+from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
 
 MEMORY_SHARE = 0.8  # of what is free
 
@@ -91,6 +93,7 @@ def run_group(
     known, ended = processes.by_first(lambda: _begun(work, members))
     size = known or len(members)
     programs, evaluate = None, None
+    like = _agents_like(work, group) if ended else (None, None)
     if len(ended) < len(_parts(members, size)):
         programs, evaluate = _programs(work, group, len(members), known)
         size = programs.agents or 1
@@ -101,11 +104,18 @@ def run_group(
     for part in _parts(members, size):
         done: Part | None
         if programs is None or part[0] in ended:
-            done, seconds = load_part(_path(work, part)), 0.0
+            done, seconds = load_part(_path(work, part), *like), 0.0
         else:
             done, seconds = _run_part(work, group, part, programs, evaluate, on_progress)
         on_progress(0 if done is None else int(done.timesteps.sum()), None)
         yield done, seconds
+
+
+def _agents_like(work: Work, group: Group) -> tuple[PyTree, Moments | None]:
+    """The parameters and observation moments of one agent, as shapes."""
+    trainer = make_trainer(group.config, work.env_of(group), work.made_of["model"], work.made_of["reward_fn"])
+    state = jax.eval_shape(trainer.init, jax.random.key(0))
+    return state.params, state.normalizer.obs
 
 
 def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[Programs, Evaluate | None]:

@@ -26,6 +26,7 @@ from purejaxppo.policy import Policy
 from purejaxppo.population import Schedule
 from purejaxppo.session import Best
 from purejaxppo.statistics import Estimate
+from purejaxppo.trees import as_stored, from_named, named_leaves
 from purejaxppo.types import ConfigError, Env, Model, PyTree
 
 MOST_HEAT_MAPS = 10
@@ -209,30 +210,29 @@ def write_figures(directory: Path, result: SweepResult) -> None:
 
 
 def save_part(path: Path, part: Part) -> None:
-    """A part as plain arrays."""
-    arrays = {f"params/{name}": x for name, x in traverse_util.flatten_dict(part.params, sep="/").items()}
-    if part.obs_moments is not None:
-        arrays |= {f"obs_moments/{name}": x for name, x in part.obs_moments._asdict().items()}
-    arrays |= {f"curve/{name}": x for name, x in part.curve._asdict().items()}
-    if part.schedule is not None:
-        flat = traverse_util.flatten_dict(part.schedule._asdict(), sep="/")
-        arrays |= {f"schedule/{name}": x for name, x in flat.items()}
-    arrays |= {name: getattr(part, name) for name in ("members", "scores", "timesteps", "diverged_at")}
+    """Write a part as plain arrays, named by their paths in it."""
+    arrays = {name: as_stored(x) for name, x in named_leaves(part).items()}
 
     def save(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez(file, **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     whole(path, save)
 
 
-def load_part(path: Path) -> Part:
-    """The part that `save_part` wrote; nothing in the file is run."""
+def load_part(path: Path, params: PyTree, obs_moments: Moments | None) -> Part:
+    """The part that `save_part` wrote; nothing in the file is run.
+
+    ``params`` and ``obs_moments`` are shapes of the structure and types that the part's own have.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            tree = traverse_util.unflatten_dict(dict(file), sep="/")
-        moments = Moments(**tree.pop("obs_moments")) if "obs_moments" in tree else None
+            arrays = dict(file)
+        like = {"params": params, "obs_moments": obs_moments}
+        agents = jax.tree.map(lambda x, known: x.astype(known.dtype), from_named(arrays, like), like)
+        others = {name: x for name, x in arrays.items() if name not in named_leaves(like)}
+        tree = traverse_util.unflatten_dict(others, sep="/")
         schedule = Schedule(**tree.pop("schedule")) if "schedule" in tree else None
-        return Part(**tree | {"curve": Curve(**tree["curve"]), "obs_moments": moments, "schedule": schedule})
+        return Part(**tree | agents | {"curve": Curve(**tree["curve"]), "schedule": schedule})
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is damaged: delete it, and these members are trained again ({error})") from None

@@ -16,10 +16,10 @@ from purejaxppo.config import Config, validate
 from purejaxppo.grids import DRAWN, Group, Setting, bounds_of, groups_of, settings_of
 from purejaxppo.loggers import checked_names
 from purejaxppo.population import Exchange
+from purejaxppo.programs import require_storable
 from purejaxppo.session import Progress
 from purejaxppo.sweep_parts import GroupPlan, Work, run_group
 from purejaxppo.sweep_results import SweepResult, write_figures, write_tables
-from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
 
 
@@ -205,7 +205,7 @@ def _require_sense(work: Work, group: Group) -> None:
             f"{env.name} has no bound on the length of an episode, so its policies cannot be scored by whole ones: "
             "set eval_episodes=0, and they are by their last returns in training"
         )
-    make_trainer(group.config, env, work.made_of["model"], work.made_of["reward_fn"])
+    require_storable(group.config, env, **work.made_of)
 
 
 def _counted(on_progress: Callable[[SweepProgress], None] | None) -> Callable[[int, Progress | None], None]:

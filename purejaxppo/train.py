@@ -11,6 +11,7 @@ from jaxtyping import Array
 from purejaxppo import envs
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
+from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.envs.wrappers import bound_actions, flatten_observations
 from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
@@ -161,6 +162,7 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
     A model of the caller's own sees the environment's observations as they are; the MLP sees them as one vector.
     """
     env = envs.make(config.env) if env is None else env
+    require_consistent(env)
     if env.action_mask is not None:
         raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")
     env = bound_actions(env, config.squash_actions)

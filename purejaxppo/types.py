@@ -5,6 +5,7 @@ seeds or of a sweep is never written: it comes from ``jax.vmap``. All of these a
 the bundles of functions (`Env`, `VectorEnv`, `Model`, `Update`, `Reward`, `Trainer`) are pytrees of arrays.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike, NDArray
 
 PyTree = Any
 PRNGKey = jax.Array  # a typed key, or the two uint32 of jax.random.PRNGKey
@@ -24,38 +26,78 @@ class ConfigError(ValueError):
 # ---------------------------------------------------------------------------------------- spaces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Discrete:
-    """The integers 0 … n − 1; arrays have shape ``[]``."""
+    """The integers 0 … n − 1; arrays have shape ``[]``.
+
+    Like the other spaces it takes numbers of Python, NumPy and JAX and holds plain ones, so that it can
+    be compared, hashed and written to a file. Raises `ConfigError` for values that describe no space,
+    and for traced ones.
+    """
 
     n: int
+
+    def __init__(self, n: ArrayLike):
+        array = _real_numbers("Discrete.n", n)
+        if array is None or array.shape or not _are_sizes(array):
+            raise ConfigError(f"Discrete.n = {_shown(n)}: it must be an integer of at least 1 and below 2**31")
+        object.__setattr__(self, "n", int(array))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class MultiDiscrete:
     """Several independent integers, the i-th in 0 … sizes[i] − 1; arrays have shape ``[len(sizes)]``."""
 
     sizes: tuple[int, ...]
+
+    def __init__(self, sizes: ArrayLike):
+        array = _real_numbers("MultiDiscrete.sizes", sizes)
+        if array is None or array.ndim != 1 or not array.size or not _are_sizes(array):
+            raise ConfigError(
+                f"MultiDiscrete.sizes = {_shown(sizes)}: "
+                "it must be a sequence of integers of at least 1 and below 2**31, such as (3, 2)"
+            )
+        object.__setattr__(self, "sizes", tuple(int(n) for n in array))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.sizes),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Box:
-    """Real arrays of ``shape`` between ``low`` and ``high``: one number for all, or one for each element.
+    """Real arrays of ``shape`` between ``low`` and ``high``, which may be infinite.
 
-    The bounds are plain numbers in row-major order, not arrays, so that a space can be compared and hashed.
+    A bound is one number for all elements, or one for each: an array or nested list of ``shape``, or a
+    flat one in row-major order. It is held as one number where all are equal, else as a flat tuple, so
+    that boxes that mean the same are equal.
     """
 
     shape: tuple[int, ...]
     low: float | tuple[float, ...]
     high: float | tuple[float, ...]
+
+    def __init__(self, shape: ArrayLike, low: ArrayLike, high: ArrayLike):
+        lengths = _real_numbers("Box.shape", shape)
+        if lengths is None or lengths.ndim > 1 or not _are_sizes(lengths):
+            raise ConfigError(
+                f"Box.shape = {_shown(shape)}: it must be a sequence of integers of at least 1, such as (84, 84)"
+            )
+        object.__setattr__(self, "shape", tuple(int(n) for n in lengths.ravel()))
+        object.__setattr__(self, "low", self._bound("low", low))
+        object.__setattr__(self, "high", self._bound("high", high))
+        lowest, highest = self.limits
+        is_empty = (lowest > highest) | (lowest == np.inf) | (highest == -np.inf)
+        if is_empty.any():
+            below, above = lowest[is_empty][0], highest[is_empty][0]
+            raise ConfigError(
+                f"Box has an element with low = {below} and high = {above}: "
+                "low must be at most high, low below inf and high above -inf"
+            )
 
     @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -65,8 +107,47 @@ class Box:
     def _as_array(self, bound: float | tuple[float, ...]) -> np.ndarray:
         return np.full(self.shape, np.reshape(bound, self.shape) if isinstance(bound, tuple) else bound, float)
 
+    def _bound(self, name: str, bound: ArrayLike) -> float | tuple[float, ...]:
+        array = _real_numbers(f"Box.{name}", bound)
+        if array is None or np.isnan(array).any():
+            raise ConfigError(f"Box.{name} = {_shown(bound)}: it must be made of real numbers, none of them NaN")
+        if array.shape not in ((), self.shape, (math.prod(self.shape),)):
+            raise ConfigError(
+                f"Box.{name} has the shape {array.shape}: "
+                f"it must be one number, or one for each element of {self.shape}"
+            )
+        flat = (array.ravel() + 0.0).tolist()  # adding 0 makes -0.0 a 0.0
+        return flat[0] if len(set(flat)) == 1 else tuple(flat)
+
 
 Space = Discrete | MultiDiscrete | Box
+
+
+def _real_numbers(name: str, value: Any) -> NDArray[np.float64] | None:
+    """A number, a sequence or an array of real numbers, as an array; None for anything else.
+
+    Raises `ConfigError` for numbers that JAX traces: a space cannot depend on them.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
+        raise ConfigError(f"{name} is traced by JAX: a space must be made of concrete numbers")
+    try:
+        array = np.asarray(value)
+        are_long_ints = array.dtype == object and all(isinstance(x, int) for x in array.flat)
+        is_real = jax.dtypes.issubdtype(array.dtype, np.number) and array.dtype.kind not in "cm"
+        return np.asarray(array, float) if is_real or are_long_ints else None
+    except (TypeError, ValueError, OverflowError):  # such as a ragged list
+        return None
+
+
+def _are_sizes(array: NDArray[np.float64]) -> bool:
+    """Whether all are integers of at least 1 and below 2**31."""
+    return bool(np.all((array >= 1) & (array < 2**31) & (array == np.floor(array))))
+
+
+def _shown(value: Any) -> str:
+    """The value on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---------------------------------------------------------------------------------- environments
@@ -144,7 +225,8 @@ class Distribution(Protocol):
 class Model(NamedTuple):
     """An actor-critic as four functions; ``step`` and ``unroll`` must agree, so that ratios start at 1.
 
-    ``params`` is a dict: ``policy``, ``value`` and, only where they share one, ``trunk``. ``carry`` is the
+    ``params`` is a dict: ``policy``, ``value`` and, only where they share one, ``trunk``, each any pytree of
+    floating-point arrays. (TRPO needs this dict, the other algorithms take any pytree.) ``carry`` is the
     memory, each leaf with B first, and is empty for a feed-forward model. ``reset[t]`` clears it before
     ``obs[t]``.
     """

@@ -12,6 +12,13 @@ from purejaxppo.types import Box, Discrete, Env, Model, MultiDiscrete, Step
 DISCRETE, MULTI, BOX = Discrete(3), MultiDiscrete((2, 3, 4)), Box((2,), -1.0, 0.5)
 
 
+class Layer(NamedTuple):
+    """Parameters of one linear layer."""
+
+    w: Any
+    b: Any
+
+
 class CounterState(NamedTuple):
     start: Any  # a number in [0, 1) that no other episode has
     length: Any  # the episode terminates after this many steps
@@ -115,3 +122,32 @@ def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
         return forward(params, obs)
 
     return Model(init, lambda batch_size: (), step, unroll)
+
+
+def mixed_model(actions: int = 3) -> Model:
+    """The same in bfloat16, float16 and float32, with a tuple, a NamedTuple and empty containers.
+
+    The key "1/w" reads like the path of a leaf beside it.
+    """
+    linear = linear_model(actions=actions)
+
+    def init(key, obs):
+        params = linear.init(key, obs)
+        policy, value = params["policy"], params["value"]
+        b = jnp.asarray(policy["b"], jnp.float16)
+        return {
+            "policy": ([], Layer(jnp.asarray(policy["w"], jnp.bfloat16), b), {}),
+            "value": {"1/w": value["w"], "1": {"w": jnp.asarray(value["b"], jnp.bfloat16)}, "none": None},
+        }
+
+    def plain(params):
+        policy, value = params["policy"][1], params["value"]
+        return {"policy": policy._asdict(), "value": {"w": value["1/w"], "b": value["1"]["w"]}}
+
+    def step(params, carry, obs, reset):
+        return linear.step(plain(params), carry, obs.astype(jnp.bfloat16), reset)
+
+    def unroll(params, carry, obs, reset):
+        return linear.unroll(plain(params), carry, obs.astype(jnp.bfloat16), reset)
+
+    return Model(init, linear.initial_carry, step, unroll)

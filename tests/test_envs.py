@@ -9,7 +9,7 @@ from small_envs import counter
 
 from purejaxppo import Config, ConfigError, envs, make_train
 from purejaxppo.envs import gymnax as gymnax_adapter
-from purejaxppo.envs.wrappers import flatten_observations
+from purejaxppo.envs.wrappers import flatten_observations, into_box
 from purejaxppo.types import Box, Discrete, MultiDiscrete
 
 REPRESENTATIVE = ("Pendulum-v1", "MemoryChain-bsuite", "FourRooms-misc", "Breakout-MinAtar", "UmbrellaChain-bsuite")
@@ -167,6 +167,16 @@ def test_observations_become_one_vector(space, obs, expected):
     flat = flatten_observations(env)
     assert flat.observation_space.shape == (len(expected),)
     np.testing.assert_array_equal(flat.reset(jax.random.key(0))[1], expected)
+
+
+def test_actions_in_bfloat16_are_within_the_bounds_of_float32():
+    """0.3 in bfloat16 is 0.30078, which is outside."""
+    box = Box((2,), -0.3, 0.3)
+    action = jnp.asarray([[9, -9], [0.25, 0]], jnp.bfloat16)
+    np.testing.assert_array_equal(into_box(action, box, False), np.float32([[0.3, -0.3], [0.25, 0]]))
+    squashed = into_box(action, box, True)
+    assert squashed.dtype == np.float32
+    np.testing.assert_allclose(squashed[1], 0.3 * np.tanh([0.25, 0]), rtol=1e-6)
 
 
 def test_an_environment_can_be_made_inside_of_jit():

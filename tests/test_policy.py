@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
+from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, mixed_model
 
 from purejaxppo import Config, ConfigError, Policy, load_policy, make_trainer, save_policy
 from purejaxppo.envs.wrappers import into_features
 from purejaxppo.normalize import Moments
+from purejaxppo.trees import named_leaves
 from purejaxppo.types import Box, Discrete, Env, Step
 
 TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=64, hidden_sizes=(4,))
@@ -65,6 +66,8 @@ def policies():
         ("squashed", TINY.replace(squash_actions=True), grid(FAR), None),
         ("normalised", TINY.replace(normalize_obs=True), grid(BOX), None),
         ("own model", TINY, counter(), linear_model()),
+        ("own containers", TINY.replace(normalize_obs=True), counter(), mixed_model()),
+        ("no hidden layers", TINY.replace(hidden_sizes=()), grid(), None),
     ]:
         state = state_of(config, env, model)
         made[name] = Policy.from_state(config, state, env=env, model=model), env, model
@@ -75,7 +78,8 @@ def policies():
     return made
 
 
-KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised", "own model", "one of three"]
+KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised", "own model", "own containers"]
+KINDS += ["no hidden layers", "one of three"]
 
 
 def sentence_of(make):
@@ -84,6 +88,14 @@ def sentence_of(make):
     message = str(error.value)
     assert message and "\n" not in message
     return message
+
+
+def assert_same(got, expected):
+    """The same structure, types and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
 
 
 def observations(policy, *batch):
@@ -154,7 +166,7 @@ def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
     obs = observations(policy, 5)
     features = np.asarray(obs if model is not None else into_features(obs, env.observation_space))
     moments = policy.obs_moments
-    assert (moments is not None) == (kind in {"normalised", "one of three"})
+    assert (moments is not None) == (kind in {"normalised", "own containers", "one of three"})
     if moments is not None:
         deviation = np.sqrt(np.asarray(moments.m2) / float(moments.samples) + 1e-8)
         features = np.clip((features - np.asarray(moments.mean)[None]) / deviation[None], -10, 10)
@@ -242,15 +254,7 @@ def test_a_saved_policy_comes_back_bit_for_bit(policies, kind, tmp_path):
         policy.action_space,
         policy.flatten,
     )
-    assert jax.tree.structure(back.params) == jax.tree.structure(policy.params)
-    pairs = zip(
-        jax.tree.leaves((back.params, back.obs_moments)),
-        jax.tree.leaves((policy.params, policy.obs_moments)),
-        strict=True,
-    )
-    for got, expected in pairs:
-        assert got.dtype == expected.dtype
-        np.testing.assert_array_equal(got, expected)
+    assert_same((back.params, back.obs_moments), (policy.params, policy.obs_moments))
     obs = observations(policy, 7)
     np.testing.assert_array_equal(back.act(obs), policy.act(obs))
     np.testing.assert_array_equal(back.act(obs, jax.random.key(3)), policy.act(obs, jax.random.key(3)))
@@ -345,9 +349,94 @@ def test_a_description_of_other_json_is_refused(saved, content):
 
 
 def test_a_newer_format_is_told_with_its_version(saved):
-    rewrite(saved, format_version=2)
+    rewrite(saved, format_version=3)
     message = sentence_of(lambda: load_policy(saved))
-    assert message.startswith(f"{saved} has format version 2, and this version of purejaxppo reads 1")
+    assert message.startswith(f"{saved} has format version 3, and this version of purejaxppo reads 1 and 2")
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"params/nothing": "bfloat16"},
+        {"params/policy/head/params/log_std": "bfloat17"},
+        {"params/policy/trunk/params/Dense_0/bias": "bfloat17"},
+        {"params/policy/trunk/params/Dense_0/bias": "O"},
+        {"params/policy/trunk/params/Dense_0/bias": ["f4"]},
+        {"params/policy/trunk/params/Dense_0/bias": "int32"},
+        ["bfloat16"],
+        3,
+    ],
+)
+def test_wrong_types_of_the_arrays_are_refused(saved, dtypes):
+    rewrite(saved, dtypes=dtypes)
+    assert str(saved) in sentence_of(lambda: load_policy(saved))
+
+
+def write_format_1(directory, config, space, arrays, own_model=False):
+    """A policy as the first versions wrote it."""
+    directory.mkdir()
+    (directory / "policy.json").write_text("{}")
+    rewrite(directory, format="purejaxppo policy", format_version=1, config=config, own_model=own_model)
+    rewrite(directory, observation_space=space, action_space={"kind": "discrete", "n": 2})
+    repack(directory, **arrays)
+    return directory
+
+
+def test_format_1_is_read(tmp_path):
+    """Its bounds may be a list of equal numbers, and it has no types of arrays."""
+    layer = {
+        "policy/trunk/params/Dense_0/kernel": [[1, -2, 0.5], [3, 0, -1]],
+        "policy/trunk/params/Dense_0/bias": [0.5, 0, -0.5],
+        "policy/head/params/Dense_0/kernel": [[1, -1], [0.5, 1], [2, -3]],
+        "policy/head/params/Dense_0/bias": [0.25, -0.25],
+        "value/trunk/params/Dense_0/kernel": np.zeros((2, 3)),
+        "value/trunk/params/Dense_0/bias": np.zeros(3),
+        "value/head/params/Dense_0/kernel": np.zeros((3, 1)),
+        "value/head/params/Dense_0/bias": np.zeros(1),
+    }
+    arrays = {f"params/{name}": np.asarray(x, np.float32) for name, x in layer.items()}
+    moments = {"samples": 4, "mean": [1, 2], "m2": [4, 16]}
+    arrays |= {f"obs_moments/{name}": np.asarray(x, np.float32) for name, x in moments.items()}
+    space = {"kind": "box", "shape": [2], "low": [0.0, 0.0], "high": 9.0}
+    config = {"env": "grid", "hidden_sizes": [3], "activation": "relu", "normalize_obs": True}
+    policy = load_policy(write_format_1(tmp_path / "policy", config, space, arrays))
+    assert policy.observation_space == Box((2,), 0, 9) and policy.action_space == Discrete(2)
+    obs = np.random.default_rng(0).uniform(0, 9, (20, 2)).astype(np.float32)
+    hidden = (obs - [[1, 2]]) / np.sqrt(np.array([[1, 4]]) + 1e-8)
+    weights = [np.asarray(x) for x in layer.values()]
+    hidden = np.maximum(hidden @ weights[0] + weights[1][None], 0)
+    logits = hidden @ weights[2] + weights[3][None]
+    assert len(set(logits.argmax(-1))) == 2
+    np.testing.assert_array_equal(policy.act(obs), logits.argmax(-1))
+
+
+def test_bfloat16_in_format_1_is_what_the_model_says(tmp_path):
+    """Format 1 wrote its bytes without the name of the type, and could not read them."""
+    model = mixed_model()
+    params = model.init(jax.random.key(3), jnp.zeros((1, 3)))
+    arrays = {f"params/{name}": np.asarray(x) for name, x in named_leaves(params).items()}
+    assert {x.dtype.name for x in arrays.values()} == {"bfloat16", "float16", "float32"}
+    space = {"kind": "box", "shape": [3], "low": 0.0, "high": 1.0}
+    where = write_format_1(tmp_path / "policy", {}, space, arrays, own_model=True)
+    assert_same(load_policy(where, model=model).params, params)
+
+
+def test_a_config_of_numpy_numbers_is_saved(policies, tmp_path):
+    """`fit` makes them plain, but a policy can be taken from a state with any config that trains."""
+    policy, env, _ = policies["discrete"]
+    config = TINY.replace(num_envs=np.int64(2), hidden_sizes=[np.int64(4)], lr=np.float32(0.5), env="grid")
+    policy = Policy(config, policy.params, None, policy.model, env.observation_space, env.action_space, True)
+    back = load_policy(save_policy(tmp_path / "policy", policy))
+    assert back.config == TINY.replace(lr=0.5, env="grid")
+
+
+def test_parameters_that_cannot_be_loaded_are_not_saved(policies, tmp_path):
+    policy, env, model = policies["own model"]
+    params = policy.params | {"steps": jnp.int32(3)}
+    policy = Policy(TINY, params, None, model, env.observation_space, env.action_space, False)
+    message = sentence_of(lambda: save_policy(tmp_path / "policy", policy))
+    assert message == "the parameter 'steps' has the type int32: parameters must be floating-point arrays"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["config", "observation_space", "action_space", "own_model", "params_sha256"])

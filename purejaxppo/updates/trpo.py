@@ -44,8 +44,9 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     policy_step, value_steps = make_policy_step(config, model), make_value_steps(config, model, optimizer)
 
     def init(params: PyTree) -> PyTree:
-        if set(params) != {"policy", "value"}:
-            raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {sorted(params)}")
+        if not isinstance(params, dict) or set(params) != {"policy", "value"}:
+            found = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
+            raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {found}")
         return optimizer.init(params["value"])
 
     def step(

@@ -1,0 +1,132 @@
+"""What every environment must keep to: its functions agree with its spaces and with each other."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.types import Box, ConfigError, Env, PyTree, Space, Step
+
+
+def require_consistent(env: Env) -> None:
+    """Raise `ConfigError` where reset and step disagree with the spaces or with each other.
+
+    ``reset`` returns ``(state, obs)`` and ``step`` a `Step`. An observation is one array of the shape of
+    its space; in a finite space it holds integers. Reward, flags and mask are scalars, and all but the
+    reward are bools. The states of reset and step have the same structure and shapes. Their types may
+    differ, because a fresh start is cast to the types that a step returns, but the next step must return
+    these types again. Nothing is run.
+    """
+    for name in ("observation_space", "action_space"):
+        space = getattr(env, name)
+        if not isinstance(space, Space):
+            words = f"a {type(space).__name__}: it must be a Discrete, a MultiDiscrete or a Box"
+            raise ConfigError(f"the {name} of {env.name} is {words}")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    start = jax.eval_shape(env.reset, key)
+    if not isinstance(start, tuple | list) or len(start) != 2:
+        found = type(start).__name__
+        raise ConfigError(f"reset of {env.name} returns a {found}: it must return (state, obs)")
+    state, obs = start
+    _require_observation(env, "reset", obs)
+    step = _step(env, key, state)
+    _require_observation(env, "step", step.obs)
+    _require_type(env, step.obs)
+    _require_scalars(env, step)
+    _require_agreement(env, "reset", {"state": state}, "step", {"state": step.state}, _are_castable)
+
+    # The vectoriser casts a fresh start to these types, and then they must stay.
+    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.state)
+    following = _step(env, key, cast)
+    before, after = ({"state": x.state, "obs": x.obs} for x in (step, following))
+    _require_agreement(env, "one step", before, "the next", after, operator.eq)
+
+
+def _step(env: Env, key: Any, state: PyTree) -> Step:
+    """The shapes and types of a step."""
+    dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
+    action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
+    step = jax.eval_shape(env.step, key, state, action)
+    if not isinstance(step, Step):
+        found = type(step).__name__
+        raise ConfigError(f"step of {env.name} returns a {found}: it must return a Step")
+    return step
+
+
+def _require_observation(env: Env, name: str, obs: Any) -> None:
+    """One array of real numbers, of the shape of its space."""
+    if not jax.tree_util.all_leaves([obs]):
+        found = type(obs).__name__
+        raise ConfigError(f"{name} of {env.name} returns a {found} as obs: it must be one array")
+    if obs.shape != env.observation_space.shape:
+        raise ConfigError(
+            f"{name} of {env.name} returns an obs of the shape {obs.shape}: "
+            f"it must have that of its observation_space, {env.observation_space.shape}"
+        )
+
+
+def _require_type(env: Env, obs: Any) -> None:
+    """Integers in a finite space, real numbers or bools in a Box."""
+    is_box = isinstance(env.observation_space, Box)
+    kinds = (np.integer, np.floating, np.bool_) if is_box else (np.integer,)
+    if not any(jnp.issubdtype(obs.dtype, kind) for kind in kinds):
+        space = type(env.observation_space).__name__
+        allowed = "real numbers" if is_box else "integers"
+        raise ConfigError(
+            f"obs of {env.name} has the type {obs.dtype}: in the observation_space {space} it must hold {allowed}"
+        )
+
+
+def _require_scalars(env: Env, step: Step) -> None:
+    """The reward is one real number; terminated, truncated and mask are one bool each."""
+    for name in ("reward", "terminated", "truncated", "mask"):
+        x = getattr(step, name)
+        if not jax.tree_util.all_leaves([x]):
+            found = type(x).__name__
+            raise ConfigError(f"step of {env.name} returns a {found} as {name}: it must be one number")
+        kinds = (np.integer, np.floating, np.bool_) if name == "reward" else (np.bool_,)
+        if x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+            words = "one real number" if name == "reward" else "one bool"
+            raise ConfigError(
+                f"step of {env.name} returns a {name} of the shape {x.shape} and type {x.dtype}: it must be {words}"
+            )
+
+
+def _require_agreement(
+    env: Env,
+    name: str,
+    tree: PyTree,
+    other_name: str,
+    other: PyTree,
+    types_fit: Callable[[Any, Any], bool],
+) -> None:
+    """The same structure and shapes, and types that fit."""
+    parts, other_parts = (_by_path(x) for x in (tree, other))
+    rule = f"{name} and {other_name} of {env.name} must return the same structure, shapes and types"
+    if lone := sorted(parts.keys() ^ other_parts.keys()):
+        source = name if lone[0] in parts else other_name
+        raise ConfigError(f"{rule}: {lone[0]} comes from {source} only")
+    for path, x in parts.items():
+        y = other_parts[path]
+        if x.shape != y.shape or not types_fit(x.dtype, y.dtype):
+            kinds = f"{x.dtype} of the shape {x.shape} and {y.dtype} of the shape {y.shape}"
+            raise ConfigError(f"{rule}: {path} is {kinds}")
+    structure, other_structure = (jax.tree.structure(x) for x in (tree, other))
+    if structure != other_structure:  # type: ignore[operator]
+        words = "their states are made of different containers, such as a list and a tuple"
+        raise ConfigError(f"{rule}: {words}")
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _are_castable(start: Any, step: Any) -> bool:
+    """Numbers can be cast to numbers; a random key is of its own kind."""
+    is_key = [jnp.issubdtype(dtype, jax.dtypes.prng_key) for dtype in (start, step)]
+    return start == step or not any(is_key)
