@@ -1,0 +1,104 @@
+"""Where training starts from: fresh parameters, or those of a trained policy with what normalised its observations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config
+from purejaxppo.normalize import Normalizer
+from purejaxppo.types import Box, ConfigError, Env, PyTree, Space
+
+NETWORK = ("network", "hidden_sizes", "activation", "shared_trunk")  # fields that say which network it is
+
+
+class Start(NamedTuple):
+    """What a run of one agent starts from."""
+
+    params: PyTree
+    normalizer: Normalizer | None  # None: nothing is known of it, as of parameters alone
+
+
+def starting_point(given: Any) -> Start:
+    """The parameters and the normaliser of what `make_train` and `fit` take as ``params``.
+
+    A `Policy`, a `TrainState` and whatever else has ``params`` and ``normalizer`` bring their normaliser along.
+    Parameters alone have none.
+    """
+    if hasattr(given, "params") and hasattr(given, "normalizer"):
+        return Start(given.params, given.normalizer)
+    return Start(given, None)
+
+
+def start_from(given: Any, fresh: Start, config: Config, env: Env, own_model: bool) -> Start:
+    """Training's first parameters and normaliser, where they are given and not ``fresh``.
+
+    ``fresh`` has the shapes of the parameters and an empty normaliser. Of a given normaliser the moments are kept:
+    those of observations, without which the policy sees another world, and of a training state those of returns, in
+    whose units its value function is. Raises `ConfigError` for what does not fit.
+    """
+    agents = np.shape(getattr(given, "iteration", 0))
+    if agents:
+        raise ConfigError(
+            f"this state holds {agents[0]} agents: start from one, Policy.from_state(config, state, index)"
+        )
+    if hasattr(given, "observation_space") and hasattr(given, "config"):
+        _require_same_use(given, config, env, own_model)
+    start = starting_point(given)
+    _require_fitting(start.params, fresh.params)
+    assert fresh.normalizer is not None
+    if start.normalizer is None:
+        return Start(start.params, fresh.normalizer)
+    return Start(start.params, _continued(start.normalizer, fresh.normalizer))
+
+
+def _continued(given: Normalizer, fresh: Normalizer) -> Normalizer:
+    """The given moments; the running returns are those of fresh episodes."""
+    if (given.obs is None) != (fresh.obs is None):
+        had, instead = ("without", "False") if given.obs is None else ("with", "True")
+        raise ConfigError(
+            f"the policy to start from was trained {had} normalised observations: set normalize_obs={instead}, or give "
+            "its parameters alone, for which normalisation starts anew"
+        )
+    obs, reward = fresh.obs, fresh.reward
+    if given.obs is not None:
+        _require_fitting(given.obs, fresh.obs)
+        obs = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given.obs, fresh.obs)
+    if given.reward is not None and reward is not None:
+        moments = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given.reward.moments, reward.moments)
+        reward = reward._replace(moments=moments)
+    return Normalizer(obs, reward)
+
+
+def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) -> None:
+    """A policy goes on with the spaces and the network that it has."""
+    for what in ("observation", "action"):
+        before, now = getattr(policy, f"{what}_space"), getattr(env, f"{what}_space")
+        if _kind(before) != _kind(now):
+            raise ConfigError(
+                f"the policy to start from was trained in {policy.config.env}, whose {what}s are {before}, "
+                f"and those of {env.name} are {now}"
+            )
+    fields = ("squash_actions",) if own_model or not policy.flatten else (*NETWORK, "squash_actions")
+    for name in fields:
+        before, now = getattr(policy.config, name), getattr(config, name)
+        if before != now:
+            raise ConfigError(f"the policy to start from has {name} = {before!r}, and this configuration has {now!r}")
+
+
+def _kind(space: Space) -> Any:
+    """A space but for the bounds of a box, which may be others."""
+    return (Box, space.shape) if isinstance(space, Box) else space
+
+
+def _require_fitting(given: PyTree, expected: PyTree) -> None:
+    def shapes(tree: PyTree) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(path): getattr(x, "shape", None) for path, x in leaves}
+
+    if shapes(given) != shapes(expected):
+        raise ConfigError(
+            "the parameters to start from do not fit the model: other sizes or another network made them (params takes "
+            "a Policy, a TrainState or the parameters of one)"
+        )
