@@ -18,14 +18,15 @@ from purejaxppo.types import ConfigError, Env, plain_settings
 SUITES = ("gymnax",)  # modules here, each with make and list_envs; the first has the names without a suite
 MOST_KEPT = 256  # environments that `make` remembers
 _registered: dict[str, Callable[..., Env]] = {}
-_made: dict[tuple[str, str, str], tuple[Callable[..., Env], Env]] = {}  # name, settings, precision: its maker, itself
+# What `make` remembers, by name, settings and precision: what made it, and the environment.
+_made: dict[tuple[str, str, str], tuple[Callable[..., Env], Env]] = {}
 
 
 def register(name: str, factory: Callable[..., Env]) -> None:
-    """Let ``make(name, **settings)`` return ``factory(**settings)``; an earlier one of that name is replaced.
+    """Let ``make(name, **settings)`` return ``factory(**settings)``; an earlier factory is replaced.
 
-    The factory is called once for the same settings, on which alone its environment must depend: they are what a config
-    and a saved policy remember of it.
+    The factory is called once for the same settings, on which alone its environment must depend:
+    they are all that a config and a saved policy keep of it.
     """
     if not name or not callable(factory):
         raise ConfigError("register takes a name and a function that returns an Env")
@@ -45,9 +46,9 @@ def list_envs(suite: str | None = None) -> list[str]:
 def make(name: str, **settings: Any) -> Env:
     """The environment ``name``, such as ``CartPole-v1`` or ``gymnax/CartPole-v1``, with the suite's own settings.
 
-    Called twice with the same name and settings it returns the same object, so that what was compiled for an
-    environment serves again. Raises `ConfigError` for a name that does not exist, with the nearest that does, and for
-    settings that the environment does not have.
+    Called twice with the same name and settings it returns the same object, so that what was
+    compiled for an environment serves again. Raises `ConfigError` for a name that does not exist,
+    with the nearest that does, and for settings that the environment does not have.
     """
     return _make(name, settings)
 
@@ -56,8 +57,8 @@ def of_config(config: Any) -> Env:
     """The environment that a `Config` names by ``env`` and ``env_settings``."""
     if config.env_settings is None:
         raise ConfigError(
-            f"the settings that {config.env} was made with were not recorded, because they were arrays or traced "
-            "values: give the environment itself, or set env_settings"
+            f"the settings that {config.env} was made with were not recorded, because they were "
+            "arrays or traced values: give the environment itself, or set env_settings"
         )
     return _make(config.env, dict(config.env_settings))
 
@@ -71,7 +72,7 @@ def _make(name: str, settings: Mapping[str, Any]) -> Env:
     key = short or name, repr(recorded), str(jnp.result_type(float))
     if key in _made and _made[key][0] is maker:
         return _made[key][1]
-    with jax.ensure_compile_time_eval():  # inside of jit its constants would be traced, and of no use later
+    with jax.ensure_compile_time_eval():  # inside of jit its constants would be traced
         env = build(**dict(recorded))._replace(settings=recorded)
     if len(_made) >= MOST_KEPT:
         del _made[next(iter(_made))]
@@ -80,16 +81,15 @@ def _make(name: str, settings: Mapping[str, Any]) -> Env:
 
 
 def _maker(name: str) -> tuple[Callable[..., Env], str]:
-    """The factory that was registered under the name and "", or the ``make`` of a suite and the name it has there."""
+    """The registered factory of this name and ""; else the ``make`` of a suite and its name there."""
     if name in _registered:
         return _registered[name], ""
     suite, _, short = name.rpartition("/")
     suite = suite or SUITES[0]
     own = "one of your own must be registered by envs.register, or given as an Env"
     if suite not in SUITES:
-        raise ConfigError(
-            f"{name!r} is not an environment: there is no suite {suite!r}, only {', '.join(SUITES)} ({own})"
-        )
+        hint = f": there is no suite {suite!r}, only {', '.join(SUITES)}"
+        raise ConfigError(f"{name!r} is not an environment{hint} ({own})")
     known = _suite(suite).list_envs()
     if short not in known and short not in getattr(_suite(suite), "DOWNLOADS", ()):
         near = difflib.get_close_matches(short, [*known, *_registered], n=1, cutoff=0.4)
@@ -104,12 +104,14 @@ def _registered_env(name: str, factory: Callable[..., Env], **settings: Any) -> 
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
         known = ", ".join(inspect.signature(factory).parameters) or "none"
-        raise ConfigError(f"{name!r} cannot be made with these settings: {error}; it has {known}") from None
+        told = f"{name!r} cannot be made with these settings: {error}; it has {known}"
+        raise ConfigError(told) from None
     except ValueError:  # a function without a signature
         pass
     env = factory(**settings)
     if not isinstance(env, Env):
-        raise ConfigError(f"what was registered as {name!r} returned {type(env).__name__}, and must return an Env")
+        kind = type(env).__name__
+        raise ConfigError(f"what was registered as {name!r} returned {kind}, and must return an Env")
     return env._replace(name=name)
 
 

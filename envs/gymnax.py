@@ -58,7 +58,7 @@ def make(name: str, /, **settings: Any) -> Env:
 
 
 def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
-    """gymnax's own environment and its parameters; `ConfigError` for settings that it does not have."""
+    """gymnax's own environment and parameters; `ConfigError` for settings that it does not have."""
     import gymnax
 
     if name in DOWNLOADS:
@@ -68,14 +68,15 @@ def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
         return env, params
     fields = [field.name for field in dataclasses.fields(params)]
     parameters = list(inspect.signature(type(env).__init__).parameters.values())[1:]
-    of_env = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    if unknown := [key for key in settings if key not in (*fields, *of_env)]:
-        raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields + of_env))}")
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = sorted([*fields, *(one.name for one in parameters if one.kind not in variable)])
+    if unknown := [key for key in settings if key not in known]:
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     own = {key: x for key, x in settings.items() if key not in fields}
     with _refusing(name, own):
         env, params = gymnax.make(name, **own)
-    changes = {key: x for key, x in settings.items() if key in fields}
-    return env, params.replace(**{key: _of_kind(name, key, x, getattr(params, key)) for key, x in changes.items()})
+    changes = {key: _of_kind(name, key, x, getattr(params, key)) for key, x in settings.items() if key in fields}
+    return env, params.replace(**changes)
 
 
 @contextlib.contextmanager
@@ -93,7 +94,10 @@ def _refusing(name: str, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _of_kind(name: str, key: str, value: Any, default: Any) -> Any:
-    """The value for a field of the parameters, of the same kind as its default; arrays and traced values unseen."""
+    """The value for a field of the parameters, which must be of the kind of its default.
+
+    Arrays and traced values are not looked at.
+    """
     value = value.item() if isinstance(value, np.generic) else value
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "max_steps_in_episode":

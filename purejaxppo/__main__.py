@@ -115,8 +115,8 @@ def train(
     config = config.replace(env=env.name, env_settings=env.settings)
     if num_episodes and env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated at the end: set "
-            "eval_episodes=0, and give a bound to `purejaxppo evaluate`"
+            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated "
+            "at the end: set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
         )
     directory = of.directory or _directory(config, asked_of(config, **how), of)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
@@ -204,7 +204,8 @@ def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0,
         run: directory that train left
         episodes: how many for each policy
         key: number that the random key is made of
-        max_steps: steps after which an episode that still runs counts as it stands; needed where nothing else ends it
+        max_steps: steps after which an episode that still runs counts as it stands; needed where
+            nothing else ends it
     """
     from purejaxppo import console as show
     from purejaxppo.run_directory import load_policies
@@ -277,8 +278,11 @@ def compare(
     from purejaxppo import comparison
     from purejaxppo import console as show
 
-    changes: dict[str, Any] = {} if total_timesteps is None else {"total_timesteps": number(total_timesteps)}
-    changes |= {"env_settings": parsed_settings(env_settings)} if env_settings else {}
+    changes: dict[str, Any] = {}
+    if total_timesteps is not None:
+        changes["total_timesteps"] = number(total_timesteps)
+    if env_settings:
+        changes["env_settings"] = parsed_settings(env_settings)
     directory = directory or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():

@@ -75,7 +75,7 @@ def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 def checked_settings(name: str, value: Any) -> EnvSettings | None:
-    """The settings of an environment as sorted pairs; None, of settings that were not recorded, as it is."""
+    """The settings of an environment as sorted pairs; None says that they were not recorded."""
     settings = plain_settings(value)
     if settings is not None or value is None:
         return settings

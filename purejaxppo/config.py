@@ -57,9 +57,9 @@ class Config:
     `Config.from_dict` check. The general defaults are those of the PPO paper (Schulman et al. 2017, table 3) where
     they carry over to many parallel environments; `Config.for_env` has tuned ones.
 
-    ``env_settings`` are written as a mapping, ``Config(env_settings={"max_steps_in_episode": 50})``, and held
-    as sorted pairs, which can be hashed; ``dict(config.env_settings)`` is the mapping. None says that they were
-    not recorded (see `Env`).
+    ``env_settings`` are written as a mapping, ``Config(env_settings={"max_steps_in_episode": 50})``,
+    and held as sorted pairs, which can be hashed; ``dict(config.env_settings)`` is the mapping. None
+    says that they were not recorded (see `Env`).
     """
 
     env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
@@ -113,7 +113,7 @@ class Config:
     debug: bool = _static(False, "print a line from inside the compiled program after every iteration")
 
     def __post_init__(self) -> None:
-        """Static fields that are written as a mapping or a list are held in a form that can be hashed."""
+        """Hold static fields that are written as a mapping or a list in a form that can be hashed."""
         settings = plain_settings(self.env_settings)
         if settings is not None:
             object.__setattr__(self, "env_settings", settings)

@@ -62,8 +62,8 @@ def evaluate(
         raise ConfigError(f"this policy was trained in {policy.config.env}, and {env.name} has other spaces")
     if env.max_episode_steps is None and max_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, and a policy may never end one: say by max_steps "
-            "after how many steps an episode counts as it stands"
+            f"{env.name} has no bound on the length of an episode, and a policy may never end one: "
+            "say by max_steps after how many steps an episode counts as it stands"
         )
     return _evaluate(policy, env, key, num_episodes, deterministic, max_steps)
 

@@ -104,10 +104,12 @@ def fit(
     checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on
     from its newest checkpoint, or from the start where it has none yet, and ends with the same numbers, bit for bit on
     the same device, as if nothing had happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen``
-    are the caller's to give. The name and the settings of an ``env`` that is given replace those of the config.
+    are the caller's to give. The name and the settings of an ``env`` that is given replace those of
+    the config.
 
-    ``params`` is what every agent starts from: a trained `Policy` (``run.policy()``) or the `TrainState` of one agent,
-    with the moments that normalise its observations, or parameters alone, with which normalisation starts anew.
+    ``params`` is what every agent starts from: a trained `Policy` (``run.policy()``) or the
+    `TrainState` of one agent, with the moments that normalise its observations, or parameters alone,
+    with which normalisation starts anew.
 
     Every ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so that
     training is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are
@@ -122,9 +124,10 @@ def fit(
     if evaluation and env.max_episode_steps is None:
         raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
     config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
-    trainer = make_trainer(config, env, model, reward_fn)  # refuses what cannot run, before a directory is made
+    # What cannot run is refused before a directory is made.
+    trainer = make_trainer(config, env, model, reward_fn)
     if params is not None:
-        jax.eval_shape(lambda key: trainer.init(key, params), key)  # likewise
+        jax.eval_shape(lambda key: trainer.init(key, params), key)
         params = starting_point(params)
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)

@@ -132,7 +132,7 @@ def numbers(settings: dict[str, Any]) -> dict[str, Any]:
 def env_settings(items: Sequence[str]) -> dict[str, Any]:
     """``("max_steps_in_episode=50", "is_slippery=false")`` as a mapping.
 
-    Numbers, True, False, None and tuples of them are written as in Python; what is none of these is a string.
+    Numbers, True, False, None and tuples of them are written as in Python; all else is a string.
     """
     found: dict[str, Any] = {}
     for item in items:

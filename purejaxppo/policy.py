@@ -92,9 +92,19 @@ class Policy:
         """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
         sample."""
         obs, reset = jnp.asarray(obs), jnp.asarray(reset)
-        own = {name: getattr(self, name) for name in ("model", "observation_space", "action_space", "flatten")}
-        own["squash"] = self.config.squash_actions
-        return _step(self.params, self.obs_moments, carry, obs, reset, key, **own)
+        return _step(
+            self.params,
+            self.obs_moments,
+            carry,
+            obs,
+            reset,
+            key,
+            model=self.model,
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            flatten=self.flatten,
+            squash=self.config.squash_actions,
+        )
 
     def act(self, obs: ArrayLike, key: PRNGKey | None = None) -> Array:
         """The action for one observation or a batch of them: the mode, or with a key a sample.
@@ -127,7 +137,7 @@ def _step(
     flatten: bool,
     squash: bool,
 ) -> tuple[PyTree, Array]:
-    """A function of the module, so that it is compiled once for all policies that differ in their numbers only."""
+    """A function of the module, so that policies that differ in their numbers only share one program."""
     obs = into_features(obs, observation_space) if flatten else obs
     carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
     action = distribution.mode() if key is None else distribution.sample(key)

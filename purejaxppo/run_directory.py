@@ -134,7 +134,7 @@ def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Pat
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration beside the rest; one that is newer than the run has its default."""
+    """The fields of the configuration beside the rest; a field that the run does not know has its default."""
     rest = {name: x for name, x in described.items() if name != "config"}
     return rest | Config().to_dict() | described["config"] if "config" in described else rest
 

@@ -1,4 +1,4 @@
-"""Where training starts from: fresh parameters, or those of a trained policy with what normalised its observations."""
+"""Where training starts from: fresh parameters, or those of a trained policy with its normaliser."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from purejaxppo.config import Config
 from purejaxppo.normalize import Normalizer
 from purejaxppo.types import Box, ConfigError, Env, PyTree, Space
 
-NETWORK = ("network", "hidden_sizes", "activation", "shared_trunk")  # fields that say which network it is
+NETWORK = ("network", "hidden_sizes", "activation", "shared_trunk")  # which network it is
 
 
 class Start(NamedTuple):
@@ -23,8 +23,8 @@ class Start(NamedTuple):
 def starting_point(given: Any) -> Start:
     """The parameters and the normaliser of what `make_train` and `fit` take as ``params``.
 
-    A `Policy`, a `TrainState` and whatever else has ``params`` and ``normalizer`` bring their normaliser along.
-    Parameters alone have none.
+    A `Policy`, a `TrainState` and whatever else has ``params`` and ``normalizer`` bring their
+    normaliser along. Parameters alone have none.
     """
     if hasattr(given, "params") and hasattr(given, "normalizer"):
         return Start(given.params, given.normalizer)
@@ -34,9 +34,10 @@ def starting_point(given: Any) -> Start:
 def start_from(given: Any, fresh: Start, config: Config, env: Env, own_model: bool) -> Start:
     """Training's first parameters and normaliser, where they are given and not ``fresh``.
 
-    ``fresh`` has the shapes of the parameters and an empty normaliser. Of a given normaliser the moments are kept:
-    those of observations, without which the policy sees another world, and of a training state those of returns, in
-    whose units its value function is. Raises `ConfigError` for what does not fit.
+    ``fresh`` has the shapes of the parameters and an empty normaliser. Of a given normaliser the
+    moments are kept: those of observations, without which the policy would see other inputs than it
+    was trained on, and of a training state those of returns, in whose units its value function is.
+    Raises `ConfigError` for what does not fit.
     """
     agents = np.shape(getattr(given, "iteration", 0))
     if agents:
@@ -58,17 +59,20 @@ def _continued(given: Normalizer, fresh: Normalizer) -> Normalizer:
     if (given.obs is None) != (fresh.obs is None):
         had, instead = ("without", "False") if given.obs is None else ("with", "True")
         raise ConfigError(
-            f"the policy to start from was trained {had} normalised observations: set normalize_obs={instead}, or give "
-            "its parameters alone, for which normalisation starts anew"
+            f"the policy to start from was trained {had} normalised observations: set "
+            f"normalize_obs={instead}, or give its parameters alone, for which normalisation starts anew"
         )
     obs, reward = fresh.obs, fresh.reward
     if given.obs is not None:
         _require_fitting(given.obs, fresh.obs)
-        obs = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given.obs, fresh.obs)
+        obs = _in_precision_of(fresh.obs, given.obs)
     if given.reward is not None and reward is not None:
-        moments = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given.reward.moments, reward.moments)
-        reward = reward._replace(moments=moments)
+        reward = reward._replace(moments=_in_precision_of(reward.moments, given.reward.moments))
     return Normalizer(obs, reward)
+
+
+def _in_precision_of(like: PyTree, given: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), given, like)
 
 
 def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) -> None:
@@ -84,7 +88,8 @@ def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) ->
     for name in fields:
         before, now = getattr(policy.config, name), getattr(config, name)
         if before != now:
-            raise ConfigError(f"the policy to start from has {name} = {before!r}, and this configuration has {now!r}")
+            told = f"{name} = {before!r}, and this configuration has {now!r}"
+            raise ConfigError(f"the policy to start from has {told}")
 
 
 def _kind(space: Space) -> Any:
@@ -99,6 +104,6 @@ def _require_fitting(given: PyTree, expected: PyTree) -> None:
 
     if shapes(given) != shapes(expected):
         raise ConfigError(
-            "the parameters to start from do not fit the model: other sizes or another network made them (params takes "
-            "a Policy, a TrainState or the parameters of one)"
+            "the parameters to start from do not fit the model: other sizes or another network made "
+            "them (params takes a Policy, a TrainState or the parameters of one)"
         )
