@@ -50,7 +50,7 @@ def scorer(config: Config, goal: Goal) -> Callable[[jax.Array], tuple[jax.Array,
 
     All of them are trained in one compiled function.
     """
-    env = envs.make(config.env)
+    env = envs.of_config(config)
 
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_train, key_evaluate = jax.random.split(key)

@@ -22,7 +22,7 @@ CONFIG = Config.from_dict(SETTINGS["seeds"])
 
 def throughput(seeds: int, repeats: int) -> None:
     """Steps per second of all members of one program, and of one agent's program, in turn."""
-    env = envs.make(CONFIG.env)
+    env = envs.of_config(CONFIG)
     together, alone = (compile_programs(CONFIG, env, agents) for agents in (seeds, None))
     ratios, rates = [], []
     for repeat in range(repeats):
@@ -66,7 +66,7 @@ def many(seeds: int, timesteps: int) -> None:
 
 def checkpoint_cost(seeds: int, repeats: int) -> None:
     """How long a checkpoint takes to write, as a share of the 30 s between two."""
-    env = envs.make(CONFIG.env)
+    env = envs.of_config(CONFIG)
     programs = compile_programs(CONFIG, env, seeds)
     state = programs.init(programs.keys(jax.random.key(0)), {})
     rows = {"metrics": {"policy_loss": np.zeros((seeds, 1000), np.float32)}}

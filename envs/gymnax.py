@@ -1,8 +1,10 @@
 """gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks. `gymnax` itself takes seconds to import."""
 
+import contextlib
 import dataclasses
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,10 +26,11 @@ def list_envs() -> list[str]:
     return [name for name in gymnax.registered_envs if name not in DOWNLOADS]
 
 
-def make(name: str, **settings: Any) -> Env:
+def make(name: str, /, **settings: Any) -> Env:
     """The gymnax environment ``name``; ``settings`` are fields of its parameters or arguments of its constructor."""
     env, params = original(name, **settings)
-    with jax.ensure_compile_time_eval():  # gymnax computes bounds with JAX; inside of jit they would be traced
+    # gymnax computes bounds with JAX; inside of jit they would be traced
+    with jax.ensure_compile_time_eval(), _refusing(name, settings):
         observation_space = _space(name, "observations", env.observation_space(params))
         action_space = _space(name, "actions", env.action_space(params))
 
@@ -54,20 +57,64 @@ def make(name: str, **settings: Any) -> Env:
     )
 
 
-def original(name: str, **settings: Any) -> tuple[Any, Any]:
-    """gymnax's own environment and its parameters."""
+def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
+    """gymnax's own environment and parameters; `ConfigError` for settings that it does not have."""
     import gymnax
 
     if name in DOWNLOADS:
         raise ConfigError(f"{name} fetches a data set when it is made, which this library does not do")
-    _, params = gymnax.make(name)
-    fields = {field.name for field in dataclasses.fields(params)}
+    env, params = gymnax.make(name)
+    if not settings:
+        return env, params
+    fields = [field.name for field in dataclasses.fields(params)]
+    parameters = list(inspect.signature(type(env).__init__).parameters.values())[1:]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = sorted([*fields, *(one.name for one in parameters if one.kind not in variable)])
+    if unknown := [key for key in settings if key not in known]:
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    own = {key: x for key, x in settings.items() if key not in fields}
+    with _refusing(name, own):
+        env, params = gymnax.make(name, **own)
+    changes = {key: _of_kind(name, key, x, getattr(params, key)) for key, x in settings.items() if key in fields}
+    return env, params.replace(**changes)
+
+
+@contextlib.contextmanager
+def _refusing(name: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Settings that gymnax fails with, in whatever way, are refused in one sentence."""
     try:
-        env, params = gymnax.make(name, **{key: x for key, x in settings.items() if key not in fields})
-    except TypeError:
-        unknown = ", ".join(key for key in settings if key not in fields)
-        raise ConfigError(f"{name} has no setting {unknown}; it has {', '.join(sorted(fields))}") from None
-    return env, params.replace(**{key: x for key, x in settings.items() if key in fields})
+        yield
+    except Exception as error:
+        if not settings:
+            raise
+        told = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"{name} cannot be made with {settings}: {told[0]}") from None
+
+
+def _of_kind(name: str, key: str, value: Any, default: Any) -> Any:
+    """The value for a field of the parameters, which must be of the kind of its default.
+
+    Arrays and traced values are not looked at.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "max_steps_in_episode":
+        if not number or value < 1 or value != int(value):
+            raise ConfigError(f"{name}: {key} = {value!r}: it must be an integer of at least 1")
+        return int(value)
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ConfigError(f"{name}: {key} = {value!r}: it must be True or False")
+    if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+        raise ConfigError(f"{name}: {key} = {value!r}: it must be a number")
+    if isinstance(default, jax.Array | np.ndarray):
+        try:
+            return jnp.asarray(value, default.dtype).reshape(default.shape)
+        except (TypeError, ValueError):
+            allowed = f"numbers of shape {default.shape}"
+            raise ConfigError(f"{name}: {key} = {value!r}: it must be {allowed}") from None
+    return value
 
 
 def _space(name: str, what: str, space: Any) -> Space:
@@ -79,13 +126,13 @@ def _space(name: str, what: str, space: Any) -> Space:
     raise ConfigError(f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained")
 
 
-def drawing(name: str) -> Callable[[list[Any], list[Any], Any], None]:
+def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], Any], None]:
     """``draw(states, returns, path)`` by gymnax's visualiser; returns are those up to each state."""
     for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # classic control is drawn by a game library
         os.environ.setdefault(variable, "dummy")
     from gymnax.visualize import Visualizer, vis_gym
 
-    env, params = original(name)
+    env, params = original(name, **settings)
     classic = name in vis_gym.SUPPORTED_GYM_ENVS
     if not classic and name not in DRAWN and not name.endswith("-MinAtar"):
         raise ConfigError(f"{name} cannot be drawn: gymnax's visualiser has no picture of it")

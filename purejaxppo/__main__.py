@@ -18,6 +18,7 @@ from rich.console import Console
 
 from purejaxppo.config import Config, tuned
 from purejaxppo.options import OF_SWEEP, OF_TRAIN, OfARun, count, number, numbers, of_a_run, options_of, split_cpu
+from purejaxppo.options import env_settings as parsed_settings
 from purejaxppo.options import grid as parsed_grid
 from purejaxppo.types import ConfigError
 
@@ -110,8 +111,13 @@ def train(
     if how["eval_every"] and not num_episodes:
         raise ConfigError("eval_every needs eval_episodes of at least 1")
     how["eval_episodes"] = num_episodes or 1
-    env = environments.make(config.env)
-    config = config.replace(env=env.name)
+    env = environments.of_config(config)
+    config = config.replace(env=env.name, env_settings=env.settings)
+    if num_episodes and env.max_episode_steps is None:
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated "
+            "at the end: set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
+        )
     directory = of.directory or _directory(config, asked_of(config, **how), of)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
@@ -191,18 +197,20 @@ def sweep(
         raise SystemExit(DIVERGED)
 
 
-def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0) -> None:
+def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0, max_steps: int | None = None) -> None:
     """Play fresh episodes with the policies of a run.
 
     Args:
         run: directory that train left
         episodes: how many for each policy
         key: number that the random key is made of
+        max_steps: steps after which an episode that still runs counts as it stands; needed where
+            nothing else ends it
     """
     from purejaxppo import console as show
     from purejaxppo.run_directory import load_policies
 
-    show.show_evaluation(console, load_policies(run), episodes, key)
+    show.show_evaluation(console, load_policies(run), episodes, key, max_steps)
 
 
 def render(
@@ -244,6 +252,7 @@ def envs(suite: str | None = None) -> None:
 
 def compare(
     envs: tuple[str, ...] = ("CartPole-v1",),
+    env_settings: tuple[str, ...] = (),
     algorithms: tuple[str, ...] = ("ppo", "trpo", "reinforce"),
     seeds: int = 8,
     total_timesteps: str | None = None,
@@ -256,6 +265,7 @@ def compare(
 
     Args:
         envs: environments
+        env_settings: settings of their own, NAME=VALUE, such as max_steps_in_episode=50
         algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl, ppo/unclipped,
             reinforce/value, reinforce/leave_one_out, reinforce/running_mean, reinforce/none
         seeds: agents of each
@@ -268,6 +278,11 @@ def compare(
     from purejaxppo import comparison
     from purejaxppo import console as show
 
+    changes: dict[str, Any] = {}
+    if total_timesteps is not None:
+        changes["total_timesteps"] = number(total_timesteps)
+    if env_settings:
+        changes["env_settings"] = parsed_settings(env_settings)
     directory = directory or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
@@ -278,7 +293,7 @@ def compare(
             key=key,
             eval_episodes=eval_episodes,
             deterministic=not sampled,
-            changes={} if total_timesteps is None else {"total_timesteps": number(total_timesteps)},
+            changes=changes,
             directory=directory,
             on_start=screen.on_start,
             on_progress=screen.on_progress,

@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from purejaxppo.types import ConfigError
+from purejaxppo.types import ConfigError, EnvSettings, plain, plain_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,24 @@ def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise wrong(name, value, "a sequence of positive integers, such as (64, 64)")
     return tuple(checked_int(f"{name}[{i}]", size, POSITIVE_INT) for i, size in enumerate(value))
+
+
+def checked_settings(name: str, value: Any) -> EnvSettings | None:
+    """The settings of an environment as sorted pairs; None says that they were not recorded."""
+    settings = plain_settings(value)
+    if settings is not None or value is None:
+        return settings
+    if not isinstance(value, Mapping):
+        raise wrong(name, value, "a mapping of names to values, such as {'max_steps_in_episode': 50}")
+    for key, x in value.items():
+        if not isinstance(key, str):
+            raise wrong(f"a name in {name}", key, "a string")
+        try:
+            plain(x)
+        except ValueError:
+            allowed = "a finite number, a string, True, False, None or a tuple of these"
+            raise wrong(f"{name}[{key!r}]", x, allowed) from None
+    raise wrong(name, value, "a mapping of names to values")
 
 
 def _is_numeric(value: Any) -> bool:

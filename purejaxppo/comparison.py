@@ -89,7 +89,7 @@ def compare(
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
     planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
     for env, _, config in planned:
-        made = environments.make(env)
+        made = environments.of_config(config)
         if made.max_episode_steps is None:
             raise ConfigError(f"{env} has no bound on the length of an episode, so its policies cannot be scored")
         make_trainer(config, made)

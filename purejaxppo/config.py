@@ -20,11 +20,12 @@ from purejaxppo.checks import (
     Check,
     checked_int,
     checked_leaf,
+    checked_settings,
     checked_sizes,
     nearest,
     wrong,
 )
-from purejaxppo.types import ConfigError
+from purejaxppo.types import ConfigError, EnvSettings, plain_settings
 
 ALGORITHMS = ("ppo", "trpo", "reinforce")
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
@@ -34,9 +35,10 @@ NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
-def _static(default: Any, doc: str, check: Check | tuple[str, ...] | None = None) -> Any:
+def _static(default: Any, doc: str, check: Check | tuple[str, ...] | None = None, kw_only: bool = False) -> Any:
     """A size, a name or a switch: another value is another compiled program."""
-    return dataclasses.field(default=default, metadata={"static": True, "doc": doc, "check": check})
+    metadata = {"static": True, "doc": doc, "check": check}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 def _leaf(default: float | None, doc: str, check: Check) -> Any:
@@ -54,9 +56,16 @@ class Config:
     Nothing is checked here, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
     `Config.from_dict` check. The general defaults are those of the PPO paper (Schulman et al. 2017, table 3) where
     they carry over to many parallel environments; `Config.for_env` has tuned ones.
+
+    ``env_settings`` are written as a mapping, ``Config(env_settings={"max_steps_in_episode": 50})``,
+    and held as sorted pairs, which can be hashed; ``dict(config.env_settings)`` is the mapping. None
+    says that they were not recorded (see `Env`).
     """
 
     env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
+    env_settings: Mapping[str, Any] | EnvSettings | None = _static(
+        (), "settings of the environment's own, such as max_steps_in_episode=50", kw_only=True
+    )
     algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
     total_timesteps: int = _static(1_000_000, "environment steps in all, rounded up to whole iterations", POSITIVE_INT)
     num_envs: int = _static(64, "parallel environments (B)", POSITIVE_INT)
@@ -102,6 +111,14 @@ class Config:
     activation: str = _static("tanh", "nonlinearity of the hidden layers", ACTIVATIONS)
     shared_trunk: bool = _static(False, "policy and value share the hidden layers")
     debug: bool = _static(False, "print a line from inside the compiled program after every iteration")
+
+    def __post_init__(self) -> None:
+        """Hold static fields that are written as a mapping or a list in a form that can be hashed."""
+        settings = plain_settings(self.env_settings)
+        if settings is not None:
+            object.__setattr__(self, "env_settings", settings)
+        if isinstance(self.hidden_sizes, list):
+            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
 
     # ------------------------------------------------------------------------------- derived numbers
 
@@ -171,7 +188,8 @@ class Config:
         """The fields as JSON has them; `from_dict` takes those of an unbatched config back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()} | {
-            "hidden_sizes": list(self.hidden_sizes)
+            "env_settings": None if self.env_settings is None else dict(self.env_settings),
+            "hidden_sizes": list(self.hidden_sizes),
         }
 
     @classmethod
@@ -299,6 +317,8 @@ def _checked(name: str, value: Any) -> Any:
         return None if value is None is default else checked_leaf(name, value, check)
     if name == "hidden_sizes":
         return checked_sizes(name, value)
+    if name == "env_settings":
+        return checked_settings(name, value)
     if isinstance(default, bool):
         if not isinstance(value, bool | np.bool_):
             raise wrong(name, value, "True or False")

@@ -62,7 +62,7 @@ class Screen:
             data = f"one whole episode in each of {config.num_envs} environments"
             length = f"{config.total_timesteps:,} to {config.actual_timesteps:,} per agent, until so many are counted"
         rows = {
-            "environment": f"{config.env}, {config.num_envs} copies per agent",
+            "environment": f"{environment_title(config)}, {config.num_envs} copies per agent",
             "algorithm": f"{algorithm_title(config)}, {epochs} on {data}",
             "steps": length,
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
@@ -113,8 +113,8 @@ class SweepScreen:
         """What one compiled program will run."""
         portions = "all" if group.at_once >= group.members else f"{group.at_once:,}"
         self.console.print(
-            f"{group.config.env}, {algorithm_title(group.config)}, {group.config.num_envs} environments: "
-            f"{group.members:,} members, {portions} at once on {group.device}, "
+            f"{environment_title(group.config)}, {algorithm_title(group.config)}, "
+            f"{group.config.num_envs} environments: {group.members:,} members, {portions} at once on {group.device}, "
             f"{decimal(group.memory_bytes)} on each device; compiled in {group.compile_seconds:.1f} s"
         )
 
@@ -146,6 +146,12 @@ def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
         console.print(f"({len(result.summary) - most} more settings in summary.csv)")
 
 
+def environment_title(config: Config) -> str:
+    """The environment, and in brackets its settings."""
+    settings = ", ".join(f"{name}={value}" for name, value in dict(config.env_settings or ()).items())
+    return config.env + (f" ({settings})" if settings else "")
+
+
 def algorithm_title(config: Config) -> str:
     """The algorithm, and in brackets what of it is not the default."""
     variant = [x for x in (config.objective, config.baseline) if x not in ("clip", "value")]
@@ -170,15 +176,18 @@ def show_result(console: Console, run: fitting.Run) -> None:
             )
 
 
-def show_evaluation(console: Console, policies: list[Policy], num_episodes: int, key: int = 0) -> None:
+def show_evaluation(
+    console: Console, policies: list[Policy], num_episodes: int, key: int = 0, max_steps: int | None = None
+) -> None:
     """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
-    table = Table(title=f"{policies[0].config.env}: return over {num_episodes} fresh episodes of the final policy")
+    played = f"return over {num_episodes} fresh episodes of the final policy"
+    table = Table(title=f"{environment_title(policies[0].config)}: {played}")
     for column in ("", "deterministic", "sampled", "mean length"):
         table.add_column(column, justify="left" if not column else "right")
     keys = jax.random.split(jax.random.key(key), len(policies))
-    env, scores = envs.make(policies[0].config.env), []
+    env, scores = envs.of_config(policies[0].config), []
     for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
-        both = [evaluate(policy, env, one, num_episodes, deterministic) for deterministic in (True, False)]
+        both = [evaluate(policy, env, one, num_episodes, mode, max_steps=max_steps) for mode in (True, False)]
         scores.append([float(result.returns.mean()) for result in both])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo import envs
+from purejaxppo.checks import integer
 from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.policy import Policy
@@ -31,25 +32,48 @@ class _Episodes(NamedTuple):
 
 
 def evaluate(
-    policy: Policy, env: Env | None, key: PRNGKey, num_episodes: int, deterministic: bool = True
+    policy: Policy,
+    env: Env | None,
+    key: PRNGKey,
+    num_episodes: int,
+    deterministic: bool = True,
+    *,
+    max_steps: int | None = None,
 ) -> EpisodeStatistics:
-    """``num_episodes`` whole episodes of ``policy`` in ``env`` (None: the one it was trained in), side by side.
+    """``num_episodes`` whole episodes of ``policy`` in ``env``, side by side.
 
-    Deterministic takes the most probable action, else actions are sampled. The normaliser stays as training left it.
-    An episode counts once and ends by termination or by the environment's time limit, so short episodes are not
-    preferred. It compiles itself, and can be used inside `jax.jit` and `jax.vmap`.
+    ``env=None`` is the environment that the policy was trained in, settings included; one of the
+    caller's own that is not registered must be given. Deterministic takes the most probable action,
+    else actions are sampled. The normaliser stays as training left it. An episode counts once and
+    ends by termination or by the environment's time limit, so short episodes are not preferred.
+
+    After ``max_steps`` steps the episodes that still run count as they stand: with the return so
+    far and the length ``max_steps``. Where the environment has no bound on the length of an
+    episode, ``max_steps`` is required, because a policy may never end one.
+
+    It compiles itself, once for an environment, a configuration and a number of episodes, and can
+    be used inside `jax.jit` and `jax.vmap`.
     """
     if num_episodes < 1:
         raise ConfigError(f"num_episodes = {num_episodes}: it must be an integer of at least 1")
-    env = envs.make(policy.config.env) if env is None else env
+    if max_steps is not None:
+        integer("max_steps", max_steps, 1, bits=31)
+    env = envs.of_config(policy.config) if env is None else env
     require_consistent(env)
     if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
         raise ConfigError(f"this policy was trained in {policy.config.env}, and {env.name} has other spaces")
-    return _evaluate(policy, env, key, num_episodes, deterministic)
+    if env.max_episode_steps is None and max_steps is None:
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, and a policy may never end one: "
+            "say by max_steps after how many steps an episode counts as it stands"
+        )
+    return _evaluate(policy, env, key, num_episodes, deterministic, max_steps)
 
 
 @partial(jax.jit, static_argnames=("env", "num_episodes", "deterministic"))
-def _evaluate(policy: Policy, env: Env, key: PRNGKey, num_episodes: int, deterministic: bool) -> EpisodeStatistics:
+def _evaluate(
+    policy: Policy, env: Env, key: PRNGKey, num_episodes: int, deterministic: bool, max_steps: int | Array | None
+) -> EpisodeStatistics:
     def step(now: _Episodes) -> _Episodes:
         key_action, key_env, key_next = jax.random.split(now.key, 3)
         first = now.statistics.lengths == 0
@@ -58,6 +82,8 @@ def _evaluate(policy: Policy, env: Env, key: PRNGKey, num_episodes: int, determi
         returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
         lengths = now.statistics.lengths + now.running
         running = now.running & ~(out.terminated | out.truncated)
+        if max_steps is not None:
+            running &= lengths < max_steps
         return _Episodes(key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths))
 
     key_reset, key_run = jax.random.split(key)

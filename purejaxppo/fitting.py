@@ -16,6 +16,7 @@ from purejaxppo.metrics import finite_so_far
 from purejaxppo.policy import Policy
 from purejaxppo.programs import compile_programs, device_name, mesh_of, require_storable
 from purejaxppo.session import Best, Evaluation, Keeping, Progress, run_session
+from purejaxppo.starting import starting_point
 from purejaxppo.tables import Table
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PyTree, Reward, TrainState
 
@@ -100,7 +101,12 @@ def fit(
     checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on
     from its newest checkpoint, or from the start where it has none yet, and ends with the same numbers, bit for bit on
     the same device, as if nothing had happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen``
-    are the caller's to give.
+    are the caller's to give. The name and the settings of an ``env`` that is given replace those of
+    the config.
+
+    ``params`` is what every agent starts from: a trained `Policy` (``run.policy()``) or the
+    `TrainState` of one agent, with the moments that normalise its observations, or parameters alone,
+    with which normalisation starts anew.
 
     Every ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so that
     training is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are
@@ -111,11 +117,12 @@ def fit(
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
     checkpoint_seconds = seconds_of("checkpoint_seconds", checkpoint_seconds)
     key, named_key = random_key(key)
-    env = envs.make(config.env) if env is None else env
+    env = envs.of_config(config) if env is None else env
     if evaluation and env.max_episode_steps is None:
         raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
-    config = dataclasses.replace(config, env=env.name)
+    config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
     require_storable(config, env, model, reward_fn, params, frozen)  # before a directory is made
+    params = None if params is None else starting_point(params)
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)

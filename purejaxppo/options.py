@@ -1,6 +1,7 @@
 """The options of the command line: one for each field of `Config`, and those of a command beside them."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import os
@@ -112,6 +113,8 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
     of_none = "INT" if check is None else "FLOAT"  # of the options that are not in `Config` all these are counts
     of_number = of_none if default is None else type(default).__name__.upper()
     metavar = "TEXT" if name == "coordinator" else of_number if number else None
+    if name == "env_settings":
+        metavar, default = "[NAME=VALUE ...]", tuple(f"{key}={value}" for key, value in default)
     kind: Any = tuple[str, ...] if isinstance(default, tuple) else str if number else type(default)
     default = tuple(map(str, default)) if isinstance(default, tuple) else str(default) if number else default
     return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
@@ -120,7 +123,28 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
 def numbers(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with text turned into numbers where it is one and a number is meant."""
     values = {name: x if isinstance(FIELDS[name].default, str) else number(x) for name, x in settings.items()}
-    return values | {"hidden_sizes": tuple(number(x) for x in settings["hidden_sizes"])}
+    return values | {
+        "env_settings": env_settings(settings["env_settings"]),
+        "hidden_sizes": tuple(number(x) for x in settings["hidden_sizes"]),
+    }
+
+
+def env_settings(items: Sequence[str]) -> dict[str, Any]:
+    """``("max_steps_in_episode=50", "is_slippery=false")`` as a mapping.
+
+    Numbers, True, False, None and tuples of them are written as in Python; all else is a string.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not name or not equals or name in found:
+            raise ConfigError(
+                f"env_settings: {item!r} must be a name and its value, once each, such as max_steps_in_episode=50"
+            )
+        found[name] = text
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found[name] = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    return found
 
 
 def number(text: Any) -> Any:
@@ -158,6 +182,8 @@ def grid(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _grid_value(name: str, text: str) -> Any:
+    if name == "env_settings":
+        return env_settings(text.split("+"))
     if name == "hidden_sizes":
         return tuple(number(size) for size in text.split("x"))
     if text.lower() in ("true", "false"):

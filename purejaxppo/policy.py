@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from purejaxppo import envs
 from purejaxppo.config import Config, validate
 from purejaxppo.envs.wrappers import into_box, into_features
 from purejaxppo.networks import make_model
-from purejaxppo.normalize import Moments, no_moments, normalize_obs
+from purejaxppo.normalize import Moments, Normalizer, no_moments, normalize_obs
 from purejaxppo.trees import as_stored, from_named, is_extended, named_leaves, require_trainable
 from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PRNGKey, PyTree, Space, Trained
 
@@ -64,8 +64,8 @@ class Policy:
         model: Model | None = None,
     ) -> "Policy":
         """The policy of a training state; of a vmapped one, that of agent ``index``, which is then required."""
-        env = envs.make(config.env) if env is None else env
-        config = dataclasses.replace(config, env=env.name)
+        env = envs.of_config(config) if env is None else env
+        config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
         agents = np.shape(state.iteration)
         if agents and index is None:
             raise ConfigError(f"this state holds {agents[0]} agents: say which one by index=0 … {agents[0] - 1}")
@@ -80,6 +80,11 @@ class Policy:
         model = make_model(config, env.action_space) if model is None else model
         return cls(config, params, moments, model, env.observation_space, env.action_space, flatten)
 
+    @property
+    def normalizer(self) -> Normalizer:
+        """What a run that starts from this policy goes on with, as a training state has it."""
+        return Normalizer(self.obs_moments, None)
+
     def initial_carry(self, batch_size: int) -> PyTree:
         """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
         return self.model.initial_carry(batch_size)
@@ -87,7 +92,20 @@ class Policy:
     def step(self, carry: PyTree, obs: ArrayLike, reset: ArrayLike, key: PRNGKey | None = None) -> tuple[PyTree, Array]:
         """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
         sample."""
-        return self._step(self.params, self.obs_moments, carry, jnp.asarray(obs), jnp.asarray(reset), key)
+        obs, reset = jnp.asarray(obs), jnp.asarray(reset)
+        return _step(
+            self.params,
+            self.obs_moments,
+            carry,
+            obs,
+            reset,
+            key,
+            model=self.model,
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            flatten=self.flatten,
+            squash=self.config.squash_actions,
+        )
 
     def act(self, obs: ArrayLike, key: PRNGKey | None = None) -> Array:
         """The action for one observation or a batch of them: the mode, or with a key a sample.
@@ -104,19 +122,27 @@ class Policy:
         _, action = self.step((), rows, jnp.zeros(rows.shape[0], bool), key)
         return action.reshape(batch + action.shape[1:])
 
-    @cached_property
-    def _step(self) -> Any:
-        def step(
-            params: PyTree, moments: Moments | None, carry: PyTree, obs: Array, reset: Array, key: PRNGKey | None
-        ) -> tuple[PyTree, Array]:
-            obs = into_features(obs, self.observation_space) if self.flatten else obs
-            carry, distribution, _ = self.model.step(params, carry, normalize_obs(moments, obs), reset)
-            action = distribution.mode() if key is None else distribution.sample(key)
-            if isinstance(self.action_space, Box):
-                action = into_box(action, self.action_space, self.config.squash_actions)
-            return carry, action
 
-        return jax.jit(step)
+@partial(jax.jit, static_argnames=("model", "observation_space", "action_space", "flatten", "squash"))
+def _step(
+    params: PyTree,
+    moments: Moments | None,
+    carry: PyTree,
+    obs: Array,
+    reset: Array,
+    key: PRNGKey | None,
+    *,
+    model: Model,
+    observation_space: Space,
+    action_space: Space,
+    flatten: bool,
+    squash: bool,
+) -> tuple[PyTree, Array]:
+    """A function of the module, so that policies that differ in their numbers only share one program."""
+    obs = into_features(obs, observation_space) if flatten else obs
+    carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
+    action = distribution.mode() if key is None else distribution.sample(key)
+    return carry, into_box(action, action_space, squash) if isinstance(action_space, Box) else action
 
 
 # ------------------------------------------------------------------------------------------ files

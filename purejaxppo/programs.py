@@ -20,8 +20,9 @@ from purejaxppo.policy import Policy
 from purejaxppo.population import Bounds, Exchange, Population, make_population, own_metrics
 from purejaxppo.processes import agreed, put, whole
 from purejaxppo.shards import make_mesh, most_devices, replicated, state_sharding
+from purejaxppo.starting import starting_point
 from purejaxppo.train import make_trainer
-from purejaxppo.trees import named_leaves, require_trainable
+from purejaxppo.trees import require_trainable
 from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, Trainer, TrainState
 
 CHUNK_SECONDS = 0.3  # how often the host looks at a run
@@ -203,8 +204,8 @@ def require_storable(
     fresh = jax.eval_shape(lambda key: trainer.init(key).params, key)
     require_trainable(fresh)
     if params is not None:
-        require_trainable(params)
-        _require_same_shapes(params, fresh)
+        jax.eval_shape(lambda key: trainer.init(key, params), key)  # refuses what does not fit
+        require_trainable(starting_point(params).params)
     if model is not None or reward_fn is not None:
         row = jax.eval_shape(lambda key: _first_metrics(trainer, key, params, frozen), key)
         _require_scalar_metrics(row)
@@ -213,22 +214,6 @@ def require_storable(
 def _first_metrics(trainer: Trainer, key: PRNGKey, params: PyTree, frozen: PyTree) -> Metrics:
     """The metrics of the first iteration."""
     return trainer.step(trainer.init(key, params), frozen)[1]
-
-
-def _require_same_shapes(params: PyTree, fresh: PyTree) -> None:
-    """Parameters to start from need the names and shapes of the model's own, or they could not be loaded again."""
-    given = {name: np.shape(x) for name, x in named_leaves(params).items()}
-    expected = {name: np.shape(x) for name, x in named_leaves(fresh).items()}
-    for name in (*expected, *given):
-        if name not in given:
-            raise ConfigError(f"params do not fit the model: they lack {name!r}")
-        if name not in expected:
-            raise ConfigError(f"params do not fit the model: it has no {name!r}")
-        if given[name] != expected[name]:
-            raise ConfigError(
-                f"params do not fit the model: {name!r} has the shape {given[name]}, "
-                f"and the model needs {expected[name]}"
-            )
 
 
 def run_chunks(

@@ -22,8 +22,9 @@ def animate(policy: Policy, path: str | os.PathLike, key: int = 0, max_steps: in
         raise ConfigError(f"{path}: the picture is a GIF, so its name must end in .gif")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no directory {path.parent}")
-    draw = envs.drawing(policy.config.env)
-    states, rewards = play(policy, envs.make(policy.config.env), key, max_steps)
+    env = envs.of_config(policy.config)
+    draw = envs.drawing(policy.config.env, **dict(policy.config.env_settings or ()))
+    states, rewards = play(policy, env, key, max_steps)
     temporary = path.with_name(f".{path.stem}.part.gif")
     try:
         draw(states, list(jnp.cumsum(jnp.asarray(rewards))), temporary)

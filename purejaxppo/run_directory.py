@@ -25,6 +25,7 @@ import numpy as np
 
 import purejaxppo
 from purejaxppo import processes
+from purejaxppo.config import Config
 from purejaxppo.files import locked, whole
 from purejaxppo.policy import Policy, load_policy, save_policy
 from purejaxppo.types import ConfigError
@@ -133,8 +134,9 @@ def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Pat
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration beside the rest."""
-    return {name: x for name, x in described.items() if name != "config"} | described.get("config", {})
+    """The fields of the configuration beside the rest; a field that the run does not know has its default."""
+    rest = {name: x for name, x in described.items() if name != "config"}
+    return rest | Config().to_dict() | described["config"] if "config" in described else rest
 
 
 def write(directory: Path, run: "Run") -> None:

@@ -64,7 +64,7 @@ class Work(NamedTuple):
     exchange: tuple[Exchange, Bounds] | None  # of a population, whose members all train at once
 
     def env_of(self, group: Group) -> Env:
-        return envs.make(group.config.env) if self.env is None else self.env
+        return envs.of_config(group.config) if self.env is None else self.env
 
     def members_of(self, group: Group) -> NDArray[np.integer]:
         """The numbers of its members, setting by setting."""

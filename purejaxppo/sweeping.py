@@ -84,9 +84,9 @@ def sweep(
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     grid = dict(grid or {})
-    if env is not None and "env" in grid:
-        raise ConfigError("env is swept over: leave the environment object out")
-    config = config if env is None else config.replace(env=env.name)
+    if env is not None and (named := {"env", "env_settings"} & grid.keys()):
+        raise ConfigError(f"{min(named)} is swept over: leave the environment object out")
+    config = config if env is None else config.replace(env=env.name, env_settings=env.settings)
     seeds, key, samples = integer("seeds", seeds, 1), integer("key", key, 0), integer("samples", samples, 0)
     settings = settings_of(config, grid, samples, np.random.default_rng(key))
     work = Work(

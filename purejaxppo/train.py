@@ -19,6 +19,7 @@ from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
+from purejaxppo.starting import Start, start_from
 from purejaxppo.types import (
     Batch,
     ConfigError,
@@ -46,8 +47,11 @@ def make_train(
     """``train(key, params=None, frozen=None) -> Result(state, metrics)``, a pure function to jit and vmap.
 
     ``config`` is a `Config` or a mapping, PureJaxRL's upper-case keys included. ``env`` and ``model`` replace what the
-    config names. ``reward_fn`` makes the rewards: see `make_trainer`. ``params`` starts from given parameters, and
-    ``frozen`` is handed to ``reward_fn`` (a reference model, say). Raises `ConfigError` for what cannot run.
+    config names. ``reward_fn`` makes the rewards: see `make_trainer`. ``frozen`` is handed to ``reward_fn`` (a
+    reference model, say). Raises `ConfigError` for what cannot run.
+
+    ``params`` is what the run starts from: a `Policy` or a `TrainState`, which bring their normaliser along, or
+    parameters alone, with which normalisation starts anew.
 
     Runs of whole episodes end when their steps are counted: the metrics have room for ⌈total_timesteps / num_envs⌉
     iterations, of which those that were not needed have no episodes, and reverse-mode differentiation through the run
@@ -77,12 +81,14 @@ def make_trainer(
 ) -> Trainer:
     """The same run in pieces: ``init(key, params=None) -> state`` and ``step(state, frozen=None) -> (state, metrics)``.
 
-    One step is one iteration of Algorithm 1 of the PPO paper. A ``reward_fn`` is a function ``(transitions, config,
-    frozen) -> rewards [T, B]``, or a `Reward` where it needs memory; episode returns stay the environment's. Jit
-    ``init`` as well as ``step``: state that is not on the device cannot be donated.
+    One step is one iteration of Algorithm 1 of the PPO paper. ``params`` are as in `make_train`. A ``reward_fn`` is
+    a function ``(transitions, config, frozen) -> rewards [T, B]``, or a `Reward` where it needs memory; episode
+    returns stay the environment's. Jit ``init`` as well as ``step``: state that is not on the device cannot be
+    donated.
     """
     config = _checked(config)
-    env, model = resolve(config, env, model)
+    given_env, own_model = envs.of_config(config) if env is None else env, model is not None
+    env, model = resolve(config, given_env, model)
     config = _for_whole_episodes(config, env)
     _require_enough_sequences(config, model)
     vector_env = _vectorize(env, config)
@@ -95,11 +101,16 @@ def make_trainer(
     def init(key: PRNGKey, params: PyTree = None) -> TrainState:
         key_params, key_env, key_run = jax.random.split(key, 3)
         env_state, obs = reset_shards(vector_env, key_env, config.num_shards)
-        params = model.init(key_params, obs) if params is None else params
+        normalizer = init_normalizer(obs, config.normalize_obs, config.normalize_reward)
+        if params is None:
+            start = Start(model.init(key_params, obs), normalizer)
+        else:
+            fresh = Start(jax.eval_shape(model.init, key_params, obs), normalizer)
+            start = start_from(params, fresh, config, given_env, own_model)
         state = TrainState(
-            params=params,
-            update=update.init(params),
-            normalizer=init_normalizer(obs, config.normalize_obs, config.normalize_reward),
+            params=start.params,
+            update=update.init(start.params),
+            normalizer=start.normalizer,
             env=env_state,
             carry=model.initial_carry(config.num_envs),
             reward=reward.init(config),
@@ -161,7 +172,7 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
 
     A model of the caller's own sees the environment's observations as they are; the MLP sees them as one vector.
     """
-    env = envs.make(config.env) if env is None else env
+    env = envs.of_config(config) if env is None else env
     require_consistent(env)
     if env.action_mask is not None:
         raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")

@@ -6,7 +6,7 @@ the bundles of functions (`Env`, `VectorEnv`, `Model`, `Update`, `Reward`, `Trai
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -164,11 +164,52 @@ class Step(NamedTuple):
     mask: Bool[Array, ""] | bool = True  # False: the action was forced and not the agent's
 
 
+EnvSettings = tuple[tuple[str, Any], ...]  # (name, value) of each setting, sorted by name; `plain` values
+
+
+def plain(value: Any) -> Any:
+    """A setting of an environment in a form that can be hashed and that JSON can hold.
+
+    A finite number, a string, True, False and None are Python's own; NumPy's and JAX's scalars become these, and lists
+    and tuples of them tuples. Raises `ValueError` for anything else: larger arrays, traced values, infinity.
+    """
+    if type(value) in (list, tuple):
+        return tuple(plain(x) for x in value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        try:
+            value = value.item()
+        except Exception:  # a traced value or a random key
+            raise ValueError("not a plain value") from None
+    if type(value) not in (bool, int, float, str, type(None)):
+        raise ValueError("not a plain value")
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+def plain_settings(settings: Any) -> EnvSettings | None:
+    """A mapping of names to values, or the pairs of one, as `EnvSettings`; None if that is impossible."""
+    if not isinstance(settings, Mapping | tuple):
+        return None
+    try:
+        named = dict(settings)
+        if not all(isinstance(name, str) for name in named):
+            return None
+        return tuple(sorted((str(name), plain(value)) for name, value in named.items()))
+    except (TypeError, ValueError):
+        return None
+
+
 class Env(NamedTuple):
     """One environment, without auto-reset (`envs.vector` does that for all alike).
 
     ``truncates`` says whether an episode can be cut by time, which then happens exactly at
     ``max_episode_steps``; with ``max_episode_steps=None`` it may happen at any step.
+
+    ``name`` and ``settings`` are what ``envs.make(name, **settings)`` was called with, so that a
+    config, a run directory and a saved policy name the environment completely. The settings are
+    sorted pairs, because an Env must be hashable; ``dict(env.settings)`` is the mapping. They are
+    None where a file cannot hold them (arrays, say): such an environment has to be given again.
     """
 
     name: str
@@ -179,6 +220,7 @@ class Env(NamedTuple):
     max_episode_steps: int | None  # bound on the length of an episode; None: no bound
     truncates: bool
     action_mask: Callable[[PyTree], Bool[Array, "n"]] | None = None  # state -> the actions that are allowed
+    settings: EnvSettings | None = ()
 
 
 class EpisodeSums(NamedTuple):

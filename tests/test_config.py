@@ -72,6 +72,30 @@ def test_to_dict_goes_through_json_and_from_dict():
     assert Config.from_dict(values) == config
 
 
+def test_settings_of_the_environment_are_a_mapping_held_as_sorted_pairs():
+    config = Config(env_settings={"tau": 0.01, "goal": [1, [2, "x"]], "ramping": True, "seed": None})
+    pairs = (("goal", (1, (2, "x"))), ("ramping", True), ("seed", None), ("tau", 0.01))
+    assert config.env_settings == pairs and config == Config(env_settings=pairs)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["env_settings"] == {"goal": [1, [2, "x"]], "ramping": True, "seed": None, "tau": 0.01}
+    assert Config.from_dict(values) == validate(config) == config
+    assert config.replace(env_settings={}).env_settings == Config().env_settings == ()
+    assert Config.from_dict({"ENV_SETTINGS": {"tau": np.float32(0.5)}}).env_settings == (("tau", 0.5),)
+    old = {name: x for name, x in Config().to_dict().items() if name != "env_settings"}
+    assert Config.from_dict(old) == Config()
+    assert Config.from_dict(Config(env_settings=None).to_dict()).env_settings is None
+
+
+def test_a_config_with_settings_or_a_list_of_sizes_can_be_an_argument_of_jit():
+    """Static fields are hashed before anything checks them."""
+    config = Config(env_settings={"a": [1, 2]}, hidden_sizes=[4])
+    assert jax.jit(lambda config: config.replace(lr=2 * config.lr))(config).env_settings == (("a", (1, 2)),)
+    assert hash(jax.tree.structure(config)) == hash(
+        jax.tree.structure(Config(env_settings={"a": (1, 2)}, hidden_sizes=(4,)))
+    )
+    assert jax.tree.structure(Config(env_settings={"a": 1})) != jax.tree.structure(Config(env_settings={"a": 2}))
+
+
 def test_from_dict_fills_the_rest_from_base():
     base = Config(num_envs=8, lr=0.1)
     assert Config.from_dict({"lr": 0.2}, base) == Config(num_envs=8, lr=0.2)
@@ -249,6 +273,23 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"hidden_sizes": 64}, "hidden_sizes = 64: it must be a sequence of positive integers, such as (64, 64)"),
         ({"hidden_sizes": "64"}, "hidden_sizes = '64': it must be a sequence of positive integers, such as (64, 64)"),
         ({"hidden_sizes": [64, 0]}, "hidden_sizes[1] = 0: it must be an integer of at least 1"),
+        *[
+            (
+                {"env_settings": x},
+                f"env_settings = {x!r}: it must be a mapping of names to values, such as "
+                "{'max_steps_in_episode': 50}",
+            )
+            for x in (3, "limit=3", ["limit"], ("limit", 3))
+        ],
+        ({"env_settings": {3: "x"}}, "a name in env_settings = 3: it must be a string"),
+        *[
+            (
+                {"env_settings": {"limit": x}},
+                f"env_settings['limit'] = {x!r}: it must be a finite number, a string, "
+                "True, False, None or a tuple of these",
+            )
+            for x in (math.nan, -math.inf, {"a": 1}, {1}, 1j, (1, (2, len)), np.arange(2), Decimal("0.5"), b"x")
+        ],
         (
             {"num_envs": 4, "num_steps": 8, "num_minibatches": 5},
             "num_minibatches = 5 does not divide num_envs * num_steps = 32; the nearest number that does is 4",
@@ -439,6 +480,9 @@ def assert_valid(config):
             assert type(value) is bool
         elif name in SIZES:
             assert type(value) is int and 1 <= value <= 2**62
+        elif name == "env_settings":
+            assert value is None or (type(value) is tuple and all(type(key) is str for key, _ in value))
+            hash(value)
         elif name == "hidden_sizes":
             assert type(value) is tuple and all(type(size) is int and size >= 1 for size in value)
         else:

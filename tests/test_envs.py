@@ -20,6 +20,11 @@ def no_registered_environments(monkeypatch):
     monkeypatch.setattr(envs, "_registered", {})
 
 
+@pytest.fixture
+def nothing_made_yet(monkeypatch):
+    monkeypatch.setattr(envs, "_made", {})
+
+
 def every_environment():
     """All names; those that stand for the others run in the fast part."""
     names = envs.list_envs()
@@ -110,6 +115,7 @@ def test_registered_environments_are_listed_made_and_trained():
         envs.register("", counter)
 
 
+@pytest.mark.usefixtures("nothing_made_yet")
 @pytest.mark.parametrize("which", ["observation_space", "action_space"])
 @pytest.mark.parametrize("kind", ["Dict", "Tuple"])
 def test_spaces_that_are_neither_discrete_nor_boxes_are_refused(monkeypatch, which, kind):
@@ -122,6 +128,138 @@ def test_spaces_that_are_neither_discrete_nor_boxes_are_refused(monkeypatch, whi
     monkeypatch.setattr(cartpole, which, lambda self, params=None: space)
     with pytest.raises(ConfigError, match=f"CartPole-v1.*{kind}"):
         make_train(Config(env="CartPole-v1"))
+
+
+# ----------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.usefixtures("no_registered_environments")
+def test_an_environment_has_the_name_and_the_settings_it_was_made_with():
+    envs.register("mine", counter)
+    for made, expected in (
+        (envs.make("CartPole-v1"), ()),
+        (envs.make("gymnax/CartPole-v1", tau=0.01, gravity=9), (("gravity", 9), ("tau", 0.01))),
+        (envs.make("CartPole-v1", max_steps_in_episode=np.int64(50)), (("max_steps_in_episode", 50),)),
+        (envs.make("CartPole-v1", gravity=jnp.float32(0.5)), (("gravity", 0.5),)),
+        (envs.make("FourRooms-misc", goal_fixed=[3, 4]), (("goal_fixed", (3, 4)),)),
+        (envs.make("mine", limit=7, longest=2), (("limit", 7), ("longest", 2))),
+    ):
+        assert made.settings == expected and hash(made) == hash(made)
+    assert envs.make("mine").name == "mine" and envs.make("gymnax/CartPole-v1").name == "CartPole-v1"
+    assert [type(x) for _, x in envs.make("CartPole-v1", tau=np.float64(0.5), gravity=np.int8(1)).settings] == [
+        int,
+        float,
+    ]
+
+
+def test_settings_that_no_file_can_hold_are_used_but_not_recorded():
+    """Physics may be traced: one program for many gravities."""
+
+    def fall(gravity):
+        env = envs.make("CartPole-v1", gravity=gravity)
+        assert env.settings is None
+        state, _ = env.reset(jax.random.key(0))
+        return env.step(jax.random.key(1), state.replace(theta=0.1), jnp.int32(0)).state.theta_dot
+
+    by_gravity = jax.vmap(fall)(jnp.array([0.0, 10.0, 20.0]))
+    np.testing.assert_allclose(np.diff(by_gravity), np.diff(by_gravity)[:1].repeat(2), rtol=1e-4)
+    assert np.diff(by_gravity)[0] > 0.01
+
+
+@pytest.mark.usefixtures("no_registered_environments")
+def test_the_same_name_and_settings_are_the_same_object():
+    made = []
+
+    def factory(limit=5):
+        made.append(limit)
+        return counter(limit=limit)
+
+    envs.register("mine", factory)
+    assert envs.make("mine") is envs.make("mine") and envs.make("mine", limit=6) is envs.make("mine", limit=6)
+    assert made == [5, 6]
+    kinds = [envs.make("mine", limit=limit) for limit in (1, 1.0, True)]
+    assert [type(env.max_episode_steps) for env in kinds] == [int, float, bool]
+    before = envs.make("mine")
+    envs.register("mine", lambda limit=3: counter(limit=limit))
+    assert envs.make("mine").max_episode_steps == 3 and envs.make("mine") is not before
+    assert envs.make("CartPole-v1") is envs.make("gymnax/CartPole-v1")
+    short = envs.make("CartPole-v1", max_steps_in_episode=50)
+    assert short is envs.make("CartPole-v1", max_steps_in_episode=np.int32(50)) is not envs.make("CartPole-v1")
+
+
+@pytest.mark.usefixtures("no_registered_environments")
+def test_no_more_environments_are_kept_than_a_bound(monkeypatch):
+    monkeypatch.setattr(envs, "_made", {})
+    monkeypatch.setattr(envs, "MOST_KEPT", 3)
+    envs.register("mine", counter)
+    for limit in range(1, 9):
+        envs.make("mine", limit=limit)
+    assert [env.max_episode_steps for _, env in envs._made.values()] == [6, 7, 8]
+
+
+@pytest.mark.usefixtures("nothing_made_yet")
+@pytest.mark.parametrize("name", ["Acrobot-v1", "FourRooms-misc", "MetaMaze-misc"])
+def test_one_that_was_made_inside_of_jit_can_be_used_outside(name):
+    """Their constants are arrays, which would be traced there."""
+
+    def inside(x):
+        envs.make(name)
+        return x
+
+    jax.eval_shape(inside, 1.0)
+    assert len(envs._made) == 1
+    _, obs = envs.make(name).reset(jax.random.key(0))
+    assert np.isfinite(obs).all()
+
+
+def test_a_precision_has_environments_of_its_own():
+    single = envs.make("Acrobot-v1")
+    with jax.enable_x64(True):
+        double = envs.make("Acrobot-v1")
+        assert double is not single and double is envs.make("Acrobot-v1")
+    assert envs.make("Acrobot-v1") is single
+
+
+@pytest.mark.usefixtures("no_registered_environments")
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("MountainCar-v0", {"maxspeed": 1, "pace": 2}, "MountainCar-v0 has no setting maxspeed, pace; it has force, "),
+        ("Catch-bsuite", {"row": 3}, "Catch-bsuite has no setting row; it has columns, max_steps_in_episode, rows"),
+        ("Catch-bsuite", {"name": 3}, "Catch-bsuite has no setting name; it has columns"),
+        ("Catch-bsuite", {"rows": "x"}, "Catch-bsuite cannot be made with {'rows': 'x'}: Box.shape = ('x', 5)"),
+        ("CartPole-v1", {"gravity": "x"}, "CartPole-v1: gravity = 'x': it must be a number"),
+        ("CartPole-v1", {"gravity": None}, "CartPole-v1: gravity = None: it must be a number"),
+        ("Asterix-MinAtar", {"ramping": 3}, "Asterix-MinAtar: ramping = 3: it must be True or False"),
+        ("Acrobot-v1", {"available_torque": (1, 2)}, "available_torque = (1, 2): it must be numbers of shape (3,)"),
+        *[
+            ("CartPole-v1", {"max_steps_in_episode": x}, f"max_steps_in_episode = {x!r}: it must be an integer of at")
+            for x in (0, -1, 2.5, "50", None, True)
+        ],
+        (
+            "mine",
+            {"limt": 3},
+            "'mine' cannot be made with these settings: got an unexpected keyword argument 'limt'; it",
+        ),
+        ("needy", {}, "'needy' cannot be made with these settings: missing a required argument: 'size'; it has size"),
+        ("seven", {}, "what was registered as 'seven' returned int, and must return an Env"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(name, settings, message):
+    envs.register("mine", counter)
+    envs.register("needy", lambda size: counter(limit=size))
+    envs.register("seven", lambda: 7)
+    with pytest.raises(ConfigError) as error:
+        make_train({"env": name, "env_settings": settings})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_in_an_array_are_written_as_a_tuple():
+    env = envs.make("Acrobot-v1", available_torque=(-2, 0, 2))
+    assert env.settings == (("available_torque", (-2, 0, 2)),)
+    state, _ = env.reset(jax.random.key(0))
+    weak, strong = (made.step(jax.random.key(1), state, jnp.int32(2)) for made in (envs.make("Acrobot-v1"), env))
+    assert strong.state.velocity_2 != weak.state.velocity_2
 
 
 # ------------------------------------------------------------------------- what the adapter corrects

@@ -1,12 +1,24 @@
 """Evaluation counts whole fresh episodes, each once, with training left as it was."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_envs import clock, counter, linear_model
 
-from purejaxppo import Config, ConfigError, Policy, evaluate, make_train, make_trainer
+from purejaxppo import (
+    Config,
+    ConfigError,
+    Policy,
+    envs,
+    evaluate,
+    load_policy,
+    make_train,
+    make_trainer,
+    save_policy,
+)
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.normalize import Moments
 from purejaxppo.types import Box, Discrete, Env, Step
@@ -187,6 +199,109 @@ def test_without_an_environment_it_is_the_one_of_the_config():
     got = evaluate(policy, None, jax.random.key(0), 4)
     np.testing.assert_array_equal(got.lengths, [9] * 4)  # the ball falls through nine rows
     assert set(np.abs(np.asarray(got.returns))) == {1.0}
+
+
+# ------------------------------------------------------------------------------------- without a bound
+
+
+def endless() -> Env:
+    """The clock without a bound: its episodes end after 10 steps, of which nobody tells."""
+    return clock(10, True)._replace(name="endless", max_episode_steps=None, truncates=False)
+
+
+@pytest.fixture(scope="module")
+def unbounded():
+    env, model = endless(), linear_model(actions=2)
+    state = jax.jit(make_trainer(TINY, env, model).init)(jax.random.key(0))
+    return Policy.from_state(TINY, state, env=env, model=model), env
+
+
+def test_where_an_episode_has_no_bound_one_is_asked_for(unbounded):
+    policy, env = unbounded
+    with pytest.raises(ConfigError) as error:
+        evaluate(policy, env, jax.random.key(0), 2)
+    assert str(error.value) == (
+        "endless has no bound on the length of an episode, and a policy may never end one: say by max_steps after how "
+        "many steps an episode counts as it stands"
+    )
+
+
+def test_episodes_that_still_run_at_the_bound_count_as_they_stand(unbounded, linear):
+    policy, env = unbounded
+    for max_steps, expected in ((1, 1), (7, 7), (10, 10), (11, 10), (2**31 - 1, 10)):
+        got = evaluate(policy, env, jax.random.key(0), 3, max_steps=max_steps)
+        np.testing.assert_array_equal(got.lengths, [expected] * 3)
+        np.testing.assert_array_equal(got.returns, [expected] * 3)
+    policy, env = linear  # episodes of 1 to 6 steps, whose n-th reward is n
+    whole = evaluate(policy, env, jax.random.key(0), 50)
+    cut = evaluate(policy, env, jax.random.key(0), 50, max_steps=4)
+    np.testing.assert_array_equal(cut.lengths, np.minimum(whole.lengths, 4))
+    np.testing.assert_array_equal(cut.returns, cut.lengths * (cut.lengths + 1) / 2)
+
+
+def test_a_policy_that_never_ends_an_episode_is_stopped(unbounded):
+    policy, env = unbounded
+    never = env._replace(step=lambda *state: endless().step(*state)._replace(terminated=jnp.asarray(False)))
+    np.testing.assert_array_equal(evaluate(policy, never, jax.random.key(0), 3, max_steps=12).lengths, [12] * 3)
+
+
+@pytest.mark.parametrize("max_steps", [0, -1, True, 2**31])
+def test_the_bound_is_a_number_of_steps(unbounded, max_steps):
+    with pytest.raises(ConfigError, match=f"max_steps = {max_steps}: it must be an integer of at least 1"):
+        evaluate(*unbounded, jax.random.key(0), 2, max_steps=max_steps)
+
+
+# -------------------------------------------------------------------------------------- compiled once
+
+
+def test_without_an_environment_it_compiles_once(monkeypatch, tmp_path):
+    """Eight calls, also of policies that were taken and loaded anew: the environment's step is traced for the first."""
+    traced = []
+
+    def factory(limit):
+        env = counter(limit=limit, longest=0)
+
+        def step(key, state, action):
+            traced.append(limit)
+            return env.step(key, state, action)
+
+        return env._replace(step=step)
+
+    monkeypatch.setitem(envs._registered, "counted", factory)
+    config = TINY.replace(env="counted", env_settings={"limit": 3})
+    state = jax.eval_shape(make_trainer(config).init, jax.random.key(0))
+    state = state._replace(params=jax.tree.map(lambda x: jnp.zeros(x.shape), state.params))
+    where = save_policy(tmp_path / "policy", Policy.from_state(config, state))
+    policies = [Policy.from_state(config, state), Policy.from_state(config, state)]
+    policies += [load_policy(where), load_policy(where)]
+    counts = []
+    for key, policy in enumerate(2 * policies):
+        np.testing.assert_array_equal(evaluate(policy, None, jax.random.key(key), 5).lengths, [3] * 5)
+        counts.append(len(traced))
+    assert counts == counts[:1] * 8
+    other = Policy.from_state(config.replace(env_settings={"limit": 4}), state)
+    np.testing.assert_array_equal(evaluate(other, None, jax.random.key(0), 5).lengths, [4] * 5)
+    assert len(traced) > counts[0]
+
+
+def test_acting_is_compiled_once_for_policies_that_differ_in_their_numbers(linear):
+    """Whatever object they are: the agents of a vmapped state, say."""
+    policy, _ = linear
+    traced = []
+
+    def step(params, carry, obs, reset):
+        traced.append(obs.shape)
+        return policy.model.step(params, carry, obs, reset)
+
+    model = policy.model._replace(step=step)
+    policies = [
+        dataclasses.replace(policy, model=model, params=jax.tree.map(lambda x, i=i: x + i, policy.params))
+        for i in range(4)
+    ]
+    logits = [one.params["policy"]["w"][0] * 2.0 + one.params["policy"]["b"] for one in policies]
+    for one, expected in zip(policies, logits, strict=True):
+        assert one.act(jnp.array([2.0, 0.0, 0.0])) == expected.argmax()
+    assert traced == [(1, 3)]
 
 
 def test_an_environment_of_other_spaces_is_refused(linear):
