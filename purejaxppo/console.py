@@ -67,7 +67,7 @@ class Screen:
             "steps": length,
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
-            "memory": f"{decimal(plan.memory_bytes)}, as compiled",
+            "memory": f"{decimal(plan.memory_bytes)}, as compiled" if plan.memory_bytes else "unknown",
             "start-up": f"imports {self.import_seconds:.1f} s, compilation {plan.compile_seconds:.1f} s",
         }
         table = Table.grid(padding=(0, 2))
@@ -178,7 +178,7 @@ def show_evaluation(console: Console, policies: list[Policy], num_episodes: int,
     keys = jax.random.split(jax.random.key(key), len(policies))
     env, scores = envs.make(policies[0].config.env), []
     for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
-        both = [evaluate(policy, env, one, num_episodes, deterministic) for deterministic in (True, False)]
+        both = [evaluate(policy, env, jax.random.clone(one), num_episodes, mode) for mode in (True, False)]
         scores.append([float(result.returns.mean()) for result in both])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):

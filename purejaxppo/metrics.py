@@ -6,7 +6,7 @@ from jaxtyping import Array
 from numpy.typing import NDArray
 
 from purejaxppo import losses
-from purejaxppo.types import Batch, EpisodeSums, Metrics
+from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics
 
 SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs
 PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
@@ -15,19 +15,44 @@ PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after i
 def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]) -> Metrics:
     """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
 
-    What `Metrics` has a field for goes there, NaN where the algorithm does not measure it; the rest is ``extra``.
+    What `Metrics` has a field for goes there, `UNDEFINED` where the algorithm does not measure it; the rest is
+    ``extra``. A mean over no finished episode is `UNDEFINED` too.
     """
+
+    def mean(total: Array) -> Array:
+        return jnp.where(finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), UNDEFINED)
+
     common = {
         "timesteps": timesteps,
-        "episode_return": finished.returns / finished.episodes,  # 0 / 0 is NaN, as it should be
-        "episode_length": finished.lengths / finished.episodes,
+        "episode_return": mean(finished.returns),
+        "episode_length": mean(finished.lengths),
         "episodes": finished.episodes,
     }
     if "value_loss" in measured:  # or there is no value function that is fitted
-        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid)
-    own = {name: measured.get(name, jnp.asarray(jnp.nan)) for name in Metrics._fields if name not in {*common, "extra"}}
+        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid, UNDEFINED)
+    missing = jnp.asarray(UNDEFINED)
+    own = {name: measured.get(name, missing) for name in Metrics._fields if name not in {*common, "extra"}}
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
     return Metrics(**common, **own, extra=extra)
+
+
+def with_nan(metrics: Metrics) -> Metrics:
+    """The metrics with NaN stored where the compiled program stored `UNDEFINED`, for people and files."""
+    return Metrics(**metrics._asdict())
+
+
+def without_nan(metrics: Metrics) -> Metrics:
+    """NumPy metrics with `UNDEFINED` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
+
+    def stored(x: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if np.issubdtype(x.dtype, np.floating) else x
+
+    return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
+
+
+def is_defined(metrics: Metrics, field: str) -> Array:
+    """Whether this field has a value; safe inside a program, where reading an undefined one would make a NaN."""
+    return metrics[Metrics._fields.index(field)] != UNDEFINED
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

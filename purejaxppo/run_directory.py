@@ -41,6 +41,8 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
     one of which something else was asked, one that not all processes of the run can see, or another one of whose
     processes was asked for something else.
     """
+    if processes.connected() and jax.config.jax_disable_jit:
+        raise ConfigError("jax.disable_jit works with one process only: compile, or train in a process by itself")
     processes.require_same({**asked, "key": key, "resume": resume, "directory": directory is not None})
     if directory is None:
         if resume:
