@@ -43,14 +43,14 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
     """
     if processes.connected() and jax.config.jax_disable_jit:
         raise ConfigError("jax.disable_jit works with one process only: compile, or train in a process by itself")
-    processes.require_same({**asked, "key": key, "resume": resume, "directory": directory is not None})
+    described = _with_key(asked, key)
+    processes.require_same({**described, "resume": resume, "directory": directory is not None})
     if directory is None:
         if resume:
             raise ConfigError("resume needs the directory of what is to go on")
         yield None
         return
     directory = Path(directory)
-    described = {**asked, "key": key}
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -125,7 +125,7 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
 
 def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Path | None:
     """The newest run in a directory of which this was asked and that has not come to its end."""
-    wanted = _flat(json.loads(json.dumps({**asked, "key": key})))
+    wanted = _flat(json.loads(json.dumps(_with_key(asked, key))))
     for directory in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             begun = _flat(json.loads((directory / "config.json").read_text()))
@@ -134,9 +134,15 @@ def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Pat
     return None
 
 
+def _with_key(asked: dict[str, Any], key: Any) -> dict[str, Any]:
+    """Where the random numbers come from, beside what was asked for."""
+    return {**asked, "key": key, "prng_impl": jax.config.jax_default_prng_impl}
+
+
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration beside the rest."""
-    return {name: x for name, x in described.items() if name != "config"} | described.get("config", {})
+    """The fields of the configuration beside the rest; older runs do not name their keys, which were threefry's."""
+    others = {name: x for name, x in described.items() if name != "config"}
+    return {"prng_impl": "threefry2x32"} | others | described.get("config", {})
 
 
 def write(directory: Path, run: "Run") -> None:
