@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -28,7 +29,9 @@ LINES = 10  # progress lines of a run where the output is not a terminal
 
 def say(console: Console, text: str) -> None:
     """A sentence; in a terminal lines end between words, and a path that is longer than a line stays whole."""
-    console.print(text, soft_wrap=not console.is_terminal, overflow="ignore", crop=False)
+    if console.is_terminal:
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(text)
 
 
 def add_columns(table: Table, left: Sequence[str], right: Sequence[str]) -> None:
@@ -212,7 +215,7 @@ def show_result(console: Console, run: fitting.Run) -> None:
 def show_evaluation(console: Console, policies: list[Policy], num_episodes: int, key: int = 0) -> None:
     """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
     table = Table(title=f"{policies[0].config.env}: return over {num_episodes} fresh episodes of the final policy")
-    add_columns(table, [""], ["deterministic", "sampled", "mean length"])
+    add_columns(table, [""], ["deterministic", "sampled", "mean\nlength"])
     keys = jax.random.split(jax.random.key(key), len(policies))
     env, scores = envs.make(policies[0].config.env), []
     for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
@@ -225,8 +228,8 @@ def show_evaluation(console: Console, policies: list[Policy], num_episodes: int,
     if len(policies) > 1:
         middle = estimate(np.asarray(scores))
         table.add_section()
-        cells = [f"{p:.1f} [{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
-        add_row(console, table, "interquartile mean, 95 % interval", *cells, "")
+        cells = [f"{p:.1f}\n[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
+        add_row(console, table, "interquartile mean,\n95 % interval", *cells, "")
     console.print(table)
 
 
@@ -248,6 +251,7 @@ def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -
     table = Table(title=escape(env), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     below = ["final return\n[95 %]", "spread\n(worst … best)", "largest\nfall", "steps\nper second"]
     add_columns(table, ["algorithm"], [terminal.shown(name, console.encoding) for name in below])
+    table.columns[0].max_width = len("leave_one_out")
     for row in rows:
         algorithm = row["algorithm"].replace("/", "/\n", 1).replace(" (", "\n(")
         final = row["final return [95 %]"].replace(" [", "\n[")

@@ -1,5 +1,7 @@
 """From one iteration's data to one number per field of `Metrics`."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -44,8 +46,8 @@ def with_nan(metrics: Metrics) -> Metrics:
 def without_nan(metrics: Metrics) -> Metrics:
     """NumPy metrics with `UNDEFINED` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
 
-    def stored(x: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if np.issubdtype(x.dtype, np.floating) else x
+    def stored(x: NDArray[Any]) -> NDArray[Any]:
+        return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
 

@@ -109,8 +109,8 @@ def schedule_of(metrics: Metrics, every: int) -> Schedule:
 def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n"], share: float) -> Int[Array, "n"]:
     """Whose state each of n agents goes on with: its own number, or that of one of the best.
 
-    A score that is not finite is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as many of
-    the worst, those that are not alive among them.
+    A score that is not finite is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as
+    many of the worst, those that are not alive among them.
     """
     count = len(score)
     few = max(1, int(share * count))

@@ -148,7 +148,7 @@ def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Call
         return trainer_of(config.replace(**swept)).init(key, params)
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array
+        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array | int
     ) -> tuple[TrainState, Metrics]:
         """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
         step = partial(trainer_of(config.replace(**swept)).step, frozen=frozen)
@@ -161,7 +161,7 @@ def _of_population(config: Config, init: Callable, step: Callable, params: PyTre
     """The two functions that are compiled, of agents that copy one another."""
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array
+        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array | int
     ) -> tuple[Population, Metrics]:
         rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)  # an iteration's metrics are a row
         state, rows = run_iterations(config, partial(step, frozen=frozen), state, rows, count)

@@ -264,4 +264,3 @@ def _tied(state: TrainState, sources: PyTree) -> TrainState:
         first = jnp.ravel(leaf)[0]
         always &= first == first
     return jax.tree.map(lambda x: select(always, x, x), state)
-

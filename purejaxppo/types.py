@@ -241,12 +241,13 @@ UNDEFINED = float(np.finfo(np.float32).min)  # stands for NaN in the results of 
 
 def nan_where_undefined(x: Any) -> Any:
     """``x`` with NaN where it is `UNDEFINED`; what is not a floating-point array or number is returned as it is."""
-    if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.floating):
-        return np.where(x == UNDEFINED, x.dtype.type(np.nan), x)[()]
-    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
-        with jax.debug_nans(False):  # this NaN is meant
-            return jax.numpy.where(x == UNDEFINED, jax.numpy.nan, x)
-    return x
+    if not isinstance(x, np.ndarray | np.generic | jax.Array) or not jax.numpy.issubdtype(x.dtype, np.floating):
+        return x
+    if not isinstance(x, jax.Array):
+        with np.errstate(over="ignore"):  # half precision has no such number, and holds −∞ instead
+            return np.where(x == x.dtype.type(UNDEFINED), x.dtype.type(np.nan), x)[()]
+    with jax.debug_nans(False):  # this NaN is meant
+        return jax.numpy.where(x == UNDEFINED, jax.numpy.nan, x)
 
 
 def _undefined_reads_as_nan(cls: Any) -> Any:
