@@ -68,8 +68,18 @@ def random_key(key: Any) -> tuple[jax.Array, Any]:
             key = jax.random.wrap_key_data(jax.numpy.asarray(key))
         if key.dtype == like.dtype and key.shape == ():
             return key, np.asarray(jax.random.key_data(key)).tolist()
-    kind = jax.config.jax_default_prng_impl
-    raise wrong("key", key, f"an integer of at least 0, or one random key of JAX's default kind, {kind}")
+    kind = f"JAX's default kind, {default_prng_impl()}"
+    raise wrong("key", key, f"an integer of at least 0, or one random key of {kind}")
+
+
+def default_prng_impl() -> str:
+    """The implementation of random keys that ``jax_default_prng_impl`` says."""
+    return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is on, under which nothing can be compiled ahead of time."""
+    return jax.config.jax_disable_jit  # type: ignore[attr-defined]
 
 
 def checked_sizes(name: str, value: Any) -> tuple[int, ...]:

@@ -65,5 +65,5 @@ def run_iterations(
     # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
     rows = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], rows)
     padding = {"episodes": 0, "episode_return": UNDEFINED, "episode_length": UNDEFINED}
-    stored = dict(zip(Metrics._fields, rows, strict=True))
+    stored: dict[str, Any] = dict(zip(Metrics._fields, rows, strict=True))
     return state, rows._replace(**{name: jnp.where(row < done, stored[name], x) for name, x in padding.items()})

@@ -46,7 +46,7 @@ def with_nan(metrics: Metrics) -> Metrics:
 def without_nan(metrics: Metrics) -> Metrics:
     """NumPy metrics with `UNDEFINED` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
 
-    def stored(x: NDArray[Any]) -> NDArray[Any]:
+    def stored(x: Any) -> Any:
         return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
@@ -54,7 +54,8 @@ def without_nan(metrics: Metrics) -> Metrics:
 
 def is_defined(metrics: Metrics, field: str) -> Array:
     """Whether this field has a value; safe inside a program, where reading an undefined one would make a NaN."""
-    return metrics[Metrics._fields.index(field)] != UNDEFINED
+    stored: Any = metrics[Metrics._fields.index(field)]
+    return stored != UNDEFINED
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

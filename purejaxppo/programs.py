@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from purejaxppo.checks import jit_is_disabled
 from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.iterations import empty_rows, run_iterations
@@ -131,7 +132,7 @@ def compile_all(*programs: tuple[Any, tuple[Any, ...]]) -> list[Callable[..., An
 
     Under `jax.disable_jit` nothing is compiled: they come back as they are.
     """
-    if jax.config.jax_disable_jit:
+    if jit_is_disabled():
         return [function for function, _ in programs]
     lowered = [function.lower(*shapes) for function, shapes in programs]
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
@@ -278,7 +279,7 @@ def device_name(programs: Programs) -> str:
 
 def memory_of(compiled: Any) -> int:
     """The bytes that a compiled program needs on each device, by the compiler's own analysis; 0 where it has none."""
-    analysis = None if jax.config.jax_disable_jit else compiled.memory_analysis()
+    analysis = None if jit_is_disabled() else compiled.memory_analysis()
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
 
@@ -287,7 +288,7 @@ def mesh_of(config: Config, agents: int | None, devices: Sequence[jax.Device] | 
 
     Raises `ConfigError` where there is not as much for each process.
     """
-    if jax.config.jax_disable_jit:
+    if jit_is_disabled():
         devices = jax.devices()[:1]
     if agents is None:
         return make_mesh(config.num_shards, devices)

@@ -25,6 +25,7 @@ import numpy as np
 
 import purejaxppo
 from purejaxppo import processes
+from purejaxppo.checks import default_prng_impl, jit_is_disabled
 from purejaxppo.files import locked, whole
 from purejaxppo.policy import Policy, load_policy, save_policy
 from purejaxppo.types import ConfigError
@@ -41,7 +42,7 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
     one of which something else was asked, one that not all processes of the run can see, or another one of whose
     processes was asked for something else.
     """
-    if processes.connected() and jax.config.jax_disable_jit:
+    if processes.connected() and jit_is_disabled():
         raise ConfigError("jax.disable_jit works with one process only: compile, or train in a process by itself")
     described = _with_key(asked, key)
     processes.require_same({**described, "resume": resume, "directory": directory is not None})
@@ -136,7 +137,7 @@ def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Pat
 
 def _with_key(asked: dict[str, Any], key: Any) -> dict[str, Any]:
     """Where the random numbers come from, beside what was asked for."""
-    return {**asked, "key": key, "prng_impl": jax.config.jax_default_prng_impl}
+    return {**asked, "key": key, "prng_impl": default_prng_impl()}
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
