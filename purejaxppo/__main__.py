@@ -20,6 +20,7 @@ from purejaxppo.config import Config, tuned
 from purejaxppo.options import OF_SWEEP, OF_TRAIN, OfARun, count, number, numbers, of_a_run, options_of, split_cpu
 from purejaxppo.options import env_settings as parsed_settings
 from purejaxppo.options import grid as parsed_grid
+from purejaxppo.terminal import allow_any_character
 from purejaxppo.types import ConfigError
 
 FAILED, DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130  # exit codes
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Of several processes one that fails does not wait for the others, which may be gone.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    allow_any_character()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"purejaxppo: {message}", file=sys.stderr)
         try:
@@ -139,7 +141,7 @@ def train(
         policies = [run.policy(seed) for seed in alive]
         processes.by_first(lambda: show.show_evaluation(console, policies, num_episodes))
     best = ", best_policy/" if (directory / "best_policy").exists() else ""
-    console.print(f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
+    show.say(console, f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
     if run.interrupted:
         console.print("The same command with --resume goes on from here.")
     if not alive or run.interrupted:
@@ -189,7 +191,7 @@ def sweep(
             on_progress=screen.on_progress,
         )
     show.show_sweep(console, result)
-    console.print(f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/")
+    show.say(console, f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/")
     if result.interrupted:
         console.print("The same command with --resume goes on from here.")
         raise SystemExit(INTERRUPTED)
@@ -261,7 +263,7 @@ def compare(
     key: int = 0,
     directory: Path | None = None,
 ) -> None:
-    """Train several algorithms in several environments and compare them: a table, data and a picture.
+    """Train several algorithms in several environments and compare them.
 
     Args:
         envs: environments
@@ -300,7 +302,7 @@ def compare(
         )
     if entries:
         show.show_comparison(console, comparison.rows(entries))
-        console.print(f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
+        show.say(console, f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
     if len(entries) < len(envs) * len(algorithms) or entries[-1].interrupted:
         raise SystemExit(INTERRUPTED)
 

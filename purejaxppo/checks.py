@@ -54,17 +54,32 @@ def seconds_of(name: str, value: Any) -> float:
 
 
 def random_key(key: Any) -> tuple[jax.Array, Any]:
-    """A key of JAX from an integer, a key or the two integers of `jax.random.PRNGKey`; and what describes it."""
+    """A key of JAX from an integer, a key or the integers of `jax.random.PRNGKey`; and what describes it.
+
+    It is of the kind that ``jax_default_prng_impl`` says: of two integers with threefry, of four with rbg.
+    """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         number = integer("key", int(key), 0)
         return jax.random.key(number), number
     if isinstance(key, jax.Array | np.ndarray):
-        typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if not typed and key.dtype == np.uint32 and key.shape == (2,):
-            key, typed = jax.random.wrap_key_data(jax.numpy.asarray(key), impl="threefry2x32"), True
-        if typed and key.shape == () and key.dtype == jax.random.key(0).dtype:
+        like = jax.eval_shape(lambda: jax.random.key(0))
+        integers = jax.eval_shape(jax.random.key_data, like)
+        if key.dtype == integers.dtype and key.shape == integers.shape:
+            key = jax.random.wrap_key_data(jax.numpy.asarray(key))
+        if key.dtype == like.dtype and key.shape == ():
             return key, np.asarray(jax.random.key_data(key)).tolist()
-    raise wrong("key", key, "an integer of at least 0, or one random key of JAX's default kind")
+    kind = f"JAX's default kind, {default_prng_impl()}"
+    raise wrong("key", key, f"an integer of at least 0, or one random key of {kind}")
+
+
+def default_prng_impl() -> str:
+    """The implementation of random keys that ``jax_default_prng_impl`` says."""
+    return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is on, under which nothing can be compiled ahead of time."""
+    return jax.config.jax_disable_jit  # type: ignore[attr-defined]
 
 
 def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
@@ -119,7 +134,7 @@ def checked_leaf(name: str, value: Any, check: Check) -> Any:
 
 def wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:
     """The error that says what stands there and what should."""
-    shown = repr(value)
+    shown = " ".join(repr(value).split())  # that of an array has several lines
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ConfigError(f"{name} = {shown}: it must be {allowed}{hint}")
 

@@ -143,7 +143,7 @@ def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
     curves: dict[str, dict[str, Curve]] = {}
     for entry in entries:
         curves.setdefault(entry.env, {})[entry.name] = entry.curve
-    whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries)))
+    whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries), encoding="utf-8"))
     whole(directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False))
     whole(directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False))
     figure = comparison_figure(curves)

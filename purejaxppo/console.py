@@ -1,16 +1,21 @@
 """What the command line shows: the plan of a run, its progress and its result."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from purejaxppo import envs, fitting, session, settings
+from purejaxppo import envs, fitting, session, settings, terminal
 from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.policy import Policy
@@ -20,6 +25,32 @@ from purejaxppo.sweep_results import SweepResult
 from purejaxppo.sweeping import SweepPlan, SweepProgress
 
 LINES = 10  # progress lines of a run where the output is not a terminal
+
+
+def say(console: Console, text: str) -> None:
+    """A sentence; in a terminal lines end between words, and a path that is longer than a line stays whole."""
+    if console.is_terminal:
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(text)
+
+
+def add_columns(table: Table, left: Sequence[str], right: Sequence[str]) -> None:
+    """Columns of text and columns of numbers; where there is no room, cells get more lines, and nothing is cut."""
+    sides: list[tuple[Sequence[str], Literal["left", "right"]]] = [(left, "left"), (right, "right")]
+    for names, justify in sides:
+        for name in names:
+            table.add_column(escape(name), justify=justify, overflow="fold")
+
+
+def add_row(console: Console, table: Table, *cells: str) -> None:
+    """A row of plain text, as the terminal shows it."""
+    table.add_row(*(escape(terminal.shown(cell, console.encoding)) for cell in cells))
+
+
+def fits(console: Console, table: Table) -> bool:
+    """Whether every cell of the table has room in one line."""
+    unbounded = console.options.update(max_width=10_000)
+    return console.measure(table, options=unbounded).maximum <= console.width
 
 
 def progress_bar(console: Console) -> Progress:
@@ -67,7 +98,7 @@ class Screen:
             "steps": length,
             "agents": "1" if plan.seeds == 1 else f"{plan.seeds} at once",
             "device": plan.device,
-            "memory": f"{decimal(plan.memory_bytes)}, as compiled",
+            "memory": f"{decimal(plan.memory_bytes)}, as compiled" if plan.memory_bytes else "unknown",
             "start-up": f"imports {self.import_seconds:.1f} s, compilation {plan.compile_seconds:.1f} s",
         }
         table = Table.grid(padding=(0, 2))
@@ -103,19 +134,23 @@ class SweepScreen:
         """What will run, before the first compilation."""
         self.total = plan.timesteps
         programs = "one compilation" if plan.compilations == 1 else f"{plan.compilations} compilations"
-        self.console.print(
+        say(
+            self.console,
             f"{plan.members:,} members: {len(plan.settings):,} settings × {plan.seeds} seeds, "
-            f"{plan.timesteps:,} steps in all, {programs}"
+            f"{plan.timesteps:,} steps in all, {programs}",
         )
         self.task = self.bar.add_task("", total=plan.timesteps, text="")
 
     def on_start(self, group: GroupPlan) -> None:
         """What one compiled program will run."""
         portions = "all" if group.at_once >= group.members else f"{group.at_once:,}"
-        self.console.print(
+        memory = f", {decimal(group.memory_bytes)} on each device" if group.memory_bytes else ""
+        say(
+            self.console,
             f"{environment_title(group.config)}, {algorithm_title(group.config)}, "
-            f"{group.config.num_envs} environments: {group.members:,} members, {portions} at once on {group.device}, "
-            f"{decimal(group.memory_bytes)} on each device; compiled in {group.compile_seconds:.1f} s"
+            f"{group.config.num_envs} environments: {group.members:,} members, "
+            f"{portions} at once on {group.device}{memory}; "
+            f"compiled in {group.compile_seconds:.1f} s",
         )
 
     def on_progress(self, now: SweepProgress) -> None:
@@ -131,17 +166,8 @@ def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
     """The best settings, with the interval of their scores."""
     if not result.parts:
         return
-    table = Table(title="score of the final policies: interquartile mean over the seeds, 95 % interval")
-    for field in result.fields:
-        table.add_column(field)
-    for column in ("score", "median", "seeds"):
-        table.add_column(column, justify="right")
-    for row in result.summary.head(most).to_dict("records"):
-        lost = f", {row['diverged']} diverged" if row["diverged"] else ""
-        score = "{:.1f} \\[{:.1f}, {:.1f}]".format(*(row[name] for name in ("interquartile_mean", "low", "high")))
-        values = (settings.text(row[field]) for field in result.fields)
-        table.add_row(*values, score, _number(row["median"]), f"{row['seeds']}{lost}")
-    console.print(table)
+    table = _sweep_table(console, result, most)
+    console.print(table if fits(console, table) else _sweep_table(console, result, most, in_one_column=True))
     if len(result.summary) > most:
         console.print(f"({len(result.summary) - most} more settings in summary.csv)")
 
@@ -150,6 +176,21 @@ def environment_title(config: Config) -> str:
     """The environment, and in brackets its settings."""
     settings = ", ".join(f"{name}={value}" for name, value in dict(config.env_settings or ()).items())
     return config.env + (f" ({settings})" if settings else "")
+
+
+def _sweep_table(console: Console, result: SweepResult, most: int, in_one_column: bool = False) -> Table:
+    """A row for each setting, its fields in columns of their own or all of them in one."""
+    title = "score of the final policies: interquartile mean over the seeds, 95 % interval"
+    table = Table(title=title, show_lines=in_one_column)
+    add_columns(table, ["setting"] if in_one_column else result.fields, ["score", "median", "seeds"])
+    for row in result.summary.head(most).to_dict("records"):
+        values = {field: settings.text(row[field]) for field in result.fields}
+        setting = [" ".join(f"{name}={x}" for name, x in values.items())] if in_one_column else values.values()
+        score = "{:.1f} [{:.1f}, {:.1f}]".format(*(row[name] for name in ("interquartile_mean", "low", "high")))
+        score = score.replace(" [", "\n[") if in_one_column else score
+        lost = f", {row['diverged']} diverged" if row["diverged"] else ""
+        add_row(console, table, *setting, score, _number(row["median"]), f"{row['seeds']}{lost}")
+    return table
 
 
 def algorithm_title(config: Config) -> str:
@@ -163,16 +204,18 @@ def show_result(console: Console, run: fitting.Run) -> None:
     timesteps = np.asarray(run.metrics.timesteps)
     before = int(timesteps[:, run.resumed_at - 1].sum(dtype=float)) if run.resumed_at else 0
     steps = int(timesteps[:, -1].sum(dtype=float)) - before
-    console.print(
+    say(
+        console,
         f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
         + (" (interrupted)" if run.interrupted else "")
-        + (f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}" if before else "")
+        + (f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}" if before else ""),
     )
     for seed, iteration in enumerate(run.diverged_at):
         if iteration is not None:
-            console.print(
+            say(
+                console,
                 f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration "
-                f"{iteration}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward."
+                f"{iteration}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward.",
             )
 
 
@@ -182,33 +225,52 @@ def show_evaluation(
     """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
     played = f"return over {num_episodes} fresh episodes of the final policy"
     table = Table(title=f"{environment_title(policies[0].config)}: {played}")
-    for column in ("", "deterministic", "sampled", "mean length"):
-        table.add_column(column, justify="left" if not column else "right")
+    add_columns(table, [""], ["deterministic", "sampled", "mean\nlength"])
     keys = jax.random.split(jax.random.key(key), len(policies))
     env, scores = envs.of_config(policies[0].config), []
     for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
-        both = [evaluate(policy, env, one, num_episodes, mode, max_steps=max_steps) for mode in (True, False)]
+        both = [
+            evaluate(policy, env, jax.random.clone(one), num_episodes, mode, max_steps=max_steps)
+            for mode in (True, False)
+        ]
         scores.append([float(result.returns.mean()) for result in both])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):
             name += " (diverged: its parameters are not numbers)"
-        table.add_row(name, *(_spread(result) for result in both), f"{float(both[0].lengths.mean()):.0f}")
+        add_row(console, table, name, *map(_spread, both), f"{float(both[0].lengths.mean()):.0f}")
     if len(policies) > 1:
         middle = estimate(np.asarray(scores))
         table.add_section()
-        cells = [f"{p:.1f} \\[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
-        table.add_row("interquartile mean, 95 % interval", *cells, "")
+        cells = [f"{p:.1f}\n[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
+        add_row(console, table, "interquartile mean,\n95 % interval", *cells, "")
     console.print(table)
 
 
 def show_comparison(console: Console, rows: list[dict[str, str]]) -> None:
-    """The table of `comparison.rows`."""
-    table = Table()
-    for i, column in enumerate(rows[0]):
-        table.add_column(column.replace("[", "\\["), justify="left" if i < 2 else "right")
+    """The table of `comparison.rows`; where there is no room for it, a table of fewer columns per environment."""
+    table, names = Table(), list(rows[0])
+    add_columns(table, names[:2], names[2:])
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row.values()))
-    console.print(table)
+        add_row(console, table, *row.values())
+    if fits(console, table):
+        console.print(table)
+        return
+    for env, of_env in itertools.groupby(rows, key=lambda row: row["environment"]):
+        console.print(_narrow_comparison(console, env, list(of_env)))
+
+
+def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -> Table:
+    """The entries of one environment, each in two lines: a number, and below it what belongs to it."""
+    table = Table(title=escape(env), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    below = ["final return\n[95 %]", "spread\n(worst … best)", "largest\nfall", "steps\nper second"]
+    add_columns(table, ["algorithm"], [terminal.shown(name, console.encoding) for name in below])
+    table.columns[0].max_width = len("leave_one_out")
+    for row in rows:
+        algorithm = row["algorithm"].replace("/", "/\n", 1).replace(" (", "\n(")
+        final = row["final return [95 %]"].replace(" [", "\n[")
+        spread = row["spread (worst … best)"].replace(" (", "\n(")
+        add_row(console, table, algorithm, final, spread, row["largest fall"], f"{row['steps']}\n{row['steps/s']}")
+    return table
 
 
 def _spread(result: EpisodeStatistics) -> str:

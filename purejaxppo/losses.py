@@ -77,11 +77,20 @@ def clip_fraction(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: 
     return masked_mean((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask)
 
 
-def explained_variance(value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]) -> Scalar:
-    """1 − Var(target − value) / Var(target): 1 is perfect, 0 no better than a constant; NaN for equal targets."""
+def explained_variance(
+    value: Float[Array, "*n"],
+    target: Float[Array, "*n"],
+    valid: Bool[Array, "*n"],
+    undefined: Coefficient = jnp.nan,
+) -> Scalar:
+    """1 − Var(target − value) / Var(target): 1 is perfect, 0 no better than a constant.
+
+    ``undefined`` where all targets are equal.
+    """
 
     def variance(x: Array) -> Array:
-        return masked_mean((x - masked_mean(x, valid)) ** 2, valid)
+        return masked_mean(jnp.where(valid, x - masked_mean(x, valid), 0) ** 2, valid)
 
+    value, target = jnp.where(valid, value, 0), jnp.where(valid, target, 0)
     total = variance(target)
-    return jnp.where(total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), jnp.nan)
+    return jnp.where(total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), undefined)

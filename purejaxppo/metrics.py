@@ -1,5 +1,7 @@
 """From one iteration's data to one number per field of `Metrics`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from jaxtyping import Array
 from numpy.typing import NDArray
 
 from purejaxppo import losses
-from purejaxppo.types import Batch, EpisodeSums, Metrics
+from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics
 
 SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs
 PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
@@ -16,17 +18,23 @@ PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after i
 def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]) -> Metrics:
     """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
 
-    What `Metrics` has a field for goes there, NaN where the algorithm does not measure it; the rest is ``extra``.
+    What `Metrics` has a field for goes there, `UNDEFINED` where the algorithm does not measure it; the rest is
+    ``extra``. A mean over no finished episode is `UNDEFINED` too.
     """
+
+    def mean(total: Array) -> Array:
+        return jnp.where(finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), UNDEFINED)
+
     common = {
         "timesteps": timesteps,
-        "episode_return": finished.returns / finished.episodes,  # 0 / 0 is NaN, as it should be
-        "episode_length": finished.lengths / finished.episodes,
+        "episode_return": mean(finished.returns),
+        "episode_length": mean(finished.lengths),
         "episodes": finished.episodes,
     }
     if "value_loss" in measured:  # or there is no value function that is fitted
-        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid)
-    own = {name: measured.get(name, jnp.asarray(jnp.nan)) for name in Metrics._fields if name not in {*common, "extra"}}
+        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid, UNDEFINED)
+    missing = jnp.asarray(UNDEFINED)
+    own = {name: measured.get(name, missing) for name in Metrics._fields if name not in {*common, "extra"}}
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
     return jax.tree.map(_in_full_precision, Metrics(**common, **own, extra=extra))
 
@@ -35,6 +43,26 @@ def _in_full_precision(x: Array) -> Array:
     """At least float32, also of a model in bfloat16: tables and files have no narrower numbers."""
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
+
+
+def with_nan(metrics: Metrics) -> Metrics:
+    """The metrics with NaN stored where the compiled program stored `UNDEFINED`, for people and files."""
+    return Metrics(**metrics._asdict())
+
+
+def without_nan(metrics: Metrics) -> Metrics:
+    """NumPy metrics with `UNDEFINED` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
+
+    def stored(x: Any) -> Any:
+        return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
+
+
+def is_defined(metrics: Metrics, field: str) -> Array:
+    """Whether this field has a value; safe inside a program, where reading an undefined one would make a NaN."""
+    stored: Any = metrics[Metrics._fields.index(field)]
+    return stored != UNDEFINED
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

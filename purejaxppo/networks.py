@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from purejaxppo.config import Config
 from purejaxppo.distributions import Categorical, DiagonalGaussian, MultiCategorical, TanhGaussian
+from purejaxppo.keys import scan_keys
 from purejaxppo.types import Box, ConfigError, Discrete, Distribution, Model, MultiDiscrete, PRNGKey, PyTree, Space
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -106,7 +107,8 @@ def mlp_actor_critic(
     def init(key: PRNGKey, obs: Array) -> PyTree:
         key_trunk, key_policy, key_value = jax.random.split(key, 3)
         # A loop over the two trunks, not two calls: XLA takes half a second for every orthogonal matrix in a program.
-        trunks = jax.lax.map(lambda key: trunk.init(key, obs), jax.random.split(key_trunk, 1 if shared_trunk else 2))
+        keys = jax.random.split(key_trunk, 1 if shared_trunk else 2)
+        _, trunks = scan_keys(lambda _, key: (None, trunk.init(key, obs)), None, keys)
         first, last = jax.tree.map(lambda x: x[0], trunks), jax.tree.map(lambda x: x[-1], trunks)
         features = trunk.apply(first, obs)
         heads = policy.init(key_policy, features), value.init(key_value, features)

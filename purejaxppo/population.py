@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from purejaxppo.checks import integer
 from purejaxppo.config import Config
-from purejaxppo.metrics import PARENT, SWEPT
+from purejaxppo.keys import first_key, select
+from purejaxppo.metrics import PARENT, SWEPT, is_defined
 from purejaxppo.types import ConfigError, Metrics, PRNGKey, PyTree, Trainer, TrainState
 
 KEY = 0x90B5  # folded into the first agent's key, it begins the keys of the exchanges
@@ -108,8 +109,8 @@ def schedule_of(metrics: Metrics, every: int) -> Schedule:
 def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n"], share: float) -> Int[Array, "n"]:
     """Whose state each of n agents goes on with: its own number, or that of one of the best.
 
-    A score that is NaN is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as many of
-    the worst, those that are not alive among them.
+    A score that is not finite is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as
+    many of the worst, those that are not alive among them.
     """
     count = len(score)
     few = max(1, int(share * count))
@@ -151,7 +152,7 @@ def make_population(
         agents = jax.vmap(lambda key, own: trainer_of(config.replace(**own)).init(key, params))(keys, swept)
         count = len(keys)
         number = jnp.arange(count, dtype=jnp.int32) + (0 if axis is None else jax.lax.axis_index(axis) * count)
-        key = jax.random.fold_in(of_all(keys)[0], KEY)
+        key = jax.random.fold_in(first_key(of_all(keys)), KEY)
         zeros = jnp.zeros(count)
         return Population(agents, swept, zeros, zeros.astype(jnp.int32), number, jnp.broadcast_to(key, (count,)))
 
@@ -159,31 +160,30 @@ def make_population(
         agents, metrics = jax.vmap(lambda own, agent: trainer_of(config.replace(**own)).step(agent, frozen))(
             state.swept, state.agents
         )
-        returns = jnp.where(metrics.episodes > 0, metrics.episode_return * metrics.episodes, 0)
+        returns = jnp.where(is_defined(metrics, "episode_return"), metrics.episode_return * metrics.episodes, 0)
         used = state.swept
         state = state._replace(
             agents=agents, returns=state.returns + returns, episodes=state.episodes + metrics.episodes
         )
         due = exchange.at_the_end_of(config, agents.iteration[0])
-        fitted = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
-        losses = metrics.policy_loss + jnp.where(fitted, metrics.value_loss, 0)
-        sound = jnp.isfinite(losses + metrics.grad_norm)
+        value_loss = jnp.where(is_defined(metrics, "value_loss"), metrics.value_loss, 0)
+        sound = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
         state, parent = jax.lax.cond(due, copy, lambda state, _: (state, state.number), state, sound)
         return state, metrics._replace(extra=metrics.extra | own_metrics(used, parent))
 
     def copy(state: Population, sound: Bool[Array, "m"]) -> tuple[Population, Int[Array, "m"]]:
         """One exchange."""
-        choice, perturbation, fresh = jax.random.split(jax.random.fold_in(state.key[0], state.iteration[0]), 3)
+        choice, perturbation, fresh = jax.random.split(jax.random.fold_in(first_key(state.key), state.iteration[0]), 3)
         finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)]
         alive = jnp.stack(finite).all(axis=0) & sound
-        score = state.returns / state.episodes  # 0 / 0 is NaN: not known
+        score = jnp.where(state.episodes > 0, state.returns / jnp.maximum(state.episodes, 1), -jnp.inf)
         parents = choose_parents(choice, of_all(score), of_all(alive), exchange.share)
         parent = parents[state.number]
         copied = parent != state.number
         # Members of the same seed have the same key: with its own one a copy would repeat what its parent does.
         own = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(fresh, state.number)
         agents = jax.tree.map(lambda x: of_all(x)[parent], state.agents)
-        agents = agents._replace(key=jnp.where(copied, own, state.agents.key))
+        agents = agents._replace(key=select(copied, own, state.agents.key))
         swept = {}
         for i, (name, (low, high)) in enumerate(bounds.items()):
             key = jax.random.fold_in(perturbation, i)

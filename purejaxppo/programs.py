@@ -13,9 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from purejaxppo.checks import jit_is_disabled
 from purejaxppo.config import Config
 from purejaxppo.evaluation import EpisodeStatistics, evaluate
 from purejaxppo.iterations import empty_rows, run_iterations
+from purejaxppo.metrics import with_nan, without_nan
 from purejaxppo.policy import Policy
 from purejaxppo.population import Bounds, Exchange, Population, make_population, own_metrics
 from purejaxppo.processes import agreed, put, whole
@@ -117,16 +119,26 @@ def compile_programs(
         of_init = {"in_shardings": placed, "out_shardings": where}
         of_chunk = {"in_shardings": (everywhere, placed, where, placed, everywhere), "out_shardings": (where, placed)}
         frozen = put(frozen, everywhere)
-    programs = (
-        jax.jit(init, **of_init).lower(*inputs),
-        jax.jit(chunk, donate_argnums=(2, 3), **of_chunk).lower(frozen, inputs[1], shapes, rows, 1),
+    compiled_init, compiled = compile_all(
+        (jax.jit(init, **of_init), inputs),
+        (jax.jit(chunk, donate_argnums=(2, 3), **of_chunk), (frozen, inputs[1], shapes, rows, 1)),
     )
-    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
-        compiled_init, compiled = pool.map(lambda program: program.compile(), programs)
     agreed(None)  # all are ready: to begin with, the devices wait half a minute for one another
     seconds, run = time.perf_counter() - started, partial(compiled, frozen)
     memory = memory_of(compiled)
     return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)
+
+
+def compile_all(*programs: tuple[Any, tuple[Any, ...]]) -> list[Callable[..., Any]]:
+    """Jitted functions, each with the shapes of its arguments, compiled at the same time.
+
+    Under `jax.disable_jit` nothing is compiled: they come back as they are.
+    """
+    if jit_is_disabled():
+        return [function for function, _ in programs]
+    lowered = [function.lower(*shapes) for function, shapes in programs]
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        return list(pool.map(lambda program: program.compile(), lowered))
 
 
 TrainerOf = Callable[[Config], Trainer]
@@ -139,7 +151,7 @@ def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Call
         return trainer_of(config.replace(**swept)).init(key, params)
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array
+        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array | int
     ) -> tuple[TrainState, Metrics]:
         """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
         step = partial(trainer_of(config.replace(**swept)).step, frozen=frozen)
@@ -152,7 +164,7 @@ def _of_population(config: Config, init: Callable, step: Callable, params: PyTre
     """The two functions that are compiled, of agents that copy one another."""
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array
+        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array | int
     ) -> tuple[Population, Metrics]:
         rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)  # an iteration's metrics are a row
         state, rows = run_iterations(config, partial(step, frozen=frozen), state, rows, count)
@@ -232,7 +244,7 @@ def run_chunks(
         return
     if before is not None:  # agents that have counted their steps repeat their last row
         done, steps = before.timesteps.shape[-1], np.asarray(before.timesteps[:, -1])
-        last = jax.tree.map(lambda x: x[:, -1:] if ahead else x[0, -1:], before)
+        last = jax.tree.map(lambda x: x[:, -1:] if ahead else x[0, -1:], without_nan(before))
         rows = jax.tree.map(lambda row, x: np.broadcast_to(x, row.shape).astype(row.dtype), rows, last)
     rows = programs.put(rows)
     while done < config.num_iterations:
@@ -242,7 +254,7 @@ def run_chunks(
         state, rows = programs.chunk(swept, state, rows, count)
         # This waits for the chunk; it copies, since `rows` is given away to the next one.
         new = whole(jax.tree.map(lambda x, n=count: x[*ahead, :n], rows))
-        new = jax.tree.map(np.array, new)
+        new = with_nan(jax.tree.map(np.array, new))
         seconds = agreed(time.perf_counter() - started)
         if config.whole_episodes:  # the last chunk may have room for more
             played = int(np.max(whole(state.iteration))) - done
@@ -298,15 +310,17 @@ def device_name(programs: Programs) -> str:
 
 def memory_of(compiled: Any) -> int:
     """The bytes that a compiled program needs on each device, by the compiler's own analysis; 0 where it has none."""
-    analysis = compiled.memory_analysis()
+    analysis = None if jit_is_disabled() else compiled.memory_analysis()
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
 
 def mesh_of(config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """As many devices as divide the agents evenly, or the shards of one.
+    """As many devices as divide the agents evenly, or the shards of one; a single one under `jax.disable_jit`.
 
     Raises `ConfigError` where there is not as much for each process.
     """
+    if jit_is_disabled():
+        devices = jax.devices()[:1]
     if agents is None:
         return make_mesh(config.num_shards, devices)
     devices = most_devices("seeds", agents, jax.devices() if devices is None else devices)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from purejaxppo.envs.vector import where_rows
+from purejaxppo.keys import scan_keys
 from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs, pooled
 from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import Env, EpisodeSums, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
@@ -87,7 +88,7 @@ def make_rollout(
         keys = jax.random.split(key_steps, (num_steps, 2))
         seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
         start = (env_state, carry, cut, seen, no_reset)
-        (env_state, carry, cut, seen, _), transitions = jax.lax.scan(step, start, keys)
+        (env_state, carry, cut, seen, _), transitions = scan_keys(step, start, keys)
         if whole_episodes:
             env_state = env_state._replace(finished=_first_episodes(transitions))
         if many_cuts:

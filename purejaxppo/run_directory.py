@@ -25,6 +25,7 @@ import numpy as np
 
 import purejaxppo
 from purejaxppo import processes
+from purejaxppo.checks import default_prng_impl, jit_is_disabled
 from purejaxppo.config import Config
 from purejaxppo.files import locked, whole
 from purejaxppo.policy import Policy, load_policy, save_policy
@@ -42,14 +43,16 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
     one of which something else was asked, one that not all processes of the run can see, or another one of whose
     processes was asked for something else.
     """
-    processes.require_same({**asked, "key": key, "resume": resume, "directory": directory is not None})
+    if processes.connected() and jit_is_disabled():
+        raise ConfigError("jax.disable_jit works with one process only: compile, or train in a process by itself")
+    described = _with_key(asked, key)
+    processes.require_same({**described, "resume": resume, "directory": directory is not None})
     if directory is None:
         if resume:
             raise ConfigError("resume needs the directory of what is to go on")
         yield None
         return
     directory = Path(directory)
-    described = {**asked, "key": key}
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -124,7 +127,7 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
 
 def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Path | None:
     """The newest run in a directory of which this was asked and that has not come to its end."""
-    wanted = _flat(json.loads(json.dumps({**asked, "key": key})))
+    wanted = _flat(json.loads(json.dumps(_with_key(asked, key))))
     for directory in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             begun = _flat(json.loads((directory / "config.json").read_text()))
@@ -133,10 +136,20 @@ def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Pat
     return None
 
 
+def _with_key(asked: dict[str, Any], key: Any) -> dict[str, Any]:
+    """Where the random numbers come from, beside what was asked for."""
+    return {**asked, "key": key, "prng_impl": default_prng_impl()}
+
+
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration beside the rest; a field that the run does not know has its default."""
+    """The fields of the configuration beside the rest.
+
+    A field that an older run does not know has its default. Older runs do not name their
+    implementation of random keys, which was threefry's.
+    """
     rest = {name: x for name, x in described.items() if name != "config"}
-    return rest | Config().to_dict() | described["config"] if "config" in described else rest
+    fields = Config().to_dict() | described["config"] if "config" in described else {}
+    return {"prng_impl": "threefry2x32"} | rest | fields
 
 
 def write(directory: Path, run: "Run") -> None:

@@ -159,7 +159,7 @@ def _evaluator(
     """
     evaluate: Evaluate = make_evaluate(programs, evaluation.episodes, evaluation.deterministic)
 
-    def key_of(key: PRNGKey, iteration: Array) -> PRNGKey:
+    def key_of(key: PRNGKey, iteration: Array | int) -> PRNGKey:
         return jax.random.fold_in(jax.random.fold_in(key, EVALUATION), iteration)
 
     keys_of = jax.jit(key_of if programs.agents is None else jax.vmap(key_of, in_axes=(0, None)))

@@ -24,7 +24,15 @@ from purejaxppo.metrics import finite_so_far
 from purejaxppo.normalize import Moments
 from purejaxppo.plots import windowed
 from purejaxppo.population import Bounds, Exchange, schedule_of
-from purejaxppo.programs import Evaluate, Programs, compile_programs, device_name, make_evaluate, memory_of
+from purejaxppo.programs import (
+    Evaluate,
+    Programs,
+    compile_all,
+    compile_programs,
+    device_name,
+    make_evaluate,
+    memory_of,
+)
 from purejaxppo.session import EVALUATION, Keeping, Progress, run_session
 from purejaxppo.sweep_results import Part, load_part, save_part
 from purejaxppo.tables import Table
@@ -131,7 +139,7 @@ def _programs(work: Work, group: Group, count: int, known: int | None) -> tuple[
         inputs = work.inputs(group, _filled(work.members_of(group)[:size], size))
         keys, swept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         play = make_evaluate(programs, work.eval_episodes, work.eval_deterministic)
-        evaluate = play.lower(swept, programs.shapes, keys).compile()
+        (evaluate,) = compile_all((play, (swept, programs.shapes, keys)))
         needed = max(programs.memory_bytes, memory_of(evaluate))
         return programs, evaluate, max(processes.everyones(needed))
 

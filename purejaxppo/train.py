@@ -15,6 +15,7 @@ from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.envs.wrappers import bound_actions, flatten_observations
 from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
+from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
@@ -154,8 +155,7 @@ def make_trainer(
         finished = jax.tree.map(lambda x: x.sum(dtype=x.dtype), env_state.finished)  # over the shards
         metrics = iteration_metrics(timesteps, finished, batch, measured | reward_metrics)
         if config.debug:
-            message = "timesteps {}: episode return {}"
-            jax.debug.print(message, metrics.timesteps, metrics.episode_return)
+            jax.debug.callback(_print_line, metrics)
         normalizer = Normalizer(obs_moments, reward_scale)
         return TrainState(
             params, update_state, normalizer, env_state, carry, reward_state, key_next, iteration, timesteps
@@ -252,6 +252,10 @@ def _each_shard(config: Config) -> str:
     return f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
 
 
+def _print_line(metrics: Metrics) -> None:
+    print(f"timesteps {metrics.timesteps}: episode return {metrics.episode_return}", flush=True)
+
+
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:
     shared = {name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields}
     return Batch(**shared, advantage=advantage, target=target, carry=carry)
@@ -276,7 +280,7 @@ def _tied(state: TrainState, sources: PyTree) -> TrainState:
     """
     always = jnp.asarray(True)
     for leaf in jax.tree.leaves(sources):
-        leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
+        leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_typed(leaf) else leaf
         first = jnp.ravel(leaf)[0]
         always &= first == first
-    return jax.tree.map(lambda x: jnp.where(always, x, x), state)
+    return jax.tree.map(lambda x: select(always, x, x), state)

@@ -358,8 +358,51 @@ class Trained(Protocol):
     def iteration(self) -> Any: ...
 
 
+UNDEFINED = float(np.finfo(np.float32).min)  # stands for NaN in the results of compiled programs: see `Metrics`
+
+
+def nan_where_undefined(x: Any) -> Any:
+    """``x`` with NaN where it is `UNDEFINED`; what is not a floating-point array or number is returned as it is."""
+    if not isinstance(x, np.ndarray | np.generic | jax.Array) or not jax.numpy.issubdtype(x.dtype, np.floating):
+        return x
+    if not isinstance(x, jax.Array):
+        with np.errstate(over="ignore"):  # half precision has no such number, and holds −∞ instead
+            return np.where(x == x.dtype.type(UNDEFINED), x.dtype.type(np.nan), x)[()]
+    with jax.debug_nans(False):  # this NaN is meant
+        return jax.numpy.where(x == UNDEFINED, jax.numpy.nan, x)
+
+
+def _undefined_reads_as_nan(cls: Any) -> Any:
+    """Let the floating-point fields of a NamedTuple, its `_asdict` and its text show `nan_where_undefined`.
+
+    The items of the tuple, which are the leaves that JAX sees, stay as they are stored.
+    """
+
+    def field(index: int) -> property:
+        return property(lambda self: nan_where_undefined(self[index]))
+
+    def as_dict(self: Any) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._fields}
+
+    def text(self: Any) -> str:
+        return f"{cls.__name__}({', '.join(f'{name}={x!r}' for name, x in self._asdict().items())})"
+
+    for index, name in enumerate(cls._fields):
+        if name != "extra":
+            setattr(cls, name, field(index))
+    cls._asdict, cls.__repr__ = as_dict, text
+    return cls
+
+
+@_undefined_reads_as_nan
 class Metrics(NamedTuple):
-    """One number per iteration and field, so memory grows with neither ``num_steps`` nor ``num_envs``."""
+    """One number per iteration and field, so memory grows with neither ``num_steps`` nor ``num_envs``.
+
+    A value that does not exist, such as the mean return where no episode finished, reads as NaN. A compiled program
+    stores `UNDEFINED` in its place, because ``jax_debug_nans`` raises where a result holds a NaN: that is what
+    ``jax.tree.leaves(metrics)`` and ``jax.tree.map`` see, while ``metrics.episode_return`` is NaN. A NaN that a program
+    computed stays one.
+    """
 
     timesteps: Array  # environment steps done at the end of the iteration
     episode_return: Float[Array, ""]  # mean over the episodes that finished in it; NaN where none did

@@ -14,6 +14,7 @@ from purejaxppo import Config, ConfigError, fit, make_train, make_trainer, progr
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import BASELINES
 from purejaxppo.envs.vector import vectorize
+from purejaxppo.metrics import with_nan
 from purejaxppo.rollout import make_rollout
 from purejaxppo.tables import of_metrics
 from purejaxppo.types import Batch, Box, Discrete, Env, Step
@@ -208,7 +209,7 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     config = ONCE.replace(num_envs=B, num_steps=8, total_timesteps=total)
     keys = jax.random.split(jax.random.key(0), seeds)
     state, metrics = jax.jit(jax.vmap(make_train(config, counter())))(keys)
-    metrics = jax.tree.map(np.asarray, metrics)
+    metrics = with_nan(jax.tree.map(np.asarray, metrics))
     assert metrics.timesteps.shape == (seeds, config.num_iterations) == (seeds, -(-total // B))
     assert config.actual_timesteps == total + 8 * B - 1
     for i, done in enumerate(state.iteration.tolist()):

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from purejaxppo import losses
 from purejaxppo.config import Config
+from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
@@ -77,7 +78,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             return jax.lax.scan(minibatch_step, loop, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
-        loop, metrics = jax.lax.scan(epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys)
+        loop, metrics = scan_keys(epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys)
         deviation = metrics.pop("ratio_deviation")  # [epochs, minibatches]
         measured = jax.tree.map(jnp.mean, metrics)
         measured |= {"first_ratio_deviation": deviation[0, 0], "largest_ratio_deviation": deviation.max()}

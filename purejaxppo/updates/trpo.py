@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from purejaxppo import losses
 from purejaxppo.config import Config
+from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, random_orders, sequences_at, shuffled_minibatches
 
@@ -142,7 +143,7 @@ def make_value_steps(
             return jax.lax.scan(minibatch_step, carry, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
-        (theta, opt_state), value_loss = jax.lax.scan(epoch, (params["value"], opt_state), keys)
+        (theta, opt_state), value_loss = scan_keys(epoch, (params["value"], opt_state), keys)
         return theta, opt_state, value_loss.mean()
 
     return value_steps
