@@ -1,5 +1,7 @@
 """Small changes to an environment: each takes an `Env` and returns one."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,32 @@ def bound_actions(env: Env, squash: bool = False) -> Env:
         return env.step(key, state, into_box(action, space, squash))
 
     return env._replace(step=step, action_space=Box((int(np.prod(space.shape)),), -np.inf, np.inf))
+
+
+def warn_of_unreachable_actions(env: Env, squash: bool) -> None:
+    """Warn where a new policy, whose actions are about −2 … 2, hardly meets the box that they are clipped to.
+
+    In a box [100, 200] every action is 100 and no gradient says that 150 would be better; in [0, 1000] the policy
+    never gets far from 0; in [0, 0.01] it sees the two ends only. The two ranges must have at least a tenth of either
+    in common.
+    """
+    space = env.action_space
+    if squash or not isinstance(space, Box):
+        return
+    lows, highs = (limit.ravel() for limit in space.limits)
+    common = np.minimum(highs, 2.0) - np.maximum(lows, -2.0)
+    is_bounded = (np.abs(lows) < UNBOUNDED) & (np.abs(highs) < UNBOUNDED)
+    largest = np.where(is_bounded, np.maximum(highs - lows, 4.0), 4.0)
+    is_far = (common < 0.1 * largest) & (lows < highs)
+    if is_far.any():
+        low, high = lows[is_far][0], highs[is_far][0]
+        all_bounded = all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits)
+        remedy = "set squash_actions=True, which scales them to the bounds" if all_bounded else "rescale them"
+        warnings.warn(
+            f"{env.name} takes actions between {low:g} and {high:g}, and those of a new policy, which are about -2 to "
+            f"2, are clipped to that: {remedy}",
+            stacklevel=4,
+        )
 
 
 def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> Array:

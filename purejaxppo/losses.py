@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float
 Scalar = Float[Array, ""]
 Coefficient = Float[Array, ""] | float
 
+MAX_LOG_RATIO = 20.0  # nats; e²⁰ ≈ 5 · 10⁸
+
 
 def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
     """Σ mask x / Σ mask; 0 where the mask is empty."""
@@ -17,16 +19,30 @@ def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
 
 
 def standardize(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, "*n"]:
-    """(x − mean) / (deviation + 1e-8), both over the mask; 0 outside of it."""
+    """(x − mean) / (deviation + 1e-8), both over the mask; 0 outside of it.
+
+    A single entry has no deviation and stays as it is: made 0, it would teach nothing.
+    """
+    x = jnp.where(mask, x, 0)
     centred = jnp.where(mask, x - masked_mean(x, mask), 0)
-    return centred / (jnp.sqrt(masked_mean(centred**2, mask)) + 1e-8)
+    standardized = centred / (jnp.sqrt(masked_mean(centred**2, mask)) + 1e-8)
+    return jnp.where(mask.sum() == 1, x, standardized)
 
 
-def probability_ratio(
+def log_ratio(
     log_prob: Float[Array, "*n"], old_log_prob: Float[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """r = π(a|s) / π_old(a|s) = exp(log π − log π_old); 1 outside the mask (Schulman et al. 2017, section 3)."""
-    return jnp.exp(jnp.where(mask, log_prob - old_log_prob, 0))
+    """log r = log π(a|s) − log π_old(a|s), in nats; 0 outside the mask."""
+    return jnp.where(mask, log_prob - old_log_prob, 0)
+
+
+def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """r = π(a|s) / π_old(a|s) = exp(log r) (Schulman et al. 2017, section 3), bounded to e^±20.
+
+    In float32 exp overflows from 89 on, and the gradient of a clipped entry, 0 · ∞, would be NaN.
+    Where the bound holds, the gradient is 0.
+    """
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def surrogate(ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
@@ -66,10 +82,11 @@ def clipped_value_loss(
     return 0.5 * masked_mean(jnp.maximum(error**2, near**2), valid)
 
 
-def approximate_kl(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
     """E[r − 1 − log r], an estimate of KL(π_old ‖ π) that is never negative (Schulman 2020, 'Approximating KL
-    divergence', k3)."""
-    return masked_mean(ratio - 1 - jnp.log(ratio), mask)
+    divergence', k3). It is exact up to log r = 20, beyond which r is bounded as in `probability_ratio`."""
+    log_ratio = jnp.where(mask, log_ratio, 0)
+    return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)
 
 
 def clip_fraction(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient) -> Scalar:

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from purejaxppo import envs
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
 from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import vectorize
-from purejaxppo.envs.wrappers import bound_actions, flatten_observations
+from purejaxppo.envs.wrappers import bound_actions, flatten_observations, warn_of_unreachable_actions
 from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
@@ -176,6 +176,7 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
     require_consistent(env)
     if env.action_mask is not None:
         raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")
+    warn_of_unreachable_actions(env, config.squash_actions)
     env = bound_actions(env, config.squash_actions)
     if model is not None:
         return env, model
@@ -190,17 +191,22 @@ def _vectorize(env: Env, config: Config) -> VectorEnv:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam after clipping the gradient's global norm; annealed, iteration k of K has lr · max(0, 1 − k / K)."""
+    """Adam after clipping the gradient's global norm, with the learning rate of `annealed_lr` where it is annealed."""
     steps_per_iteration = config.num_epochs * config.num_minibatches
 
-    def annealed(count: Array) -> Array:
-        iteration = count // steps_per_iteration
-        return config.lr * jnp.maximum(0.0, 1 - iteration / config.num_iterations)
+    def schedule(count: Array) -> Array:
+        return annealed_lr(config, count // steps_per_iteration)
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adam(annealed if config.anneal_lr else config.lr, eps=config.adam_eps),
+        optax.adam(schedule if config.anneal_lr else config.lr, eps=config.adam_eps),
     )
+
+
+def annealed_lr(config: Config, iteration: Int[Array, ""]) -> Float[Array, ""]:
+    """lr · max(0, 1 − k / K) in iteration k = 0, 1, … of K, in the working precision."""
+    progress = iteration.astype(jnp.result_type(float)) / config.num_iterations
+    return config.lr * jnp.maximum(0.0, 1 - progress)
 
 
 def _checked(config: Config | Mapping[str, Any]) -> Config:

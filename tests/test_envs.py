@@ -1,5 +1,7 @@
 """Environments by name: every one of gymnax trains, and one that cannot says so."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from conftest import FAST_COMPILE
 from small_envs import counter
 
-from purejaxppo import Config, ConfigError, envs, make_train
+from purejaxppo import Config, ConfigError, envs, make_train, make_trainer
 from purejaxppo.envs import gymnax as gymnax_adapter
 from purejaxppo.envs.wrappers import flatten_observations, into_box
 from purejaxppo.types import Box, Discrete, MultiDiscrete
@@ -322,3 +324,40 @@ def test_an_environment_can_be_made_inside_of_jit():
     config = Config(env="CartPole-v1", num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16)
     shapes = jax.eval_shape(jax.jit(lambda config, key: make_train(config)(key)), config, jax.random.key(0))
     assert shapes.metrics.timesteps.shape == (1,)
+
+
+# ---------------------------------------------------------------------------- actions out of reach
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (100.0, 200.0, "between 100 and 200"),
+        (0.0, 1000.0, "between 0 and 1000"),
+        (-300.0, -200.0, "between -300 and -200"),
+        (0.0, 0.01, "between 0 and 0.01"),
+        ((-1.0, 50.0), (1.0, 60.0), "between 50 and 60"),
+        ((-1.0, 50.0), (1.0, np.inf), "between 50 and inf"),
+        (-1.0, 1.0, None),
+        (0.0, 1.0, None),
+        (-8.0, 8.0, None),
+        (-np.inf, np.inf, None),
+        (0.0, np.inf, None),
+    ],
+)
+def test_actions_that_a_new_policy_hardly_reaches_are_warned_of(low, high, told):
+    """In [100, 200] with the best action at 150, an agent that is not squashed plays 100 for ever."""
+    env = counter(Box((2,), low, high))
+    config = Config(num_envs=2, num_steps=8, num_minibatches=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(config, env)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (told is not None)
+    if told is not None:
+        assert told in messages[0] and messages[0].startswith("counter takes actions between")
+        assert ("squash_actions=True" in messages[0]) == bool(np.isfinite(high).all())
+    if told and np.isfinite(high).all():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_trainer(config.replace(squash_actions=True), env)

@@ -22,9 +22,10 @@ from ppo_reference import (
 )
 from small_envs import counter, linear_model
 
-from purejaxppo import Config, ConfigError, make_train
+from purejaxppo import Config, ConfigError, make_train, make_trainer
 from purejaxppo.config import OBJECTIVES
 from purejaxppo.train import make_optimizer
+from purejaxppo.types import Box, Env, Step
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.ppo import adapted
 
@@ -130,3 +131,34 @@ def test_early_stopping_leaves_the_schedule_of_the_learning_rate_alone():
     assert metrics["steps_taken"] == 0.25
     _, (adam, schedule) = state.optimizer
     assert (adam.count, schedule.count) == (1, 4)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo"])
+def test_one_sample_teaches_something(algorithm):
+    """Its standardised advantage would be 0. Eight minibatches of one sample each, and a batch of one for TRPO."""
+    sizes = {"num_steps": 8, "num_minibatches": 8} if algorithm == "ppo" else {"num_steps": 1, "num_minibatches": 1}
+    config = Config(algorithm=algorithm, num_envs=1, total_timesteps=1, num_epochs=1, anneal_lr=False, **sizes)
+    trainer = make_trainer(config, counter(), linear_model())
+    before = jax.jit(trainer.init)(jax.random.key(0))
+    after, _ = jax.jit(trainer.step)(before)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before.params["policy"], after.params["policy"])
+    assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_many_action_dimensions_do_not_make_the_ratio_overflow():
+    """The log-ratio is a sum over 300 dimensions; with 20 epochs at lr 0.01 the ratio was 3.5e29 and then NaN."""
+
+    def step(key, state, action):
+        obs = jax.random.normal(key, (3,))
+        return Step(obs, obs, -((action - 0.5) ** 2).mean(), jnp.asarray(False), jnp.asarray(False))
+
+    def reset(key):
+        obs = jax.random.normal(key, (3,))
+        return obs, obs
+
+    env = Env("many", reset, step, Box((3,), -np.inf, np.inf), Box((300,), -np.inf, np.inf), None, False)
+    config = Config(num_envs=8, num_steps=32, total_timesteps=6 * 256, num_epochs=20, lr=0.01, anneal_lr=False)
+    result = jax.jit(make_train(config, env))(jax.random.key(0))
+    assert np.isfinite(result.metrics.policy_loss).all() and np.isfinite(result.metrics.grad_norm).all()
+    assert (result.metrics.extra["largest_ratio_deviation"] <= np.exp(20) * 1.001).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.state.params))

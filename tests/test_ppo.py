@@ -24,7 +24,7 @@ from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
 
 from purejaxppo import Config, make_train
 from purejaxppo.networks import mlp_actor_critic
-from purejaxppo.train import make_optimizer
+from purejaxppo.train import annealed_lr, make_optimizer
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
@@ -216,3 +216,11 @@ def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
     assert metrics.first_ratio_deviation.shape == (4,)
     assert metrics.first_ratio_deviation.max() < bound
     assert metrics.extra["largest_ratio_deviation"].min() > 1e-3  # later ones do move
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_annealed_learning_rate_has_the_working_precision():
+    """1 − k / K in float32 is off by 1e-8."""
+    config = Config(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=7, lr=0.3)
+    rates = [float(annealed_lr(config, jnp.int32(k))) for k in range(9)]
+    np.testing.assert_allclose(rates, [0.3 * max(0, 1 - k / 7) for k in range(9)], rtol=1e-15, atol=0)

@@ -98,7 +98,8 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
     ) -> tuple[Array, dict[str, Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
-        ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+        log_ratio = losses.log_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+        ratio = losses.probability_ratio(log_ratio)
         advantage = batch.advantage
         if config.normalize_advantage:
             advantage = losses.standardize(advantage, batch.mask)
@@ -120,7 +121,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
             "policy_loss": -surrogate,
             "value_loss": value_loss,
             "entropy": entropy,
-            "approx_kl": losses.approximate_kl(ratio, batch.mask),
+            "approx_kl": losses.approximate_kl(log_ratio, batch.mask),
             "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
             "ratio_deviation": jnp.abs(ratio - 1).max(),
         }

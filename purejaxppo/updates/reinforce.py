@@ -55,7 +55,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / rows
         entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / rows
         metrics = {"policy_loss": -score, "entropy": losses.masked_mean(distribution.entropy(), batch.mask)}
-        ratio = losses.probability_ratio(log_prob, batch.log_prob, batch.mask)
+        ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
         metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
         objective = score + config.ent_coef * entropy
         if config.baseline == "value":
@@ -81,7 +81,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         new = optax.apply_updates(params, change)
 
         after, _ = model.unroll(new, batch.carry, batch.obs, batch.reset)
-        ratio = losses.probability_ratio(after.log_prob(batch.action), batch.log_prob, batch.mask)
+        log_prob = after.log_prob(batch.action)
+        ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
         metrics |= {
             "grad_norm": optax.tree.norm(gradient),
             "approx_kl": losses.masked_mean(old.kl(after), batch.mask),

@@ -76,7 +76,8 @@ def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree
 
         def surrogate(theta: PyTree) -> tuple[Array, tuple[Array, Distribution]]:
             distribution = policy(theta, batch)
-            ratio = losses.probability_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+            log_prob = distribution.log_prob(batch.action)
+            ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
             return losses.surrogate(ratio, advantage, batch.mask), (ratio, distribution)
 
         some = one_in(config.fisher_subsample, key, batch, config.num_shards)
