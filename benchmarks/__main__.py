@@ -104,7 +104,24 @@ def population(
     population_benchmark.table()
 
 
+def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = False) -> None:
+    """Compare general settings of PPO, those that an environment without tuned ones gets, after 98,304 steps.
+
+    Args:
+        envs: which environments (ten of gymnax, if not given)
+        seeds: agents of each setting
+        show: only print the stored table
+    """
+    split_cpu(None)
+    from benchmarks import general as general_benchmark
+
+    if not show:
+        general_benchmark.run(list(envs or general_benchmark.ENVS), seeds)
+    general_benchmark.show()
+
+
 if __name__ == "__main__":
     commands = {"learning": learning, "table": table, "table1": table1}
     commands |= {"speed": speed, "trpo_cost": trpo_cost, "sweeps": sweeps, "population": population}
+    commands |= {"general": general}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")

@@ -62,8 +62,8 @@ def warn_of_unreachable_actions(env: Env, squash: bool) -> None:
     """Warn where a new policy, whose actions are about −2 … 2, hardly meets the box that they are clipped to.
 
     In a box [100, 200] every action is 100 and no gradient says that 150 would be better; in [0, 1000] the policy
-    never gets far from 0; in [0, 0.01] it sees the two ends only. The two ranges must have at least a tenth of either
-    in common.
+    never gets far from 0; in [0, 0.01] it sees the two ends only. What the two ranges have in common must be a tenth of
+    the box and a fiftieth of the policy's range.
     """
     space = env.action_space
     if squash or not isinstance(space, Box):
@@ -71,8 +71,8 @@ def warn_of_unreachable_actions(env: Env, squash: bool) -> None:
     lows, highs = (limit.ravel() for limit in space.limits)
     common = np.minimum(highs, 2.0) - np.maximum(lows, -2.0)
     is_bounded = (np.abs(lows) < UNBOUNDED) & (np.abs(highs) < UNBOUNDED)
-    largest = np.where(is_bounded, np.maximum(highs - lows, 4.0), 4.0)
-    is_far = (common < 0.1 * largest) & (lows < highs)
+    needed = np.where(is_bounded, np.maximum((highs - lows) / 10, 4.0 / 50), 4.0 / 50)
+    is_far = (common < needed) & (lows < highs)
     if is_far.any():
         low, high = lows[is_far][0], highs[is_far][0]
         all_bounded = all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits)

@@ -341,6 +341,7 @@ def test_an_environment_can_be_made_inside_of_jit():
         (-1.0, 1.0, None),
         (0.0, 1.0, None),
         (-8.0, 8.0, None),
+        (-0.1, 0.1, None),
         (-np.inf, np.inf, None),
         (0.0, np.inf, None),
     ],
