@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from compiled_once import compiled_once
 from hypothesis import given
 from hypothesis import strategies as st
 from small_envs import LINEAR, counter
 from test_resume import Killed
-from test_sweep import Compiled
 
-from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, programs, sweep, sweep_parts
+from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, sweep
 from purejaxppo.population import Schedule, choose_parents, make_population
 
 ENV = counter(limit=9, longest=12)
@@ -26,9 +26,7 @@ GRID = {"lr": LogUniform(1e-4, 1e-1), "ent_coef": [0.0, 0.1]}
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     """Each program is compiled once, without optimisation, and run an iteration at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_parts, "compile_programs", Compiled())
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
+    with compiled_once():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)

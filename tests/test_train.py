@@ -174,7 +174,7 @@ def test_one_compilation_for_all_seeds_and_all_traced_hyper_parameters():
 def test_the_program_lowers_for_other_platforms(space):
     train = make_train(CONFIG.replace(normalize_reward=True), counter(space))
     text = jax.jit(train).trace(KEY).lower(lowering_platforms=("tpu", "cuda")).as_text()
-    assert "stablehlo.while" in text and 'mhlo.num_partitions = 1' in text
+    assert "stablehlo.while" in text and "mhlo.num_partitions = 1" in text
 
 
 # ------------------------------------------------------------------------------ what make_train takes
