@@ -27,6 +27,7 @@ CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
 K = 12
 RUN = {"key": 5, "env": counter(limit=9, longest=12), "model": LINEAR}
+ONCE_MORE = {"resume": True, "checkpoint_seconds": 1e9}  # without a checkpoint after every iteration
 WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
 
 
@@ -146,10 +147,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, th
     else:
         os.truncate(checkpoints / "rows_00000006_00000007.npz", 10)
     if damage == "no_manifest":  # as if it had been killed while it wrote: nothing to warn of
-        run = train(copy, resume=True)
+        run = train(copy, **ONCE_MORE)
     else:
         with pytest.warns(UserWarning, match=r"checkpoint .*iteration_00000007 is damaged"):
-            run = train(copy, resume=True)
+            run = train(copy, **ONCE_MORE)
     assert run.resumed_at == 6
     assert_same(run, copy, through)
 
@@ -159,7 +160,7 @@ def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, thro
     for path in (copy / "checkpoints").glob("*.npz"):
         path.unlink()
     with pytest.warns(UserWarning, match="is damaged") as warned:
-        run = train(copy, resume=True)
+        run = train(copy, **ONCE_MORE)
     assert len(warned) == 2 and run.resumed_at == 0
     assert_same(run, copy, through)
 
@@ -177,7 +178,7 @@ def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp
     with pytest.warns(UserWarning, match="no checkpoint was saved after iteration 3, training goes on") as warned:
         train(directory, stop=9)
     assert len(warned) == 3
-    run = train(directory, resume=True)
+    run = train(directory, **ONCE_MORE)
     assert run.resumed_at == 7
     assert_same(run, directory, through)
 
@@ -192,7 +193,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, t
         patch.setattr(np, "savez", full)
         with pytest.warns(UserWarning, match="No space left"):
             train(copy, stop=10, resume=True)
-    run = train(copy, resume=True)
+    run = train(copy, **ONCE_MORE)
     assert run.resumed_at == 7
     assert_same(run, copy, through)
 
@@ -380,7 +381,7 @@ def test_nothing_but_numbers_is_loaded(copy):
             manifest["rows"][part.name] = hashlib.sha256(part.read_bytes()).hexdigest()
             path.write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert train(copy, resume=True).resumed_at == 6
+        assert train(copy, **ONCE_MORE).resumed_at == 6
 
 
 # ---------------------------------------------------------------------------------- evaluations
