@@ -232,7 +232,7 @@ def test_a_subsampled_fisher_matrix_is_that_of_one_sample_in_k():
     theta = jax.tree.map(np.asarray, params["policy"])
     numbered = as_sequences(arrays(batch | {"value": np.arange(T * B).reshape(T, B)}))
     key_policy, _ = jax.random.split(jax.random.key(0))  # of the update's own key
-    rows = np.asarray(one_in(2, key_policy, numbered).value).ravel()
+    rows = np.asarray(jax.jit(one_in, static_argnums=0)(2, key_policy, numbered).value).ravel()
     assert len(set(rows.tolist())) == (T * B + 1) // 2
     gradient, whole = numpy_gradient_and_fisher(theta, batch, False)
     few = batch | {"mask": np.isin(np.arange(T * B), rows).reshape(T, B)}
