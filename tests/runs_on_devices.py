@@ -14,10 +14,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 import numpy as np
-from small_envs import counter, linear_model, memory_model
+from small_envs import LINEAR, counter, memory_model
 
 from purejaxppo import Config, make_train
-from purejaxppo.networks import feed_forward
 from purejaxppo.shards import make_mesh, replicated, state_sharding
 from purejaxppo.types import Result
 
@@ -33,8 +32,6 @@ PPO = Config(
     normalize_reward=True,
 )
 REINFORCE = PPO.replace(algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False)
-init, _, _, unroll = linear_model()  # compiles in a fraction of the MLP's time, whose way with rows it gets
-LINEAR = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
 RUNS = {  # config, model, float64, on how many devices
     "ppo": (PPO, LINEAR, True, (1, 2, 4)),
     "trpo": (PPO.replace(algorithm="trpo", fisher_subsample=3), LINEAR, True, (1, 4)),

@@ -15,10 +15,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 import numpy as np
-from small_envs import counter, linear_model
+from small_envs import LINEAR, counter
 
 from purejaxppo import Config, ConfigError, Exchange, checkpoint, fit, fitting, processes, programs, sweep
-from purejaxppo.networks import feed_forward
 
 CONFIG = Config(
     num_envs=16,
@@ -31,9 +30,7 @@ CONFIG = Config(
     normalize_reward=True,
 )
 SMALL = CONFIG.replace(num_envs=4, num_shards=1, num_minibatches=1)
-init, _, _, unroll = linear_model()  # compiles in a fraction of the MLP's time, whose way with rows it gets
-MODEL = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
-HOW = {"env": counter(), "model": MODEL, "key": 3}
+HOW = {"env": counter(), "model": LINEAR, "key": 3}
 compiled: dict[str, programs.Programs] = {}
 
 

@@ -7,18 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from compiled_once import compiled_once
 from hypothesis import given
 from hypothesis import strategies as st
-from small_envs import counter, linear_model
+from small_envs import LINEAR, counter
 from test_resume import Killed
-from test_sweep import Compiled
 
-from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, programs, sweep, sweep_parts
-from purejaxppo.networks import feed_forward
+from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, sweep
 from purejaxppo.population import Schedule, choose_parents, make_population
 
-init, _, _, unroll = linear_model()
-MODEL = feed_forward(init, lambda params, obs: unroll(params, (), obs, None))
 ENV = counter(limit=9, longest=12)
 CONFIG = Config(num_envs=2, num_steps=16, num_minibatches=1, num_epochs=2, total_timesteps=32 * 8)
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
@@ -29,9 +26,7 @@ GRID = {"lr": LogUniform(1e-4, 1e-1), "ent_coef": [0.0, 0.1]}
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     """Each program is compiled once, without optimisation, and run an iteration at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_parts, "compile_programs", Compiled())
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
+    with compiled_once():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
@@ -82,7 +77,7 @@ def steps():
 
     def stepping(every):
         exchange = Exchange(every, share=0.5, factors=(0.5, 3.0))
-        functions = make_population(CONFIG, lambda config: make_trainer(config, ENV, MODEL), exchange, BOUNDS)
+        functions = make_population(CONFIG, lambda config: make_trainer(config, ENV, LINEAR), exchange, BOUNDS)
         return functions[0], jax.jit(functions[1])
 
     (begin, with_exchange), (_, without) = stepping(2), stepping(1000)
@@ -132,7 +127,7 @@ def test_the_way_to_a_state_goes_through_its_parents():
 
 
 def run(**ways):
-    how = {"seeds": 2, "grid": GRID, "key": 7, "samples": 2, "env": ENV, "model": MODEL, "eval_episodes": 4}
+    how = {"seeds": 2, "grid": GRID, "key": 7, "samples": 2, "env": ENV, "model": LINEAR, "eval_episodes": 4}
     return sweep(CONFIG, **(how | {"exchange": Exchange(2, share=0.3)} | ways))
 
 
@@ -238,13 +233,13 @@ def test_what_is_no_population_is_refused(ways, said):
 def test_a_coefficient_that_adapts_is_refused():
     config = CONFIG.replace(objective="adaptive_kl")
     with pytest.raises(ConfigError, match="'kl_coef' is not one"):
-        sweep(config, 4, {"kl_coef": [0.1, 1.0]}, env=ENV, model=MODEL, exchange=Exchange(2))
+        sweep(config, 4, {"kl_coef": [0.1, 1.0]}, env=ENV, model=LINEAR, exchange=Exchange(2))
 
 
 def test_whole_episodes_are_refused():
     config = CONFIG.replace(algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False)
     with pytest.raises(ConfigError, match="no exchange"):
-        sweep(config, 4, {"lr": [1e-3, 1e-2]}, env=ENV, model=MODEL, exchange=Exchange(2))
+        sweep(config, 4, {"lr": [1e-3, 1e-2]}, env=ENV, model=LINEAR, exchange=Exchange(2))
 
 
 @pytest.mark.parametrize(

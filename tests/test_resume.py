@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_envs import counter
+from compiled_once import compiled_once
+from small_envs import LINEAR, counter
 
-from purejaxppo import Config, ConfigError, fit, fitting, load_policy, programs, session, sweep
+from purejaxppo import Config, ConfigError, fit, load_policy, sweep
 from purejaxppo.checkpoint import Checkpoints
 from purejaxppo.files import locked
 from purejaxppo.run_directory import reserve
 
-CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96, hidden_sizes=(4,))
+CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96)
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
 K = 12
-ENV = counter(limit=9, longest=12)
+RUN = {"key": 5, "env": counter(limit=9, longest=12), "model": LINEAR}
+ONCE_MORE = {"resume": True, "checkpoint_seconds": 1e9}  # without a checkpoint after every iteration
 WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
 
 
@@ -36,24 +38,7 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True, scope="module")
 def short_chunks_compiled_once():
     """Every chunk is one iteration; a program that was compiled for one run serves the others that are like it."""
-    compiled, evaluators = {}, {}
-
-    def compile_once(config, env, agents, **rest):
-        key = (*(str(x) for x in config.to_dict().values()), agents)
-        if key not in compiled:
-            compiled[key] = programs.compile_programs(config, env, agents, **rest)
-        return compiled[key]
-
-    def make_once(programs_, *ways):
-        key = (id(programs_), *ways)
-        if key not in evaluators:
-            evaluators[key] = programs.make_evaluate(programs_, *ways)
-        return evaluators[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
-        patch.setattr(fitting, "compile_programs", compile_once)
-        patch.setattr(session, "make_evaluate", make_once)
+    with compiled_once():
         yield
 
 
@@ -65,7 +50,7 @@ def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
             raise Killed
 
     try:
-        return fit(config, seeds=seeds, key=5, env=ENV, directory=directory, on_progress=watch, **(WAYS | ways))
+        return fit(config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | WAYS | ways))
     except Killed:
         return None
 
@@ -162,10 +147,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, th
     else:
         os.truncate(checkpoints / "rows_00000006_00000007.npz", 10)
     if damage == "no_manifest":  # as if it had been killed while it wrote: nothing to warn of
-        run = train(copy, resume=True)
+        run = train(copy, **ONCE_MORE)
     else:
         with pytest.warns(UserWarning, match=r"checkpoint .*iteration_00000007 is damaged"):
-            run = train(copy, resume=True)
+            run = train(copy, **ONCE_MORE)
     assert run.resumed_at == 6
     assert_same(run, copy, through)
 
@@ -175,7 +160,7 @@ def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, thro
     for path in (copy / "checkpoints").glob("*.npz"):
         path.unlink()
     with pytest.warns(UserWarning, match="is damaged") as warned:
-        run = train(copy, resume=True)
+        run = train(copy, **ONCE_MORE)
     assert len(warned) == 2 and run.resumed_at == 0
     assert_same(run, copy, through)
 
@@ -193,7 +178,7 @@ def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp
     with pytest.warns(UserWarning, match="no checkpoint was saved after iteration 3, training goes on") as warned:
         train(directory, stop=9)
     assert len(warned) == 3
-    run = train(directory, resume=True)
+    run = train(directory, **ONCE_MORE)
     assert run.resumed_at == 7
     assert_same(run, directory, through)
 
@@ -208,7 +193,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, t
         patch.setattr(np, "savez", full)
         with pytest.warns(UserWarning, match="No space left"):
             train(copy, stop=10, resume=True)
-    run = train(copy, resume=True)
+    run = train(copy, **ONCE_MORE)
     assert run.resumed_at == 7
     assert_same(run, copy, through)
 
@@ -247,7 +232,7 @@ def test_killed_between_any_two_operations_on_files(tmp_path, through):
     for name in ("metrics.csv", "evaluations.csv"):
         assert (directory / name).read_bytes() == (through[1] / name).read_bytes()
     for name in ("policy/seed_1", "best_policy/seed_0"):
-        a, b = (load_policy(path / name) for path in (directory, through[1]))
+        a, b = (load_policy(path / name, model=LINEAR) for path in (directory, through[1]))
         jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
 
 
@@ -259,7 +244,7 @@ def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
             os.kill(os.getpid(), signal.SIGTERM)
 
     ways = WAYS | {"checkpoint_seconds": 1e9}
-    run = fit(CONFIG, seeds=2, key=5, env=ENV, directory=directory, on_progress=press, **ways)
+    run = fit(CONFIG, seeds=2, directory=directory, on_progress=press, **RUN, **ways)
     assert run.interrupted and int(run.state.iteration[0]) == 5
     assert (directory / "policy").is_dir() and (directory / "checkpoints").is_dir()
     run = train(directory, resume=True)
@@ -323,7 +308,7 @@ def test_two_processes_on_one_directory(copy):
 
 def test_a_sweep_is_no_run_and_a_run_no_sweep(copy, tmp_path):
     with pytest.raises(ConfigError, match="kind = 'fit' there and 'sweep' here"):
-        sweep(CONFIG, seeds=2, key=5, env=ENV, directory=copy, resume=True)
+        sweep(CONFIG, seeds=2, directory=copy, resume=True, **RUN)
 
 
 def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
@@ -336,7 +321,7 @@ def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
         if now.iterations == last:
             signal.raise_signal(signal.SIGINT)
 
-    how = {"seeds": 2, "key": 5, "env": ENV, "directory": tmp_path / "run"}
+    how = RUN | {"seeds": 2, "directory": tmp_path / "run"}
     assert fit(config, on_progress=press, **how).interrupted
     run = fit(config, resume=True, **how)
     assert run.resumed_at == last
@@ -360,7 +345,7 @@ def test_arrays_of_another_precision_are_refused(tmp_path):
 
 @pytest.mark.parametrize("key", [np.int64(5), jax.random.key(5), jax.random.PRNGKey(5)])
 def test_every_kind_of_key(key, through):
-    run = fit(CONFIG, seeds=2, key=key, env=ENV)
+    run = fit(CONFIG, seeds=2, **(RUN | {"key": key}))
     jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
 
 
@@ -375,7 +360,7 @@ def test_every_kind_of_key(key, through):
 )
 def test_wrong_arguments_are_one_sentence(ways, said, tmp_path):
     with pytest.raises(ConfigError) as error:
-        fit(CONFIG, env=ENV, directory=tmp_path / "run", **ways)
+        fit(CONFIG, **(RUN | {"directory": tmp_path / "run"} | ways))
     assert said in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -396,7 +381,7 @@ def test_nothing_but_numbers_is_loaded(copy):
             manifest["rows"][part.name] = hashlib.sha256(part.read_bytes()).hexdigest()
             path.write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert train(copy, resume=True).resumed_at == 6
+        assert train(copy, **ONCE_MORE).resumed_at == 6
 
 
 # ---------------------------------------------------------------------------------- evaluations
@@ -424,7 +409,7 @@ def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
         assert run.best.score[seed] == table["return_mean"][seed, row]
         steps = CONFIG.batch_size * int(run.best.iteration[seed])
         assert table["timesteps"][seed, row] == steps
-        saved = load_policy(directory / "best_policy" / f"seed_{seed}")
+        saved = load_policy(directory / "best_policy" / f"seed_{seed}", model=LINEAR)
         jax.tree.map(np.testing.assert_array_equal, saved.params, run.best_policy(seed).params)
 
 
@@ -438,7 +423,7 @@ def script(directory, resume, kills):
         from test_resume import *
         programs.CHUNK_SECONDS = 0
         slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
-        fit(slow, seeds=2, key=5, env=ENV, directory={str(directory)!r}, resume={resume}, **WAYS)
+        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **RUN, **WAYS)
     """)
 
 
@@ -467,5 +452,6 @@ def test_sigkill_at_random_moments(kills, tmp_path):
         assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for seed in range(2):
         for kind in ("policy", "best_policy"):
-            a, b = (load_policy(path / kind / f"seed_{seed}") for path in (directory, tmp_path / "whole"))
+            name = f"{kind}/seed_{seed}"
+            a, b = (load_policy(path / name, model=LINEAR) for path in (directory, tmp_path / "whole"))
             jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))

@@ -110,15 +110,14 @@ def test_only_what_belongs_to_environments_is_divided():
 
 def numbered(T, B, memory):
     """Rewards and all as in any batch; its values are the numbers of its steps, its carry those of its rows."""
-    row = jnp.arange(T * B).reshape(T, B)
-    batch = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), arrays(random_batch(0)))
-    return batch._replace(value=row, carry=(jnp.arange(B),) if memory else ())
+    batch = jax.tree.map(lambda x: np.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), random_batch(0))
+    return arrays(batch | {"value": np.arange(T * B).reshape(T, B), "carry": (np.arange(B),) if memory else ()})
 
 
 @functools.cache
 def cutting(T, B, M, S, memory):
-    batch = as_sequences(numbered(T, B, memory), S)
-    return jax.jit(lambda key: shuffled_minibatches(key, batch, M, S)[0])
+    batch = numbered(T, B, memory)
+    return jax.jit(lambda key: shuffled_minibatches(key, as_sequences(batch, S), M, S)[0])
 
 
 @given(st.sampled_from([(4, 2, 2, True), (12, 2, 3, False), (6, 3, 2, False)]), st.integers(0, 2**32 - 1))
@@ -137,18 +136,17 @@ def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(
 
 
 def test_shards_have_orders_of_their_own_and_one_shard_the_order_of_all():
-    batch = as_sequences(numbered(2, 64, False))
-    expected = np.asarray(batch.value)[:, random_order(KEY, 128)].reshape(4, 1, 32)
-    np.testing.assert_array_equal(shuffled_minibatches(KEY, batch, 4)[0].value, expected)
-    two = as_sequences(numbered(2, 64, False), 2)
-    order = np.asarray(shuffled_minibatches(KEY, two, 1, 2)[0].value).reshape(2, 64)
+    order = np.asarray(jax.jit(random_order, static_argnums=1)(KEY, 128))
+    expected = np.arange(128)[order].reshape(4, 1, 32)
+    np.testing.assert_array_equal(cutting(2, 64, 4, 1, False)(KEY).value, expected)
+    order = np.asarray(cutting(2, 64, 1, 2, False)(KEY).value).reshape(2, 64)
     assert (order[0] != order[1] - 32).any()
 
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_one_sample_in_k_is_one_in_k_of_every_shard(memory):
     batch = as_sequences(numbered(3, 12, memory), 2)
-    some = np.asarray(one_in(4, KEY, batch, 2).value)
+    some = np.asarray(jax.jit(one_in, static_argnums=(0, 3))(4, KEY, batch, 2).value)
     shard = some % 12 // 6
     assert len(np.unique(some)) == some.size == (12 if memory else 10)  # ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉
     assert np.bincount(shard.ravel()).tolist() == [some.size // 2] * 2
@@ -170,10 +168,10 @@ def test_splitting_and_joining_are_inverse():
 def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
     rng = np.random.default_rng(1)
     x, valid = rng.normal(1e4, 3, (3, 5, 2)), np.arange(5)[None] < np.asarray(shares)[:, None]
-    parts = jax.vmap(moments_of)(jnp.asarray(x), jnp.asarray(valid))
-    total, merged = pooled(parts), no_moments((2,))
+    parts = jax.jit(jax.vmap(moments_of))(x, valid)
+    total, merged = jax.jit(pooled)(parts), no_moments((2,))
     for i in range(3):
-        merged = merge(merged, jax.tree.map(lambda x, i=i: x[i], parts))
+        merged = jax.jit(merge)(merged, jax.tree.map(lambda x, i=i: np.asarray(x)[i], parts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), total, merged)
     if seen := sum(shares):
         assert total.samples == seen
@@ -186,7 +184,7 @@ def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
 def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
     rng = np.random.default_rng(2)
     x, valid = jnp.asarray(rng.normal(5, 2, (4, 6))), jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None
-    one, three = (moments_in_shards(x, valid, shards) for shards in (1, 3))
+    one, three = (jax.jit(moments_in_shards, static_argnums=2)(x, valid, shards) for shards in (1, 3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), three, one)
 
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from small_envs import counter
+from compiled_once import compiled_once
+from small_envs import LINEAR, counter
 from test_resume import Killed
 
 from purejaxppo import (
@@ -20,13 +21,10 @@ from purejaxppo import (
     Uniform,
     fit,
     load_policy,
-    programs,
     statistics,
     sweep,
-    sweep_parts,
 )
 from purejaxppo.grids import groups_of, settings_of
-from purejaxppo.programs import compile_programs
 from purejaxppo.sweep_parts import _even
 
 CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=2, total_timesteps=40, hidden_sizes=(4,))
@@ -37,31 +35,19 @@ GRID = {"lr": [1e-2, 1e-3], "num_envs": [2, 4], "gamma": [0.9]}
 SEEDS = 3
 
 
-class Compiled:
-    """Programs, each compiled once for all tests, and what was asked for."""
-
-    def __init__(self):
-        self.programs, self.asked = {}, []
-
-    def __call__(self, config, env, agents, swept=(), **rest):
-        key = (*map(str, config.to_dict().values()), env.name, agents, swept, jax.config.jax_enable_x64)
-        key += (str(rest.get("exchange")),)
-        self.asked.append(key)
-        if key not in self.programs:
-            self.programs[key] = compile_programs(config, env, agents, swept, **rest)
-        return self.programs[key]
-
-
 @pytest.fixture(autouse=True, scope="module")
 def compiled():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_parts, "compile_programs", Compiled())
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
-        yield sweep_parts.compile_programs
+    with compiled_once() as once:
+        yield once
 
 
 def run(grid=GRID, config=CONFIG, **ways):
-    return sweep(config, **({"seeds": SEEDS, "grid": grid, "key": 7, "env": ENV, "eval_episodes": 4} | ways))
+    how = {"seeds": SEEDS, "grid": grid, "key": 7, "env": ENV, "model": LINEAR, "eval_episodes": 4}
+    return sweep(config, **(how | ways))
+
+
+def run_one(config=CONFIG, **ways):
+    return fit(config, **({"key": 7, "env": ENV, "model": LINEAR} | ways))
 
 
 def population(directory):
@@ -94,7 +80,7 @@ def test_every_member_is_its_single_run(whole):
     result, _ = whole
     for member in (1, 11):
         setting, seed = result.settings[member // SEEDS], member % SEEDS
-        alone = fit(CONFIG.replace(**setting), seeds=SEEDS, key=7, env=ENV)
+        alone = run_one(CONFIG.replace(**setting), seeds=SEEDS)
         policy = result.policy(member)
         assert_close(
             (policy.params, policy.obs_moments), (alone.policy(seed).params, alone.policy(seed).obs_moments), 1e-4
@@ -111,10 +97,10 @@ def test_every_member_is_its_single_run(whole):
 def test_in_float64_for_the_whole_run(x64):
     config = CONFIG.replace(total_timesteps=200)
     result = run({"lr": [1e-2, 1e-3], "clip_eps": [0.1, 0.3]}, config, eval_episodes=0, seeds=2)
-    alone = fit(config.replace(**result.settings[3]), seeds=2, key=7, env=ENV)
+    alone = run_one(config.replace(**result.settings[3]), seeds=2)
     for setting, seed in ((3, 0), (3, 1)):
         policy = result.policy(2 * setting + seed)
-        assert policy.params["policy"]["head"]["params"]["Dense_0"]["bias"].dtype == np.float64
+        assert policy.params["policy"]["b"].dtype == np.float64
         assert_close(policy.params, alone.policy(seed).params, 1e-6)
 
 
@@ -147,13 +133,15 @@ def test_neither_do_devices(whole, tmp_path):
         from test_sweep import *
         assert len(jax.devices()) == 2
         groups = []
-        run(directory=sys.argv[1], on_start=groups.append)
+        patches = compiled_once()
+        patches.__enter__()
+        run(GRID | {{"num_envs": [4]}}, directory=sys.argv[1], on_start=groups.append)
         print([(group.at_once, group.device) for group in groups])
-        one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, directory=sys.argv[1] + "/one", eval_every=2)
+        one = run_one(CONFIG.replace(num_shards=2), directory=sys.argv[1] + "/one", eval_every=2)
         print(one.plan.device, *one.state.env.obs.sharding.spec)
-        both = {{"seeds": 2, "key": 7, "env": ENV, "directory": sys.argv[1] + "/both", "eval_every": 1}}
-        fit(CONFIG, on_progress=lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT), **both)
-        resumed = fit(CONFIG, resume=True, **both)
+        both = {{"seeds": 2, "directory": sys.argv[1] + "/both", "eval_every": 1}}
+        run_one(on_progress=lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT), **both)
+        resumed = run_one(resume=True, **both)
         print(resumed.plan.device, resumed.resumed_at)
         population(sys.argv[1] + "/population")
     """)
@@ -161,22 +149,24 @@ def test_neither_do_devices(whole, tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
     quick = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True)
-    shown = ["[(6, '2 × cpu'), (6, '2 × cpu')]", "2 × cpu shards", "2 × cpu 3"]
+    shown = ["[(6, '2 × cpu')]", "2 × cpu shards", "2 × cpu 3"]
     assert done.stdout.splitlines() == shown, done.stderr
     for name in ("scores", "curves"):
-        tables = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
-        pd.testing.assert_frame_equal(*tables, rtol=1e-4)
+        two, one = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
+        one = one[one.num_envs == 4].assign(member=lambda table: pd.factorize(table.member)[0]).reset_index(drop=True)
+        pd.testing.assert_frame_equal(two, one, rtol=1e-4)
     result = population(None)
     # One agent, the environments of which are on two devices there and on one here; two agents, one on each of them.
-    one = fit(CONFIG.replace(num_shards=2), key=7, env=ENV, eval_every=2)
+    one = run_one(CONFIG.replace(num_shards=2), eval_every=2)
     for name, policy in (("policy", one.policy()), ("best_policy", one.best_policy())):
-        saved = load_policy(tmp_path / "sweep" / "one" / name)
+        saved = load_policy(tmp_path / "sweep" / "one" / name, model=LINEAR)
         assert_close((saved.params, saved.obs_moments), (policy.params, policy.obs_moments), 1e-4)
     tables = (result.schedules, pd.read_csv(tmp_path / "sweep" / "population" / "schedules.csv"))
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
     assert (result.schedules["had_by"] != result.schedules["member"]).any()
-    both = fit(CONFIG, seeds=2, key=7, env=ENV)
-    assert_close(load_policy(tmp_path / "sweep" / "both" / "policy" / "seed_1").params, both.policy(1).params, 1e-4)
+    both = run_one(seeds=2)
+    saved = load_policy(tmp_path / "sweep" / "both" / "policy" / "seed_1", model=LINEAR)
+    assert_close(saved.params, both.policy(1).params, 1e-4)
 
 
 # ------------------------------------------------------------------------------ compilations, memory
@@ -196,24 +186,23 @@ def test_the_compilations_are_announced_and_no_more(whole, seen, compiled):
 
 
 def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
-    needed = [compile_programs(CONFIG, ENV, agents, ("lr",)).memory_bytes for agents in (8, 16, 32)]
+    config, how = CONFIG.replace(env=ENV.name), {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()}
+    needed = [compiled.compile_programs(config, ENV, agents, **how).memory_bytes for agents in (2, 6, 14)]
     more, twice = needed[1] - needed[0], needed[2] - needed[1]
     assert more > 0 and abs(twice / more - 2) < 0.2
     plans = []
-    for seeds in (8, 24):
-        run({"lr": [1e-2]}, seeds=seeds, at_once=8, eval_episodes=0, on_start=plans.append)
-    assert [plan.at_once for plan in plans] == [8, 8]
+    for seeds in (6, 18):
+        run({"lr": [1e-2], "gamma": [0.9]}, seeds=seeds, at_once=6, eval_episodes=0, on_start=plans.append)
+    assert [plan.at_once for plan in plans] == [6, 6]
     assert plans[0].memory_bytes == plans[1].memory_bytes
 
 
 def test_a_memory_limit_splits_the_members(whole, seen):
     whole_group = seen["groups"][0]
-    plans = []
-    limited = run(
-        {"lr": [1e-2, 1e-3]}, memory_limit=int(0.7 * whole_group.memory_bytes), eval_episodes=0, on_start=plans.append
-    )
+    plans, grid = [], {"lr": [1e-2, 1e-3], "gamma": [0.9]}
+    limited = run(grid, memory_limit=int(0.4 * whole_group.memory_bytes), eval_episodes=0, on_start=plans.append)
     (plan,) = plans
-    assert plan.at_once < 6 and plan.memory_bytes <= 0.7 * whole_group.memory_bytes
+    assert plan.at_once < 6 and plan.memory_bytes <= 0.4 * whole_group.memory_bytes
     assert sorted(np.concatenate([part.members for part in limited.parts])) == list(range(6))
     with pytest.raises(ConfigError, match=r"1 members of .* need [\d,]+ bytes on each device, and 1,000 are free"):
         run({"lr": [1e-2]}, seeds=1, memory_limit=1000, eval_episodes=0)
@@ -264,16 +253,15 @@ def test_a_sweep_leaves_pictures_and_a_curve_for_each_member(whole):
     assert not (directory / "checkpoints").exists()
 
 
-def test_a_member_that_diverges_is_marked_and_the_others_go_on(tmp_path):
-    config = CONFIG.replace(anneal_lr=False)
-    result = run({"lr": [1e-2, 1e38]}, config, directory=tmp_path / "sweep")
+def test_a_member_that_diverges_is_marked_and_the_others_go_on(whole, tmp_path):
+    result = run({"lr": [1e-2, 1e38], "gamma": [0.9]}, directory=tmp_path / "sweep")
     scores = result.scores
     assert scores.score[:SEEDS].notna().all() and scores.score[SEEDS:].isna().all()
     assert scores.diverged_at[:SEEDS].isna().all() and (scores.diverged_at[SEEDS:] >= 1).all()
     assert result.best.lr == 1e-2
     assert result.summary.diverged.tolist() == [0, SEEDS] and np.isnan(result.summary.interquartile_mean[1])
-    of_one = run({"lr": [1e-2]}, config)
-    assert_close(of_one.policy(1).params, result.policy(1).params, 1e-4)
+    assert whole[0].settings[0] == {"lr": 1e-2, "num_envs": 2, "gamma": 0.9}
+    assert_close(whole[0].policy(1).params, result.policy(1).params, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +292,7 @@ def test_values_drawn_at_random():
         assert abs(share.mean() - 0.5) < 0.072 and abs(np.median(share) - 0.5) < 0.13
     assert [setting["lr"] for setting in settings[:400]] == [setting["lr"] for setting in settings[400:]]
     assert len(groups_of(CONFIG, settings)) == 2
-    drawn = run({"lr": LogUniform(1e-4, 1e-2)}, samples=2, eval_episodes=0)
+    drawn = run({"lr": LogUniform(1e-4, 1e-2), "gamma": [0.9]}, samples=2, eval_episodes=0)
     assert drawn.scores.lr.nunique() == 2 and len(drawn.scores) == 2 * SEEDS
 
 
