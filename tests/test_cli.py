@@ -9,9 +9,10 @@ import sys
 
 import jax
 import pytest
+from compiled_once import compiled_once
 from rich.console import Console
 
-from purejaxppo import Config, Policy, __main__, envs, make_trainer, programs, save_policy
+from purejaxppo import Config, Policy, __main__, envs, make_trainer, save_policy
 from purejaxppo import console as show
 from purejaxppo.config import FIELDS, tuned
 from purejaxppo.fitting import asked_of
@@ -154,7 +155,7 @@ def test_a_diverged_run_exits_with_1_and_says_where_and_what_to_try(tmp_path):
 @pytest.mark.parametrize(
     ("options", "shown", "column"),
     [
-        (["--env", "Acrobot-v1", "--algorithm", "trpo"], "TRPO", "step_fraction"),
+        (["--env", "SimpleBandit-bsuite", "--algorithm", "trpo"], "TRPO", "step_fraction"),
         (["--objective", "adaptive_kl", "--early-stop-kl", "0.02"], "PPO (adaptive_kl)", "kl_coef"),
     ],
 )
@@ -428,13 +429,13 @@ def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, mon
         if now.iterations == 10:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(show.Screen, "on_progress", press)
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
-        code, shown = call(*arguments)
-    assert code == 130 and "The same command with --resume goes on from here." in shown
-    (directory,) = (tmp_path / "runs").iterdir()
-    code, shown = call(*arguments, "--resume")
+    with compiled_once():
+        with monkeypatch.context() as patch:
+            patch.setattr(show.Screen, "on_progress", press)
+            code, shown = call(*arguments)
+        assert code == 130 and "The same command with --resume goes on from here." in shown
+        (directory,) = (tmp_path / "runs").iterdir()
+        code, shown = call(*arguments, "--resume")
     assert (
         code == 0 and "160 steps in" in shown and "after the 160 of the run that was resumed at iteration 10" in shown
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_envs import counter, linear_model, memory_model
+from small_envs import LINEAR, counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, fit, make_train, make_trainer, programs
 from purejaxppo.advantages import ADVANTAGES
@@ -208,7 +208,7 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     B, total, seeds = 8, 600, 3
     config = ONCE.replace(num_envs=B, num_steps=8, total_timesteps=total)
     keys = jax.random.split(jax.random.key(0), seeds)
-    state, metrics = jax.jit(jax.vmap(make_train(config, counter())))(keys)
+    state, metrics = jax.jit(jax.vmap(make_train(config, counter(), LINEAR)))(keys)
     metrics = with_nan(jax.tree.map(np.asarray, metrics))
     assert metrics.timesteps.shape == (seeds, config.num_iterations) == (seeds, -(-total // B))
     assert config.actual_timesteps == total + 8 * B - 1
@@ -225,7 +225,7 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     # In chunks, here of one iteration each, it is the same run; it ends when the last agent has its steps.
     monkeypatch.setattr(programs, "CHUNK_SECONDS", 0)
     now = []
-    run = fit(config, seeds=seeds, key=jax.random.key(0), env=counter(), on_progress=now.append)
+    run = fit(config, seeds=seeds, key=jax.random.key(0), env=counter(), model=LINEAR, on_progress=now.append)
     iterations = state.iteration.tolist()
     assert len(now) == max(iterations) > min(iterations) and now[-1].timesteps == state.timesteps.min()
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # a mean may be summed in another order
