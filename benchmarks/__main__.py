@@ -108,7 +108,7 @@ def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = Fa
     """Compare general settings of PPO, those that an environment without tuned ones gets, after 98,304 steps.
 
     Args:
-        envs: which environments (ten of gymnax, if not given)
+        envs: which environments (eight of gymnax, if not given)
         seeds: agents of each setting
         show: only print the stored table
     """
