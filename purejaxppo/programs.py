@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, 
 CHUNK_SECONDS = 0.3  # how often the host looks at a run
 CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
 AGENTS = PartitionSpec("agents")
+
+T = TypeVar("T")
 
 State = TrainState | Population  # of agents on their own, or of those that copy one another
 Swept = Mapping[str, Array]  # hyper-parameters in which the agents differ, each [agents]
@@ -124,7 +126,7 @@ def compile_programs(
         (jax.jit(chunk, donate_argnums=(2, 3), **of_chunk), (frozen, inputs[1], shapes, rows, 1)),
     )
     agreed(None)  # all are ready: to begin with, the devices wait half a minute for one another
-    seconds, run = time.perf_counter() - started, partial(compiled, frozen)
+    seconds, run = time.perf_counter() - started, partial(telling_nan(compiled), frozen)
     memory = memory_of(compiled)
     return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)
 
@@ -139,6 +141,21 @@ def compile_all(*programs: tuple[Any, tuple[Any, ...]]) -> list[Callable[..., An
     lowered = [function.lower(*shapes) for function, shapes in programs]
     with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         return list(pool.map(lambda program: program.compile(), lowered))
+
+
+def telling_nan(compiled: Callable[..., T]) -> Callable[..., T]:
+    """A compiled program that says what ``jax_debug_nans`` found, as JAX says it of what `jax.jit` calls."""
+
+    def call(*inputs: Any) -> T:
+        try:
+            return compiled(*inputs)
+        except Exception as error:
+            if type(error).__name__ != "InternalFloatingPointError":  # JAX has no public name for it
+                raise
+            found = "jax_debug_nans or jax_debug_infs found a value that is not finite in the results of training"
+            raise FloatingPointError(f"{found}; with jax.disable_jit too it names the operation") from error
+
+    return call
 
 
 TrainerOf = Callable[[Config], Trainer]

@@ -146,15 +146,31 @@ def test_a_healthy_run_makes_no_nan_and_people_see_one_where_no_episode_ended(co
     assert np.isfinite(result.metrics.value_loss).all() and (result.metrics.episodes == 0).all()
 
 
+def test_a_nan_in_a_program_compiled_ahead_of_time_is_told_in_words():
+    def raising(x):
+        raise ValueError("something else")
+
+    compiled = programs.telling_nan(jax.jit(jnp.log).lower(1.0).compile())
+    with jax.debug_nans(True):
+        assert compiled(1.0) == 0
+        with pytest.raises(FloatingPointError, match=r"with jax\.disable_jit too it names the operation"):
+            compiled(-1.0)
+        with pytest.raises(ValueError, match="something else"):
+            programs.telling_nan(raising)(1.0)
+
+
 def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    """REINFORCE without a value function, with both switches on, one iteration in a chunk."""
+    """REINFORCE without a value function, with both switches on, one iteration in a chunk.
+
+    It is killed when one agent has counted its steps and the other has not.
+    """
     monkeypatch.setattr(programs, "CHUNK_SECONDS", 0)
 
     class Killed(Exception):
         pass
 
     def kill(now):
-        if now.iterations == 2:
+        if now.iterations == 3:
             raise Killed
 
     how = {"seeds": 2, "key": jax.random.key(5), "env": SHORT, "model": linear_model(), "directory": tmp_path / "run"}
@@ -162,7 +178,7 @@ def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeyp
         with pytest.raises(Killed):
             fit(REINFORCE, on_progress=kill, checkpoint_seconds=0.0, **how | {"key": jax.random.key(5)})
         run = fit(REINFORCE, resume=True, **how)
-    assert run.resumed_at == 1
+    assert run.resumed_at == 2 and run.state.iteration.tolist() == [2, 3]
     assert np.isnan(run.metrics.value_loss).all() and run.diverged_at == [None, None]
     rows = pd.read_csv(tmp_path / "run" / "metrics.csv")
     assert rows["value_loss"].isna().all() and rows["episode_return"].notna().all()
