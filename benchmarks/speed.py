@@ -75,7 +75,7 @@ def run(cases: list[str], repeats: int) -> None:
 
 def iteration_cost(repeats: int) -> None:
     """One iteration of TRPO against one of PPO with 4 epochs, on the same batch of 64 × 128 steps, in turn."""
-    same = Config(num_epochs=4, total_timesteps=10**9)
+    same = Config(num_envs=64, num_steps=128, num_minibatches=8, num_epochs=4, total_timesteps=10**9)
     configs = {
         "ppo": same,
         "trpo, whole batch": same.replace(algorithm="trpo"),
