@@ -134,7 +134,7 @@ def test_sizes_names_and_switches_are_part_of_the_tree_structure():
 
 def test_rebuilding_with_tracers_and_other_objects_checks_nothing():
     marks = jax.tree.map(lambda _: object(), Config())
-    assert isinstance(marks, Config) and type(marks.lr) is object and marks.num_envs == 64
+    assert isinstance(marks, Config) and type(marks.lr) is object and marks.num_envs == 16
     assert jax.jit(lambda config: config.replace(lr=2 * config.lr).lr)(Config(lr=-3.0)) == -6.0
 
 

@@ -155,6 +155,7 @@ def test_ppo_declines_a_bet_that_loses_where_starts_are_unbiased():
         num_envs=2,
         num_steps=128,
         num_minibatches=4,
+        num_epochs=4,
         total_timesteps=400_000,
         lr=1e-3,
         hidden_sizes=(16,),
@@ -183,7 +184,7 @@ def test_a_contextual_bandit_sees_enough_different_contexts():
         return Step(context, context, right.astype(jnp.float32), ~no, no)
 
     env = Env("bandit", reset, step, Box((10,), -np.inf, np.inf), Discrete(6), 1, False)
-    config = Config(total_timesteps=20 * 8192, lr=1e-3, num_epochs=10)
+    config = Config(num_envs=64, total_timesteps=20 * 8192, lr=1e-3)
     result = jax.jit(jax.vmap(make_train(config, env)))(jax.random.split(jax.random.key(0), 4))
     contexts = jax.random.normal(jax.random.key(8), (10_000, 10))
     right = jnp.argmax(contexts @ weights, axis=1)
