@@ -130,7 +130,6 @@ if __name__ == "__main__":
     if count > 1:
         processes.connect(f"localhost:{port}", count, index)
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
     programs.CHUNK_SECONDS = 0  # an iteration at a time
     for name in runs:
         (directory / f"{name}_{index}.pkl").write_bytes(pickle.dumps(RUNS[name](directory)))
