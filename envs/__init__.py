@@ -31,6 +31,8 @@ def register(name: str, factory: Callable[..., Env]) -> None:
     if not name or not callable(factory):
         raise ConfigError("register takes a name and a function that returns an Env")
     _registered[name] = factory
+    for key in [key for key in _made if key[0] == name]:
+        del _made[key]
 
 
 def list_envs(suite: str | None = None) -> list[str]:
@@ -43,7 +45,7 @@ def list_envs(suite: str | None = None) -> list[str]:
     return [*_registered, *names]
 
 
-def make(name: str, **settings: Any) -> Env:
+def make(name: str, /, **settings: Any) -> Env:
     """The environment ``name``, such as ``CartPole-v1`` or ``gymnax/CartPole-v1``, with the suite's own settings.
 
     Called twice with the same name and settings it returns the same object, so that what was
@@ -98,7 +100,7 @@ def _maker(name: str) -> tuple[Callable[..., Env], str]:
     return _suite(suite).make, short
 
 
-def _registered_env(name: str, factory: Callable[..., Env], **settings: Any) -> Env:
+def _registered_env(name: str, factory: Callable[..., Env], /, **settings: Any) -> Env:
     """What the factory makes, under the name that it was registered by."""
     try:
         inspect.signature(factory).bind(**settings)

@@ -96,7 +96,14 @@ def restart(
 
 def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
     """Row by row: ``condition`` is [B], the leaves of ``new`` and ``old`` are [B, ...]."""
-    return jax.tree.map(lambda n, o: jnp.where(condition.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+
+    def choose(new: Array, old: Array) -> Array:
+        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):  # jnp.where would count as a use of both keys
+            data = choose(jax.random.key_data(new), jax.random.key_data(old))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
+        return jnp.where(condition.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, new, old)
 
 
 def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, Array]:

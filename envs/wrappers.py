@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Shaped
 
 from purejaxppo.types import Box, ConfigError, Discrete, Env, MultiDiscrete, PRNGKey, PyTree, Space, Step
 
+_told: set[str] = set()  # warnings, each of which is given once
 UNBOUNDED = 1e30  # gymnax writes the largest float32 where there is no bound
 
 
@@ -77,11 +78,13 @@ def warn_of_unreachable_actions(env: Env, squash: bool) -> None:
         low, high = lows[is_far][0], highs[is_far][0]
         all_bounded = all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits)
         remedy = "set squash_actions=True, which scales them to the bounds" if all_bounded else "rescale them"
-        warnings.warn(
+        told = (
             f"{env.name} takes actions between {low:g} and {high:g}, and those of a new policy, which are about -2 to "
-            f"2, are clipped to that: {remedy}",
-            stacklevel=4,
+            f"2, are clipped to that: {remedy}"
         )
+        if told not in _told:  # a run makes its trainer several times
+            _told.add(told)
+            warnings.warn(told, stacklevel=4)
 
 
 def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> Array:

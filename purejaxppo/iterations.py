@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from purejaxppo.config import Config
-from purejaxppo.types import UNDEFINED, Metrics, PyTree
+from purejaxppo.types import Metrics, PyTree, undefined
 
 State = TypeVar("State", bound=Any)  # of one agent; of a population, where each number in the metrics is one for each
 
@@ -64,6 +64,6 @@ def run_iterations(
     row = jnp.arange(rows.timesteps.shape[0])
     # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
     rows = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], rows)
-    padding = {"episodes": 0, "episode_return": UNDEFINED, "episode_length": UNDEFINED}
+    padding = {"episodes": 0, "episode_return": undefined(), "episode_length": undefined()}
     stored: dict[str, Any] = dict(zip(Metrics._fields, rows, strict=True))
     return state, rows._replace(**{name: jnp.where(row < done, stored[name], x) for name, x in padding.items()})

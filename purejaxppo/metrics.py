@@ -9,7 +9,7 @@ from jaxtyping import Array
 from numpy.typing import NDArray
 
 from purejaxppo import losses
-from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics
+from purejaxppo.types import Batch, EpisodeSums, Metrics, undefined
 
 SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs
 PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
@@ -18,12 +18,12 @@ PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after i
 def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]) -> Metrics:
     """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
 
-    What `Metrics` has a field for goes there, `UNDEFINED` where the algorithm does not measure it; the rest is
-    ``extra``. A mean over no finished episode is `UNDEFINED` too.
+    What `Metrics` has a field for goes there, `undefined` where the algorithm does not measure it; the rest is
+    ``extra``. A mean over no finished episode is `undefined` too.
     """
 
     def mean(total: Array) -> Array:
-        return jnp.where(finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), UNDEFINED)
+        return jnp.where(finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), undefined())
 
     common = {
         "timesteps": timesteps,
@@ -32,8 +32,8 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
         "episodes": finished.episodes,
     }
     if "value_loss" in measured:  # or there is no value function that is fitted
-        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid, UNDEFINED)
-    missing = jnp.asarray(UNDEFINED)
+        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid, undefined())
+    missing = jnp.asarray(undefined())
     own = {name: measured.get(name, missing) for name in Metrics._fields if name not in {*common, "extra"}}
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
     return jax.tree.map(_in_full_precision, Metrics(**common, **own, extra=extra))
@@ -46,23 +46,17 @@ def _in_full_precision(x: Array) -> Array:
 
 
 def with_nan(metrics: Metrics) -> Metrics:
-    """The metrics with NaN stored where the compiled program stored `UNDEFINED`, for people and files."""
+    """The metrics with NaN stored wherever a value is `undefined`, for people and files."""
     return Metrics(**metrics._asdict())
 
 
 def without_nan(metrics: Metrics) -> Metrics:
-    """NumPy metrics with `UNDEFINED` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
+    """NumPy metrics with `undefined` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
 
     def stored(x: Any) -> Any:
-        return np.where(np.isnan(x), x.dtype.type(UNDEFINED), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return np.where(np.isnan(x), x.dtype.type(undefined()), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
-
-
-def is_defined(metrics: Metrics, field: str) -> Array:
-    """Whether this field has a value; safe inside a program, where reading an undefined one would make a NaN."""
-    stored: Any = metrics[Metrics._fields.index(field)]
-    return stored != UNDEFINED
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from purejaxppo.checks import integer
 from purejaxppo.config import Config
 from purejaxppo.keys import first_key, select
-from purejaxppo.metrics import PARENT, SWEPT, is_defined
+from purejaxppo.metrics import PARENT, SWEPT
 from purejaxppo.types import ConfigError, Metrics, PRNGKey, PyTree, Trainer, TrainState
 
 KEY = 0x90B5  # folded into the first agent's key, it begins the keys of the exchanges
@@ -160,13 +160,14 @@ def make_population(
         agents, metrics = jax.vmap(lambda own, agent: trainer_of(config.replace(**own)).step(agent, frozen))(
             state.swept, state.agents
         )
-        returns = jnp.where(is_defined(metrics, "episode_return"), metrics.episode_return * metrics.episodes, 0)
+        returns = jnp.where(metrics.episodes > 0, metrics.episode_return, 0) * metrics.episodes
         used = state.swept
         state = state._replace(
             agents=agents, returns=state.returns + returns, episodes=state.episodes + metrics.episodes
         )
         due = exchange.at_the_end_of(config, agents.iteration[0])
-        value_loss = jnp.where(is_defined(metrics, "value_loss"), metrics.value_loss, 0)
+        fitted = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
+        value_loss = jnp.where(fitted, metrics.value_loss, 0)
         sound = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
         state, parent = jax.lax.cond(due, copy, lambda state, _: (state, state.number), state, sound)
         return state, metrics._replace(extra=metrics.extra | own_metrics(used, parent))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -176,7 +177,8 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
     require_consistent(env)
     if env.action_mask is not None:
         raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")
-    warn_of_unreachable_actions(env, config.squash_actions)
+    if model is None:
+        warn_of_unreachable_actions(env, config.squash_actions)
     env = bound_actions(env, config.squash_actions)
     if model is not None:
         return env, model
@@ -259,6 +261,7 @@ def _each_shard(config: Config) -> str:
 
 
 def _print_line(metrics: Metrics) -> None:
+    metrics = jax.tree.map(np.asarray, metrics)  # no operation of JAX within a callback
     print(f"timesteps {metrics.timesteps}: episode return {metrics.episode_return}", flush=True)
 
 

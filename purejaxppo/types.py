@@ -358,7 +358,12 @@ class Trained(Protocol):
     def iteration(self) -> Any: ...
 
 
-UNDEFINED = float(np.finfo(np.float32).min)  # stands for NaN in the results of compiled programs: see `Metrics`
+UNDEFINED = float(np.finfo(np.float32).min)  # stands for NaN while jax_debug_nans is on: see `Metrics`
+
+
+def undefined() -> float:
+    """What a program stores where a metric has no value: NaN, or `UNDEFINED` if traced under ``jax_debug_nans``."""
+    return UNDEFINED if jax.config.jax_debug_nans else math.nan  # type: ignore[attr-defined]
 
 
 def nan_where_undefined(x: Any) -> Any:
@@ -398,10 +403,10 @@ def _undefined_reads_as_nan(cls: Any) -> Any:
 class Metrics(NamedTuple):
     """One number per iteration and field, so memory grows with neither ``num_steps`` nor ``num_envs``.
 
-    A value that does not exist, such as the mean return where no episode finished, reads as NaN. A compiled program
-    stores `UNDEFINED` in its place, because ``jax_debug_nans`` raises where a result holds a NaN: that is what
-    ``jax.tree.leaves(metrics)`` and ``jax.tree.map`` see, while ``metrics.episode_return`` is NaN. A NaN that a program
-    computed stays one.
+    A value that does not exist, such as the mean return where no episode finished, is NaN. Because ``jax_debug_nans``
+    raises where a result holds a NaN, a program that is traced while that switch is on stores `UNDEFINED` instead. The
+    field ``metrics.episode_return`` reads as NaN in either case; ``jax.tree.map`` sees what is stored. A NaN that a
+    program computed stays one.
     """
 
     timesteps: Array  # environment steps done at the end of the iteration

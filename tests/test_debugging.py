@@ -31,7 +31,7 @@ from purejaxppo import (
     sweep,
 )
 from purejaxppo.checks import random_key
-from purejaxppo.metrics import is_defined, iteration_metrics, with_nan, without_nan
+from purejaxppo.metrics import iteration_metrics, with_nan, without_nan
 from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics, nan_where_undefined
 
 ENDLESS, SHORT = counter(limit=60, longest=0), counter()  # no episode ends in a run of these tests; all do
@@ -56,6 +56,10 @@ def all_switches():
 
 
 # -------------------------------------------------------------------------------------- metrics
+
+
+def is_defined(metrics, field):
+    return metrics[Metrics._fields.index(field)] != UNDEFINED
 
 
 def row(**fields):
@@ -94,7 +98,8 @@ def test_on_the_host_nan_is_stored_and_goes_back_to_a_program_as_a_number():
     metrics = row(episode_return=np.array([UNDEFINED, 2.0]), policy_loss=np.array([np.nan, 1.0]))
     host = with_nan(metrics)
     assert leaves_with_nan(host) == 2
-    back = without_nan(with_nan(jax.tree.map(np.asarray, metrics)))
+    with jax.debug_nans(True):
+        back = without_nan(with_nan(jax.tree.map(np.asarray, metrics)))
     assert leaves_with_nan(back) == 0
     np.testing.assert_array_equal(back[Metrics._fields.index("episode_return")], [UNDEFINED, 2])
     assert not np.isfinite(back.policy_loss[0])  # a run that diverged has still diverged
@@ -114,6 +119,19 @@ def test_what_does_not_exist_is_undefined_and_what_diverged_is_nan():
     assert is_defined(lost, "policy_loss") and np.isnan(lost.policy_loss)
     some = iteration_metrics(jnp.int32(4), EpisodeSums(jnp.float32(6), jnp.float32(9), jnp.int32(3)), batch, {})
     assert (some.episode_return, some.episode_length) == (2, 3)
+
+
+def test_without_the_switch_a_mean_over_seeds_that_lack_a_value_is_nan():
+    """`jax.tree.map` over the metrics is what people write; a number in the place of NaN would go into the mean."""
+    none = EpisodeSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    some = EpisodeSums(jnp.float32(6), jnp.float32(9), jnp.int32(3))
+    ones = jnp.ones((2, 2))
+    batch = Batch(**dict.fromkeys(Batch._fields, ones) | {"valid": ones > 0})
+    rows = [iteration_metrics(jnp.int32(4), finished, batch, {}) for finished in (none, some)]
+    seeds = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    mean, nanmean = (jax.tree.map(f, seeds) for f in (jnp.mean, jnp.nanmean))
+    assert np.isnan(tuple(mean)[1]) and tuple(nanmean)[1] == nanmean.episode_return == 2
+    assert np.isnan(seeds.value_loss).all()
 
 
 def test_explained_variance_of_equal_targets_and_of_what_is_not_valid():

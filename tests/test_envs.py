@@ -11,6 +11,7 @@ from small_envs import counter
 
 from purejaxppo import Config, ConfigError, envs, make_train, make_trainer
 from purejaxppo.envs import gymnax as gymnax_adapter
+from purejaxppo.envs import wrappers
 from purejaxppo.envs.wrappers import flatten_observations, into_box
 from purejaxppo.types import Box, Discrete, MultiDiscrete
 
@@ -350,8 +351,10 @@ def test_actions_that_a_new_policy_hardly_reaches_are_warned_of(low, high, told)
     """In [100, 200] with the best action at 150, an agent that is not squashed plays 100 for ever."""
     env = counter(Box((2,), low, high))
     config = Config(num_envs=2, num_steps=8, num_minibatches=2)
+    wrappers._told.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        make_trainer(config, env)
         make_trainer(config, env)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == (told is not None)
@@ -359,6 +362,7 @@ def test_actions_that_a_new_policy_hardly_reaches_are_warned_of(low, high, told)
         assert told in messages[0] and messages[0].startswith("counter takes actions between")
         assert ("squash_actions=True" in messages[0]) == bool(np.isfinite(high).all())
     if told and np.isfinite(high).all():
+        wrappers._told.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             make_trainer(config.replace(squash_actions=True), env)

@@ -142,6 +142,30 @@ def test_the_rows_that_are_done_are_drawn_and_the_others_stay(at_once):
             np.testing.assert_array_equal(got, jax.random.key_data(expected["key"]))
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_states_with_random_keys_pass_the_check_of_keys(at_once):
+    """Without a loop, too, as with one environment or in shards; ``jnp.where`` would count as a use of the keys."""
+
+    def reset(key):
+        key_state, key_obs = jax.random.split(key)
+        return key_state, jax.random.normal(key_obs, (2,))
+
+    def step(key, state, action):
+        key_state, key_obs = jax.random.split(state)
+        obs = jax.random.normal(key_obs, (2,))
+        return Step(key_state, obs, obs[0], obs[1] > 1, jnp.asarray(False))
+
+    env = vectorize(Env("keys", reset, step, Box((2,), -np.inf, np.inf), Discrete(2), None, False), 3, at_once)
+
+    @jax.jit
+    def run(key):
+        key_reset, key_step = jax.random.split(key)
+        return env.step(key_step, env.reset(key_reset), jnp.zeros(3, jnp.int32))[0].obs
+
+    with jax.debug_key_reuse(True):
+        assert np.isfinite(run(jax.random.key(0))).all()
+
+
 def losing_bet(kind, t, action):
     """Action 1 at the first step pays 0.9 in a long episode and −1.1 in a short one: −0.1 on average, against 0."""
     pays = jnp.where(kind == 1, 0.9, -1.1)
