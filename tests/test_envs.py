@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAST_COMPILE
+from quick import FAST_COMPILE
 from small_envs import counter
 
 from purejaxppo import Config, ConfigError, envs, make_train

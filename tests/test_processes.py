@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick import FAST_FLAGS
 
 from purejaxppo import ConfigError, processes
 from purejaxppo.shards import evenly
@@ -24,7 +25,7 @@ def start(directory, count, *runs):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_FLAGS}
     command, started = [sys.executable, SCRIPT, directory], []
     for index in range(count):
         with (directory / f"told_{index}").open("w") as told:

@@ -416,14 +416,16 @@ def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
 # ------------------------------------------------------------------------------------ a real SIGKILL
 
 
-def script(directory, resume, kills):
+def script(directory, resume, kills, checkpoint_seconds=0.0):
     return textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_resume import *
+        from purejaxppo import programs
         programs.CHUNK_SECONDS = 0
         slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
-        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **RUN, **WAYS)
+        ways = RUN | WAYS | {{"checkpoint_seconds": {checkpoint_seconds}}}
+        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **ways)
     """)
 
 
@@ -432,7 +434,9 @@ def script(directory, resume, kills):
 @pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
 def test_sigkill_at_random_moments(kills, tmp_path):
     """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
-    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills)], check=True)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache  # all of them run the programs that the first one compiles
+    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)], env=environment, check=True)
     random, directory = np.random.default_rng(0), tmp_path / "run"
 
     def newest():
@@ -440,14 +444,14 @@ def test_sigkill_at_random_moments(kills, tmp_path):
 
     for kill in range(kills):
         before = newest()
-        process = subprocess.Popen([sys.executable, "-c", script(directory, True, kills)])
+        process = subprocess.Popen([sys.executable, "-c", script(directory, True, kills)], env=environment)
         while newest() == before and process.poll() is None:
             time.sleep(0.005)
         time.sleep(random.uniform(0, 1))
         assert process.poll() is None, f"the run ended before it could be killed for the {kill + 1}th time"
         process.kill()
         process.wait()
-    subprocess.run([sys.executable, "-c", script(directory, True, kills)], check=True)
+    subprocess.run([sys.executable, "-c", script(directory, True, kills)], env=environment, check=True)
     for name in ("metrics.csv", "evaluations.csv"):
         assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for seed in range(2):

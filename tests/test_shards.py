@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ppo_reference import arrays, random_batch
+from quick import FAST_FLAGS
 from small_envs import counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, make_train, make_trainer
@@ -36,12 +37,16 @@ def runs(tmp_path_factory):
     """What `runs_on_devices.py` writes."""
     script, path = Path(__file__).with_name("runs_on_devices.py"), tmp_path_factory.mktemp("runs") / "runs.pkl"
     done = subprocess.run(
-        [sys.executable, script, path], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+        [sys.executable, script, path],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_FLAGS},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return pickle.loads(path.read_bytes())
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(("name", "devices"), [("ppo", 2), ("ppo", 4), ("trpo", 4), ("reinforce", 4)])
 def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name, devices):
     one, several = runs[name, 1], runs[name, devices]
@@ -52,18 +57,21 @@ def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name,
     assert (several["metrics"]["episodes"] > 0).any() and one["metrics"]["policy_loss"].dtype == np.float64
 
 
+@pytest.mark.devices
 def test_five_iterations_in_float32_are_close_on_any_number_of_devices(runs):
     one, two = runs["memory", 1]["metrics"], runs["memory", 2]["metrics"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), two, one)
     assert one["policy_loss"].shape == (5,) and one["policy_loss"].dtype == np.float32
 
 
+@pytest.mark.devices
 def test_ratios_start_at_1(runs):
     for (name, _), run in runs.items():
         bound = 1e-4 if name == "memory" else 1e-12
         assert np.nanmax(run["metrics"]["first_ratio_deviation"]) < bound
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("name", "devices", "loops"),
     [

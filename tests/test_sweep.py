@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from compiled_once import compiled_once
+from quick import FAST_FLAGS
 from small_envs import LINEAR, counter
 from test_resume import Killed
 
@@ -125,6 +126,7 @@ def test_portions_do_not_change_the_windows_of_whole_episodes():
     pd.testing.assert_frame_equal(apart.curves, together.curves, rtol=1e-4)
 
 
+@pytest.mark.devices
 def test_neither_do_devices(whole, tmp_path):
     """The same sweep in a process that has two devices: three members of one portion go to each."""
     script = textwrap.dedent(f"""
@@ -145,10 +147,9 @@ def test_neither_do_devices(whole, tmp_path):
         print(resumed.plan.device, resumed.resumed_at)
         population(sys.argv[1] + "/population")
     """)
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": FAST_FLAGS + " --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
-    quick = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
     shown = ["[(6, '2 × cpu')]", "2 × cpu shards", "2 × cpu 3"]
     assert done.stdout.splitlines() == shown, done.stderr
     for name in ("scores", "curves"):
