@@ -292,4 +292,4 @@ def _tied(state: TrainState, sources: PyTree) -> TrainState:
         leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_typed(leaf) else leaf
         first = jnp.ravel(leaf)[0]
         always &= first == first
-    return jax.tree.map(lambda x: select(always, x, x), state)
+    return jax.tree.map(lambda x: select(always, x, x), jax.tree.map(jnp.asarray, state))

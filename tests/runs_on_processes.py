@@ -15,9 +15,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 import numpy as np
+from compiled_once import compiled_once
 from small_envs import LINEAR, counter
 
-from purejaxppo import Config, ConfigError, Exchange, checkpoint, fit, fitting, processes, programs, sweep
+from purejaxppo import Config, ConfigError, Exchange, checkpoint, fit, processes, sweep
 
 CONFIG = Config(
     num_envs=16,
@@ -31,14 +32,6 @@ CONFIG = Config(
 )
 SMALL = CONFIG.replace(num_envs=4, num_shards=1, num_minibatches=1)
 HOW = {"env": counter(), "model": LINEAR, "key": 3}
-compiled: dict[str, programs.Programs] = {}
-
-
-def once(config, env, agents, **rest):
-    """Compiled once for all runs of one agent."""
-    if "one" not in compiled:
-        compiled["one"] = programs.compile_programs(config, env, agents, **rest)
-    return compiled["one"]
 
 
 def of_run(run):
@@ -60,8 +53,7 @@ def train(directory, ends=None, **more):
             os.kill(os.getpid(), ends[0])
 
     how = {"directory": directory, "eval_every": 3, "eval_episodes": 4}
-    with mock.patch.object(fitting, "compile_programs", once):
-        return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
+    return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
 
 
 def full_disk(directory):
@@ -130,6 +122,6 @@ if __name__ == "__main__":
     if count > 1:
         processes.connect(f"localhost:{port}", count, index)
     jax.config.update("jax_enable_x64", True)
-    programs.CHUNK_SECONDS = 0  # an iteration at a time
-    for name in runs:
-        (directory / f"{name}_{index}.pkl").write_bytes(pickle.dumps(RUNS[name](directory)))
+    with compiled_once():
+        for name in runs:
+            (directory / f"{name}_{index}.pkl").write_bytes(pickle.dumps(RUNS[name](directory)))

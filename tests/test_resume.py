@@ -269,7 +269,7 @@ def contents(directory):
 def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
     before = contents(copy)
     said = sentence(copy, config=CONFIG.replace(lr=1e-3, num_epochs=2))
-    assert "num_epochs = 1 there and 2 here" in said and "lr = 0.0003 there and 0.001 here" in said
+    assert "num_epochs = 1 there and 2 here" in said and "lr = 0.002 there and 0.001 here" in said
     assert "gamma" not in said
     assert "seeds = 2 there and 3 here" in sentence(copy, seeds=3)
     assert "evaluation = " in sentence(copy, eval_every=4)
@@ -416,14 +416,16 @@ def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
 # ------------------------------------------------------------------------------------ a real SIGKILL
 
 
-def script(directory, resume, kills):
+def script(directory, resume, kills, checkpoint_seconds=0.0):
     return textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_resume import *
+        from purejaxppo import programs
         programs.CHUNK_SECONDS = 0
         slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
-        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **RUN, **WAYS)
+        ways = RUN | WAYS | {{"checkpoint_seconds": {checkpoint_seconds}}}
+        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **ways)
     """)
 
 
@@ -434,7 +436,7 @@ def test_sigkill_at_random_moments(kills, tmp_path):
     """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | cache  # all of them run the programs that the first one compiles
-    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills)], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)], env=environment, check=True)
     random, directory = np.random.default_rng(0), tmp_path / "run"
 
     def newest():

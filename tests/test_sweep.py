@@ -188,7 +188,7 @@ def test_the_compilations_are_announced_and_no_more(whole, seen, compiled):
 
 def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
     config, how = CONFIG.replace(env=ENV.name), {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()}
-    needed = [compiled.compile_programs(config, ENV, agents, **how).memory_bytes for agents in (2, 6, 14)]
+    needed = [compiled.compile_programs(config, ENV, agents, **how).memory_bytes for agents in (20, 60, 140)]
     more, twice = needed[1] - needed[0], needed[2] - needed[1]
     assert more > 0 and abs(twice / more - 2) < 0.2
     plans = []
@@ -201,9 +201,9 @@ def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
 def test_a_memory_limit_splits_the_members(whole, seen):
     whole_group = seen["groups"][0]
     plans, grid = [], {"lr": [1e-2, 1e-3], "gamma": [0.9]}
-    limited = run(grid, memory_limit=int(0.4 * whole_group.memory_bytes), eval_episodes=0, on_start=plans.append)
+    limited = run(grid, memory_limit=int(0.75 * whole_group.memory_bytes), eval_episodes=0, on_start=plans.append)
     (plan,) = plans
-    assert plan.at_once < 6 and plan.memory_bytes <= 0.4 * whole_group.memory_bytes
+    assert plan.at_once < 6 and plan.memory_bytes <= 0.75 * whole_group.memory_bytes
     assert sorted(np.concatenate([part.members for part in limited.parts])) == list(range(6))
     with pytest.raises(ConfigError, match=r"1 members of .* need [\d,]+ bytes on each device, and 1,000 are free"):
         run({"lr": [1e-2]}, seeds=1, memory_limit=1000, eval_episodes=0)
