@@ -200,17 +200,8 @@ def test_a_shared_trunk_is_one_trunk_and_separate_ones_are_two():
 # --------------------------------------------------------------------------------- the whole loop
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "bound"),
-    [
-        ("discrete", np.float32, 1e-4),
-        ("multi-discrete", np.float32, 1e-4),
-        ("gaussian", np.float32, 1e-4),
-        ("tanh-gaussian", np.float32, 1e-4),
-        ("multi-discrete", np.float64, 1e-9),
-        ("tanh-gaussian", np.float64, 1e-9),
-    ],
-)
+@pytest.mark.parametrize("kind", ["discrete", "multi-discrete", "gaussian", "tanh-gaussian"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (np.float64, 1e-9)])
 def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
     """With observations of size 1e3 normalised by moments that move with every iteration (Brax's default fails)."""
     space = {"discrete": DISCRETE, "multi-discrete": MULTI}.get(kind, BOX)

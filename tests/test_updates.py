@@ -105,11 +105,11 @@ def test_vmapped_updates_are_the_updates_alone(name):
 def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
     """PPO's clipped objective has its own test, over every kind of space; here each kind stands once."""
     config = VARIANTS[name].replace(normalize_obs=True)
-    state, metrics = jax.jit(make_train(config, counter(space)))(KEY)
+    state, metrics = jax.jit(jax.vmap(make_train(config, counter(space))))(jax.random.split(KEY, 2))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert metrics.first_ratio_deviation.max() < 1e-4
-    assert config.whole_episodes or metrics.timesteps.tolist() == [15, 30, 45, 60]
-    assert all(x.shape == (config.num_iterations,) for x in jax.tree.leaves(metrics))
+    assert config.whole_episodes or metrics.timesteps.tolist() == [[15, 30, 45, 60]] * 2
+    assert all(x.shape == (2, config.num_iterations) for x in jax.tree.leaves(metrics))
 
 
 @pytest.mark.parametrize("name", ["trpo subsample", "ppo adaptive_kl", "reinforce running_mean"])
