@@ -4,7 +4,7 @@ import tyro
 
 from benchmarks import learning as learning_benchmark
 from benchmarks import table1 as table1_benchmark
-from purejaxppo.options import split_cpu
+from purejaxppo.cli.options import split_cpu
 
 
 def learning(

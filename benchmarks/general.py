@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from purejaxppo import Config, sweep
-from purejaxppo.statistics import estimate
+from purejaxppo.analysis.statistics import estimate
 
 RESULTS = Path(__file__).parent / "results" / "general.csv"
 ENVS = (

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from purejaxppo import Config, Policy, envs, evaluate, make_train
+from purejaxppo.analysis.statistics import estimate
 from purejaxppo.config import tuned
-from purejaxppo.statistics import estimate
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 SCORING_KEY = 20260  # settings were tuned with other keys

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from purejaxppo import Config, Exchange, LogUniform, sweep
-from purejaxppo.statistics import estimate
+from purejaxppo.analysis.statistics import estimate
 
 RESULTS = Path(__file__).parent / "results" / "population"
 RATES = LogUniform(1e-6, 1e-1)

@@ -14,8 +14,10 @@ import psutil
 
 from benchmarks.speed import SETTINGS
 from purejaxppo import Config, envs, sweep
-from purejaxppo.checkpoint import Checkpoints
-from purejaxppo.programs import Programs, compile_programs, device_name, run_chunks
+from purejaxppo.runs.checkpoints import Checkpoints
+from purejaxppo.runs.chunks import run_chunks
+from purejaxppo.runs.compilation import device_name
+from purejaxppo.runs.programs import Programs, compile_programs
 
 CONFIG = Config.from_dict(SETTINGS["seeds"])
 

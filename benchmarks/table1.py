@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo import Config, Metrics, Policy, envs, evaluate, make_trainer
-from purejaxppo.programs import compile_programs, run_chunks
+from purejaxppo.runs.chunks import run_chunks
+from purejaxppo.runs.programs import compile_programs
 
 RESULTS = Path(__file__).parent / "results" / "table1"
 ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "Reacher-misc", "Swimmer-misc", "PointRobot-misc")

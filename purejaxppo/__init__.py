@@ -3,30 +3,32 @@
     from purejaxppo import Config, make_train
     result = jax.jit(make_train(Config(env="CartPole-v1")))(jax.random.key(0))
 
-The public names are imported when they are first used, so that ``import purejaxppo`` itself costs nothing. (For
-that no module may have the name of a function in it: importing ``purejaxppo.x`` puts the module into ``purejaxppo.x``.)
+The public names are imported when they are first used, so that ``import purejaxppo`` itself costs nothing. (No module
+here may have the name of a public function: importing ``purejaxppo.x`` would put the module in the function's place.)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from purejaxppo.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from purejaxppo import envs as envs
-    from purejaxppo.comparison import compare as compare
+    import purejaxppo.envs as envs
     from purejaxppo.config import Config as Config
-    from purejaxppo.evaluation import EpisodeStatistics as EpisodeStatistics
-    from purejaxppo.evaluation import evaluate as evaluate
-    from purejaxppo.fitting import Run as Run
-    from purejaxppo.fitting import fit as fit
-    from purejaxppo.grids import LogUniform as LogUniform
-    from purejaxppo.grids import Uniform as Uniform
-    from purejaxppo.policy import Policy as Policy
-    from purejaxppo.policy import load_policy as load_policy
-    from purejaxppo.policy import save_policy as save_policy
+    from purejaxppo.policies.evaluate import EpisodeStatistics as EpisodeStatistics
+    from purejaxppo.policies.evaluate import evaluate as evaluate
+    from purejaxppo.policies.files import load_policy as load_policy
+    from purejaxppo.policies.files import save_policy as save_policy
+    from purejaxppo.policies.policy import Policy as Policy
     from purejaxppo.population import Exchange as Exchange
-    from purejaxppo.processes import connect as connect
-    from purejaxppo.sweep_results import SweepResult as SweepResult
-    from purejaxppo.sweeping import sweep as sweep
+    from purejaxppo.runs.fit import fit as fit
+    from purejaxppo.runs.processes import connect as connect
+    from purejaxppo.runs.run import Run as Run
+    from purejaxppo.sweeps.compare import compare as compare
+    from purejaxppo.sweeps.grid import LogUniform as LogUniform
+    from purejaxppo.sweeps.grid import Uniform as Uniform
+    from purejaxppo.sweeps.results import SweepResult as SweepResult
+    from purejaxppo.sweeps.sweep import sweep as sweep
     from purejaxppo.train import make_train as make_train
     from purejaxppo.train import make_trainer as make_trainer
     from purejaxppo.types import ConfigError as ConfigError
@@ -36,32 +38,30 @@ if TYPE_CHECKING:
     from purejaxppo.types import TrainState as TrainState
     from purejaxppo.updates import UPDATES as UPDATES
 
-__version__ = "0.1.0"
-
 _HOME = {
     "Config": "config",
     "ConfigError": "types",
-    "EpisodeStatistics": "evaluation",
+    "EpisodeStatistics": "policies.evaluate",
     "Exchange": "population",
     "Metrics": "types",
-    "Policy": "policy",
-    "LogUniform": "grids",
+    "Policy": "policies.policy",
+    "LogUniform": "sweeps.grid",
     "Result": "types",
-    "Run": "fitting",
-    "SweepResult": "sweep_results",
+    "Run": "runs.run",
+    "SweepResult": "sweeps.results",
     "Trainer": "types",
     "TrainState": "types",
     "UPDATES": "updates",
-    "Uniform": "grids",
-    "compare": "comparison",
-    "connect": "processes",
-    "evaluate": "evaluation",
-    "fit": "fitting",
-    "load_policy": "policy",
+    "Uniform": "sweeps.grid",
+    "compare": "sweeps.compare",
+    "connect": "runs.processes",
+    "evaluate": "policies.evaluate",
+    "fit": "runs.fit",
+    "load_policy": "policies.files",
     "make_train": "train",
     "make_trainer": "train",
-    "save_policy": "policy",
-    "sweep": "sweeping",
+    "save_policy": "policies.files",
+    "sweep": "sweeps.sweep",
 }
 __all__ = ["envs", *sorted(_HOME)]
 

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import jax
 import numpy as np
 
-from purejaxppo.checks import (
+from purejaxppo.purejaxrl_config import from_purejaxrl
+from purejaxppo.types import ConfigError, EnvSettings, plain_settings
+from purejaxppo.validation import (
     INSIDE_UNIT,
     NONE_OR_POSITIVE,
     NOT_NEGATIVE,
@@ -23,9 +25,9 @@ from purejaxppo.checks import (
     checked_settings,
     checked_sizes,
     nearest,
+    require_that_it_can_run,
     wrong,
 )
-from purejaxppo.types import ConfigError, EnvSettings, plain_settings
 
 ALGORITHMS = ("ppo", "trpo", "reinforce")
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
@@ -181,7 +183,7 @@ class Config:
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a Config or a mapping, not {type(values).__name__}")
         if any(isinstance(key, str) and key.isupper() for key in values):
-            values = _from_purejaxrl(values)
+            values = from_purejaxrl(values, FIELDS)
             values = {"clip_value": values.get("algorithm", "ppo") == "ppo"} | values if base is None else values
         _require_known(values)
         base = base or dataclasses.replace(cls(), **general(values.get("algorithm")))
@@ -233,75 +235,8 @@ def validate(config: Config) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
     config = dataclasses.replace(config, **{name: _checked(name, getattr(config, name)) for name in FIELDS})
-    if config.batch_size >= 2**31:
-        raise ConfigError(f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps")
-    if config.num_envs % config.num_shards:
-        raise ConfigError(
-            f"num_shards = {config.num_shards} does not divide num_envs = {config.num_envs}: shards are equally large"
-        )
-    if config.batch_size % config.num_minibatches:
-        around = (config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1))
-        nearest = next((m for m in around if m >= 1 and config.batch_size % m == 0), 1)
-        raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
-            f"{config.batch_size}; the nearest number that does is {nearest}"
-        )
-    if config.batch_size % (config.num_minibatches * config.num_shards):
-        raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide the {config.batch_size // config.num_shards} "
-            f"samples of each of {config.num_shards} shards: every minibatch has an equal part of every shard"
-        )
-    if config.whole_episodes and config.actual_timesteps >= 2**31:
-        raise ConfigError(f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps")
-    _require_sense(config)
-    if config.whole_episodes and config.anneal_lr:
-        raise ConfigError(
-            "anneal_lr needs a known number of iterations, and whole episodes have none: set anneal_lr=False"
-        )
+    require_that_it_can_run(config)
     return config
-
-
-def _require_sense(config: Config) -> None:
-    """Settings that contradict each other. What only another algorithm asks for may stand at any plain value.
-
-    Of the leaves, which may be traced, those are looked at whose value would change what is computed.
-    """
-    algorithm = config.algorithm
-    if config.objective == "adaptive_kl" and _is_somewhere(np.equal, config.kl_coef):
-        raise ConfigError("kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0")
-    if algorithm != "ppo" and (config.objective != "clip" or config.early_stop_kl is not None or config.clip_value):
-        raise ConfigError("objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'")
-    if algorithm != "reinforce" and config.baseline != "value":
-        raise ConfigError(f"baseline = {config.baseline!r} is reinforce's: {algorithm} has the value function")
-    if algorithm == "trpo" and config.shared_trunk:
-        raise ConfigError(
-            "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
-        )
-    if algorithm == "trpo" and _is_somewhere(np.not_equal, config.ent_coef):
-        raise ConfigError("trpo has no entropy bonus: ent_coef=0, or algorithm='ppo'")
-    if algorithm == "reinforce":
-        _require_reinforce_fits(config)
-
-
-def _require_reinforce_fits(config: Config) -> None:
-    if (config.num_epochs, config.num_minibatches) != (1, 1):
-        raise ConfigError(
-            f"num_epochs = {config.num_epochs}, num_minibatches = {config.num_minibatches}: reinforce takes one step "
-            "on each batch, because its gradient holds for the policy that played it: set num_epochs=1 and "
-            "num_minibatches=1, or start from Config.for_env(env, algorithm='reinforce')"
-        )
-    if config.baseline == "leave_one_out" and config.num_envs < 2:
-        raise ConfigError("baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2")
-    if config.estimator == "gae" and config.baseline != "value":
-        raise ConfigError(
-            f"advantage = 'gae' bootstraps from the value function, which baseline = {config.baseline!r} does not "
-            "train: set baseline='value' or advantage='returns'"
-        )
-
-
-def _is_somewhere(compare: Callable[..., Any], value: Any) -> bool:
-    """Whether a leaf equals 0, or does not, in any element; False of a traced one."""
-    return not isinstance(value, jax.core.Tracer) and bool(np.any(compare(np.asarray(value), 0)))
 
 
 def require_scalars(config: Config) -> None:
@@ -339,29 +274,3 @@ def _require_known(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in FIELDS:
             raise ConfigError(f"{key!r} is not a setting{nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
-
-
-# ---------------------------------------------------------------------------- PureJaxRL's upper-case keys
-
-_PUREJAXRL = {
-    "ENV_NAME": "env",
-    "UPDATE_EPOCHS": "num_epochs",
-    "DEBUG": "debug",
-} | {name.upper(): name for name in FIELDS}
-_PUREJAXRL_DERIVED = ("NUM_UPDATES", "MINIBATCH_SIZE")  # its make_train writes these into the caller's dict
-
-
-def _from_purejaxrl(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping in our names; ``NORMALIZE_ENV`` is observations and rewards both, as in its continuous script."""
-    ours: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in _PUREJAXRL_DERIVED:
-            continue
-        names = ("normalize_obs", "normalize_reward") if key == "NORMALIZE_ENV" else (_PUREJAXRL.get(key, key),)
-        if names[0] not in FIELDS:
-            known = [*_PUREJAXRL, "NORMALIZE_ENV"]
-            raise ConfigError(f"{key!r} is not a setting{nearest(key, known) or '; known: ' + ', '.join(known)}")
-        if repeated := [name for name in names if name in ours]:
-            raise ConfigError(f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out")
-        ours |= dict.fromkeys(names, value)
-    return ours

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 from numpy.typing import NDArray
 
-from purejaxppo import losses
+import purejaxppo.losses as losses
 from purejaxppo.types import Batch, EpisodeSums, Metrics, undefined
 
 SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs

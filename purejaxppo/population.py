@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import NDArray
 
-from purejaxppo.checks import integer
 from purejaxppo.config import Config
 from purejaxppo.keys import first_key, select
 from purejaxppo.metrics import PARENT, SWEPT
 from purejaxppo.types import ConfigError, Metrics, PRNGKey, PyTree, Trainer, TrainState
+from purejaxppo.validation import integer
 
 KEY = 0x90B5  # folded into the first agent's key, it begins the keys of the exchanges
 
@@ -77,33 +75,6 @@ class Population(NamedTuple):
     @property
     def iteration(self) -> Array:
         return self.agents.iteration
-
-
-class Schedule(NamedTuple):
-    """What the m agents of a population had between its k − 1 exchanges."""
-
-    timesteps: NDArray[Any]  # [k] steps of each at the end of every part
-    swept: dict[str, NDArray[Any]]  # [m, k] hyper-parameters in it
-    parent: NDArray[np.integer]  # [m, k] whose state an agent went on with after it; its own number, mostly
-
-    def of(self, agent: int) -> "Schedule":
-        """The way to the last state of one agent, [k]: through those whose state it has, and their numbers."""
-        ways = [agent]
-        for parents in self.parent[:, -2::-1].T:
-            ways.append(int(parents[ways[-1]]))
-        way = np.array(ways[::-1])
-        part = np.arange(len(way))
-        return Schedule(self.timesteps, {name: x[way, part] for name, x in self.swept.items()}, way)
-
-
-def schedule_of(metrics: Metrics, every: int) -> Schedule:
-    """The schedules in the metrics [m, iterations] of a population."""
-    timesteps, extra = np.asarray(metrics.timesteps), {name: np.asarray(x) for name, x in metrics.extra.items()}
-    count = timesteps.shape[1]
-    ends = np.unique([*range(every - 1, count, every), count - 1])
-    swept = {name.removeprefix(SWEPT): x[:, ends] for name, x in extra.items() if name.startswith(SWEPT)}
-    del swept[PARENT.removeprefix(SWEPT)]
-    return Schedule(timesteps[0, ends], swept, extra[PARENT][:, ends])
 
 
 def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n"], share: float) -> Int[Array, "n"]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from purejaxppo import envs
+import purejaxppo.envs as envs
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
 from purejaxppo.envs.consistency import require_consistent
@@ -18,7 +18,7 @@ from purejaxppo.envs.wrappers import bound_actions, flatten_observations, warn_o
 from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
-from purejaxppo.networks import make_model
+from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.starting import Start, start_from

@@ -255,7 +255,7 @@ class VectorEnv(NamedTuple):
 
 @runtime_checkable
 class Distribution(Protocol):
-    """A batch of distributions over actions, as `purejaxppo.distributions` has them."""
+    """A batch of distributions over actions, as `purejaxppo.networks.distributions` has them."""
 
     def sample(self, key: PRNGKey) -> Array: ...
     def mode(self) -> Array: ...

@@ -6,7 +6,9 @@ import types
 import jax
 import pytest
 
-from purejaxppo import fitting, programs, session, sweep_parts
+from purejaxppo.runs import chunks, programs, session
+from purejaxppo.runs import fit as fitting
+from purejaxppo.sweeps import portions as sweep_parts
 
 
 class CompiledOnce:
@@ -56,5 +58,5 @@ def compiled_once():
             patch.setattr(module, "compile_programs", once.compile_programs)
         for module in (session, sweep_parts):
             patch.setattr(module, "make_evaluate", once.make_evaluate)
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
+        patch.setattr(chunks, "CHUNK_SECONDS", 0)
         yield once

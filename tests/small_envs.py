@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.distributions import Categorical, DiagonalGaussian
-from purejaxppo.networks import feed_forward
+from purejaxppo.networks.actor_critic import feed_forward
+from purejaxppo.networks.distributions import Categorical, DiagonalGaussian
 from purejaxppo.types import Box, Discrete, Env, Model, MultiDiscrete, Step
 
 DISCRETE, MULTI, BOX = Discrete(3), MultiDiscrete((2, 3, 4)), Box((2,), -1.0, 0.5)

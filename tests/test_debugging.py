@@ -16,22 +16,10 @@ import pandas as pd
 import pytest
 from small_envs import counter, linear_model
 
-from purejaxppo import (
-    Config,
-    ConfigError,
-    Exchange,
-    evaluate,
-    fit,
-    losses,
-    make_train,
-    make_trainer,
-    processes,
-    programs,
-    run_directory,
-    sweep,
-)
-from purejaxppo.checks import random_key
+from purejaxppo import Config, ConfigError, Exchange, evaluate, fit, losses, make_train, make_trainer, sweep
+from purejaxppo.keys import random_key
 from purejaxppo.metrics import iteration_metrics, with_nan, without_nan
+from purejaxppo.runs import chunks, compilation, processes, run_directory
 from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics, nan_where_undefined
 
 ENDLESS, SHORT = counter(limit=60, longest=0), counter()  # no episode ends in a run of these tests; all do
@@ -168,13 +156,13 @@ def test_a_nan_in_a_program_compiled_ahead_of_time_is_told_in_words():
     def raising(x):
         raise ValueError("something else")
 
-    compiled = programs.telling_nan(jax.jit(jnp.log).lower(1.0).compile())
+    compiled = compilation.telling_nan(jax.jit(jnp.log).lower(1.0).compile())
     with jax.debug_nans(True):
         assert compiled(1.0) == 0
         with pytest.raises(FloatingPointError, match=r"with jax\.disable_jit too it names the operation"):
             compiled(-1.0)
         with pytest.raises(ValueError, match="something else"):
-            programs.telling_nan(raising)(1.0)
+            compilation.telling_nan(raising)(1.0)
 
 
 def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeypatch):
@@ -182,7 +170,7 @@ def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeyp
 
     It is killed when one agent has counted its steps and the other has not.
     """
-    monkeypatch.setattr(programs, "CHUNK_SECONDS", 0)
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0)
 
     class Killed(Exception):
         pass
@@ -310,8 +298,8 @@ def test_fit_and_evaluate_work_without_jit_and_no_operation_makes_a_nan():
 def test_without_jit_programs_stay_as_they_are_and_use_one_device():
     functions = jax.jit(jnp.sin), jax.jit(jnp.cos)
     with jax.disable_jit():
-        assert programs.compile_all(*((f, (1.0,)) for f in functions)) == list(functions)
-        assert programs.memory_of(functions[0]) == 0 and programs.mesh_of(PPO, 64).size == 1
+        assert compilation.compile_all(*((f, (1.0,)) for f in functions)) == list(functions)
+        assert compilation.memory_of(functions[0]) == 0 and compilation.mesh_of(PPO, 64).size == 1
 
 
 def test_several_processes_refuse_to_run_without_jit(tmp_path, monkeypatch):

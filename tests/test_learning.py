@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from purejaxppo import Config, Policy, envs, evaluate, make_train
-from purejaxppo.statistics import interquartile_mean
+from purejaxppo.analysis.statistics import interquartile_mean
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.learning

@@ -4,22 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from killed import Killed
 from small_envs import counter, linear_model, mixed_model
-from test_resume import Killed
 
-from purejaxppo import (
-    Config,
-    ConfigError,
-    fit,
-    fitting,
-    load_policy,
-    make_train,
-    programs,
-    session,
-    sweep,
-    sweep_parts,
-)
-from purejaxppo.checkpoint import Checkpoints
+from purejaxppo import Config, ConfigError, fit, load_policy, make_train, sweep
+from purejaxppo.runs import chunks, programs, session
+from purejaxppo.runs import fit as fitting
+from purejaxppo.runs.checkpoints import Checkpoints
+from purejaxppo.sweeps import portions as sweep_parts
 from purejaxppo.types import Reward
 
 CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=32, normalize_obs=True)
@@ -49,7 +41,7 @@ def compiled_once():
         return known["evaluate"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "CHUNK_SECONDS", 0)
+        patch.setattr(chunks, "CHUNK_SECONDS", 0)
         patch.setattr(fitting, "compile_programs", compile_once)
         patch.setattr(sweep_parts, "compile_programs", compile_once)
         patch.setattr(session, "make_evaluate", make_once)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.policy import _space_from_json, _space_to_json
+from purejaxppo.policies.files import _space_from_json, _space_to_json
 from purejaxppo.types import Box, ConfigError, Discrete, MultiDiscrete
 
 INF = float("inf")

@@ -10,7 +10,7 @@ from small_envs import MULTI, counter, linear_model
 
 from purejaxppo import Config, ConfigError, Policy, fit, load_policy, make_train, make_trainer, save_policy
 from purejaxppo.normalize import Moments, Normalizer, ReturnScale, no_moments
-from purejaxppo.session import Best
+from purejaxppo.runs.session import Best
 from purejaxppo.types import Box, Discrete, Env, Step
 
 TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,))

@@ -12,7 +12,7 @@ from purejaxrl import PPO, PPO_CONTINUOUS
 from small_envs import BOX, DISCRETE, LINEAR, counter
 
 from purejaxppo import Config, make_train, make_trainer
-from purejaxppo.distributions import Categorical
+from purejaxppo.networks.distributions import Categorical
 from purejaxppo.types import Model, Reward
 
 ENV = counter()

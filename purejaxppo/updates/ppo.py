@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from purejaxppo import losses
+import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update

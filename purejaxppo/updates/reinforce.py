@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from purejaxppo import losses
+import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from purejaxppo import losses
+import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, random_orders, sequences_at, shuffled_minibatches
-
-Product = Callable[[PyTree], PyTree]
+from purejaxppo.updates.natural_gradient import conjugate_gradient, damped, fisher_vector_product, plus, relative_error
 
 
 class Attempt(NamedTuple):
@@ -156,51 +155,3 @@ def one_in(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1) -> Batch:
         return batch
     order = random_orders(key, batch.mask.shape[1], num_shards)
     return sequences_at(order[:, : -(-order.shape[1] // k)], batch)[0]
-
-
-def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> Product:
-    """v ↦ F v, F the Hessian of the mean divergence at θ_old, where it equals E[∇log π ∇log πᵀ].
-
-    Exact and without forming F: the derivative along v of the gradient (forward over reverse), linearised once for
-    all products.
-    """
-    return jax.linearize(jax.grad(mean_kl), theta)[1]
-
-
-def damped(product: Product, damping: Array | float) -> Product:
-    """v ↦ (F + damping · I) v."""
-    return lambda v: jax.tree.map(lambda fv, v: fv + damping * v, product(v), v)
-
-
-def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> PyTree:
-    """x ≈ A⁻¹ b for a positive definite A given by its product (Hestenes & Stiefel 1952).
-
-    The number of iterations is fixed; those after the exact solution change nothing.
-    """
-
-    def iteration(state: tuple, _: None) -> tuple[tuple, None]:
-        x, residual, direction, norm2 = state
-        image = product(direction)
-        curvature = optax.tree.vdot(direction, image)
-        going = (norm2 > 0) & (curvature > 0)
-        length = jnp.where(going, norm2 / jnp.where(going, curvature, 1), 0)
-        x = plus(x, length, direction)
-        residual = plus(residual, -length, image)
-        next_norm2 = optax.tree.vdot(residual, residual)
-        turn = jnp.where(going, next_norm2 / jnp.where(going, norm2, 1), 0)
-        return (x, residual, plus(residual, turn, direction), next_norm2), None
-
-    start = (jax.tree.map(jnp.zeros_like, b), b, b, optax.tree.vdot(b, b))
-    (x, _, _, _), _ = jax.lax.scan(iteration, start, None, iterations)
-    return x
-
-
-def plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
-    """x + scale · y in the types of x."""
-    return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), x, y)
-
-
-def relative_error(x: PyTree, b: PyTree) -> Array:
-    """‖x − b‖ / ‖b‖; 0 where b is 0."""
-    norm = optax.tree.norm(b)
-    return optax.tree.norm(jax.tree.map(jnp.subtract, x, b)) / jnp.where(norm > 0, norm, 1)

@@ -1,0 +1,326 @@
+"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs``: thin, on Python functions."""
+
+import time
+
+STARTED = time.perf_counter()  # before anything heavy is imported
+
+# ruff: noqa: E402
+import datetime
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from purejaxppo.cli.options import OF_SWEEP, OF_TRAIN, OfARun, number, of_a_run, options_of, split_cpu
+from purejaxppo.cli.options import env_settings as parsed_settings
+from purejaxppo.cli.options import grid as parsed_grid
+from purejaxppo.cli.terminal import allow_any_character
+from purejaxppo.config import Config, tuned
+from purejaxppo.types import ConfigError
+from purejaxppo.validation import integer
+
+FAILED, DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130  # exit codes
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a wrong input is one sentence on stderr and exit code 2.
+
+    Of several processes one that fails does not wait for the others, which may be gone.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    allow_any_character()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"purejaxppo: {message}", file=sys.stderr)
+        try:
+            _run(arguments)
+        except ConfigError as error:
+            print(f"purejaxppo: {error}", file=sys.stderr)
+            _abandon_others(WRONG_INPUT)
+            raise SystemExit(WRONG_INPUT) from None
+        except KeyboardInterrupt:
+            _abandon_others(INTERRUPTED)
+            raise SystemExit(INTERRUPTED) from None
+        except OSError as error:
+            print(f"purejaxppo: {error}", file=sys.stderr)
+            _abandon_others(FAILED)
+            raise SystemExit(FAILED) from None
+        except Exception:
+            if _several():
+                traceback.print_exc()
+            _abandon_others(FAILED)
+            raise
+
+
+def _several() -> bool:
+    processes = sys.modules.get("purejaxppo.runs.processes")
+    return processes is not None and processes.connected()
+
+
+def _abandon_others(code: int) -> None:
+    """If this is one of several processes, it ends here; what is wrong for all of them they have told by then."""
+    if _several():
+        if code == WRONG_INPUT:
+            time.sleep(3)
+        else:
+            print("purejaxppo: all processes end; the same commands with --resume go on", file=sys.stderr)
+        sys.modules["purejaxppo.runs.processes"].abandon(code)
+
+
+def _run(arguments: list[str]) -> None:
+    options = {
+        "train": options_of("train", "Train agents; without options, PPO on CartPole-v1.", OF_TRAIN, arguments),
+        "sweep": options_of("sweep", "Train every setting of a grid with many seeds.", OF_SWEEP, arguments),
+    }
+    commands: dict[str, Any] = {**options, "evaluate": evaluate, "render": render, "envs": envs, "compare": compare}
+    chosen = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
+    )
+    for name, command in (("train", train), ("sweep", sweep)):
+        if isinstance(chosen, options[name]):
+            given = dict(vars(chosen))
+            if name == "sweep":
+                devices = given.pop("devices")
+                split_cpu(None if devices is None else integer("devices", devices, 1))  # before JAX starts
+            run = of_a_run(given)
+            console.quiet = not run.first
+            command(run, **given)
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+def train(
+    of: OfARun,
+    seeds: Any,
+    eval_episodes: Any,
+    eval_every: Any,
+    **settings: Any,
+) -> None:
+    """Train, show what happens, and leave a run directory."""
+    import purejaxppo.envs as environments
+    from purejaxppo.cli import console as show
+    from purejaxppo.runs import processes
+    from purejaxppo.runs.fit import asked_of, fit
+
+    config = Config.from_dict(settings | {"env_settings": parsed_settings(settings["env_settings"])})
+    num_episodes = integer("eval_episodes", eval_episodes, 0)
+    how: dict[str, Any] = {"seeds": integer("seeds", seeds, 1), "eval_every": integer("eval_every", eval_every, 0)}
+    if how["eval_every"] and not num_episodes:
+        raise ConfigError("eval_every needs eval_episodes of at least 1")
+    how["eval_episodes"] = num_episodes or 1
+    env = environments.of_config(config)
+    config = config.replace(env=env.name, env_settings=env.settings)
+    if num_episodes and env.max_episode_steps is None:
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated "
+            "at the end: set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
+        )
+    directory = of.directory or _directory(config, asked_of(config, **how), of)
+    screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
+    with screen.live():
+        run = fit(
+            config,
+            **how,
+            key=of.key,
+            env=env,
+            directory=directory,
+            resume=of.resume,
+            checkpoint_seconds=of.checkpoint_seconds,
+            loggers=of.loggers,
+            on_start=screen.on_run_start,
+            on_progress=screen.on_progress,
+        )
+    show.show_result(console, run)
+    alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
+    if num_episodes and alive and not run.interrupted:
+        policies = [run.policy(seed) for seed in alive]
+        processes.by_first(lambda: show.show_evaluation(console, policies, num_episodes))
+    best = ", best_policy/" if (directory / "best_policy").exists() else ""
+    show.say(console, f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
+    if run.interrupted:
+        console.print("The same command with --resume goes on from here.")
+    if not alive or run.interrupted:
+        raise SystemExit(INTERRUPTED if run.interrupted else DIVERGED)
+
+
+def sweep(
+    of: OfARun,
+    grid: tuple[str, ...],
+    seeds: Any,
+    samples: Any,
+    exchange_every: Any,
+    eval_episodes: Any,
+    at_once: Any,
+    memory_limit: Any,
+    **settings: Any,
+) -> None:
+    """Train every setting of a grid with many seeds, and say which is best."""
+    from purejaxppo.cli import console as show
+    from purejaxppo.population import Exchange
+    from purejaxppo.sweeps.sweep import asked_of
+    from purejaxppo.sweeps.sweep import sweep as run_sweep
+
+    config = Config.from_dict(settings | {"env_settings": parsed_settings(settings["env_settings"])})
+    how: dict[str, Any] = {
+        "seeds": integer("seeds", seeds, 1),
+        "grid": parsed_grid(grid),
+        "samples": integer("samples", samples, 0),
+        "exchange": Exchange(every) if (every := integer("exchange_every", exchange_every, 0)) else None,
+        "eval_episodes": integer("eval_episodes", eval_episodes, 0),
+        "at_once": None if at_once is None else integer("at_once", at_once, 1),
+    }
+    directory = of.directory or _directory(config, asked_of(config, **how), of, "sweep-")
+    screen = show.Screen(console)
+    with screen.live():
+        result = run_sweep(
+            config,
+            **how,
+            key=of.key,
+            directory=directory,
+            memory_limit=None if memory_limit is None else integer("memory_limit", memory_limit, 1, bits=62),
+            resume=of.resume,
+            checkpoint_seconds=of.checkpoint_seconds,
+            loggers=of.loggers,
+            on_plan=screen.on_sweep_plan,
+            on_start=screen.on_group_start,
+            on_progress=screen.on_progress,
+        )
+    show.show_sweep(console, result)
+    show.say(console, f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/")
+    if result.interrupted:
+        console.print("The same command with --resume goes on from here.")
+        raise SystemExit(INTERRUPTED)
+    if result.scores["diverged_at"].notna().all():
+        raise SystemExit(DIVERGED)
+
+
+def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0, max_steps: int | None = None) -> None:
+    """Play fresh episodes with the policies of a run.
+
+    Args:
+        run: directory that train left
+        episodes: how many for each policy
+        key: number that the random key is made of
+        max_steps: steps after which an episode that still runs counts as it stands; needed where
+            nothing else ends it
+    """
+    from purejaxppo.cli import console as show
+    from purejaxppo.runs.run import load_policies
+
+    show.show_evaluation(console, load_policies(run), episodes, key, max_steps)
+
+
+def render(
+    run: tyro.conf.Positional[Path], out: Path | None = None, seed: int = 0, key: int = 0, max_steps: int = 500
+) -> None:
+    """Make a GIF of one episode of a trained policy.
+
+    Args:
+        run: directory that train left
+        out: file to write; RUN/policy.gif if not given
+        seed: which agent, of a run with several
+        key: number that the random key is made of
+        max_steps: longest episode to show
+    """
+    from purejaxppo.policies.render import animate
+    from purejaxppo.runs.run import load_policies
+
+    if max_steps < 1:
+        raise ConfigError(f"max_steps = {max_steps}: it must be an integer of at least 1")
+    policies = load_policies(run)
+    if not 0 <= seed < len(policies):
+        raise ConfigError(f"seed = {seed}: this run has the seeds 0 … {len(policies) - 1}")
+    path, episode_return = animate(policies[seed], out or run / "policy.gif", key, max_steps)
+    console.print(f"{path}: one episode, return {episode_return:.1f}")
+
+
+def envs(suite: str | None = None) -> None:
+    """List what can be trained.
+
+    Args:
+        suite: only the environments of this suite
+    """
+    import purejaxppo.envs as environments
+
+    with_settings = tuned()
+    for name in environments.list_envs(suite):
+        console.print(name + ("  (tuned settings)" if name in with_settings else ""))
+
+
+def compare(
+    envs: tuple[str, ...] = ("CartPole-v1",),
+    env_settings: tuple[str, ...] = (),
+    algorithms: tuple[str, ...] = ("ppo", "trpo", "reinforce"),
+    seeds: int = 8,
+    total_timesteps: str | None = None,
+    eval_episodes: int = 128,
+    sampled: bool = False,
+    key: int = 0,
+    directory: Path | None = None,
+) -> None:
+    """Train several algorithms in several environments and compare them.
+
+    Args:
+        envs: environments
+        env_settings: settings of their own, NAME=VALUE, such as max_steps_in_episode=50
+        algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl, ppo/unclipped,
+            reinforce/value, reinforce/leave_one_out, reinforce/running_mean, reinforce/none
+        seeds: agents of each
+        total_timesteps: steps of each agent; if not given, the largest that one of the algorithms is tuned for
+        eval_episodes: fresh episodes in which each final policy is scored
+        sampled: score sampled actions instead of the most probable ones
+        key: number that the random key is made of
+        directory: where the results go; must be new
+    """
+    from purejaxppo.cli import console as show
+    from purejaxppo.sweeps import compare as comparison
+
+    changes: dict[str, Any] = {}
+    if total_timesteps is not None:
+        changes["total_timesteps"] = number(total_timesteps)
+    if env_settings:
+        changes["env_settings"] = parsed_settings(env_settings)
+    directory = directory or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
+    with screen.live():
+        entries = comparison.compare(
+            envs,
+            algorithms,
+            seeds=seeds,
+            key=key,
+            eval_episodes=eval_episodes,
+            deterministic=not sampled,
+            changes=changes,
+            directory=directory,
+            on_start=screen.on_run_start,
+            on_progress=screen.on_progress,
+        )
+    if entries:
+        show.show_comparison(console, comparison.rows(entries))
+        show.say(console, f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
+    if len(entries) < len(envs) * len(algorithms) or entries[-1].interrupted:
+        raise SystemExit(INTERRUPTED)
+
+
+def _directory(config: Config, asked: dict[str, Any], of: OfARun, kind: str = "") -> Path:
+    """A new one in ``runs/``; to resume, the newest there of the same command that has not come to its end."""
+    from purejaxppo.runs.processes import by_first
+    from purejaxppo.runs.run_directory import unfinished
+
+    name = f"{kind}{config.env.replace('/', '_')}"
+
+    def choose() -> str:
+        if of.resume:
+            found = unfinished(Path("runs"), f"{name}-*", asked, of.key)
+            if found:
+                return str(found)
+            console.print("Nothing of this command is left to resume in runs/: a new one begins.")
+        return str(Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+
+    return Path(by_first(choose))

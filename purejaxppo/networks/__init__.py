@@ -1,0 +1,1 @@
+"""Actor-critic networks: encoders, heads, and the distributions over actions that they make."""

@@ -1,0 +1,1 @@
+"""Trained policies: used, saved, evaluated and rendered."""

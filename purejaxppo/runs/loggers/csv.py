@@ -1,0 +1,58 @@
+"""``metrics.csv`` and ``evaluations.csv``: a row for each member (agent of the run) and iteration."""
+
+import csv
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from purejaxppo.runs import tables
+from purejaxppo.runs.disk import whole
+from purejaxppo.runs.loggers.base import Before, Logger
+from purejaxppo.runs.tables import Table
+
+FILES = {"metrics": "metrics.csv", "evaluation": "evaluations.csv"}  # kind of table: file
+
+
+def open_csv(
+    directory: Path,
+    members: Sequence[str],
+    description: dict[str, Any],
+    before: Before,
+    numbered: tuple[str, Sequence[int]],
+) -> Logger:
+    """A row per member and iteration; a killed process leaves a cut last line at most."""
+    files: dict[str, IO[str]] = {}
+    columns: dict[str, list[str]] = {}
+
+    def begin(kind: str, path: Path, table: Table, mode: str) -> IO[str]:
+        columns[kind] = tables.columns(table)
+        file = path.open(mode, encoding="utf-8", newline="")
+        csv.writer(file, lineterminator="\n").writerow([numbered[0], *columns[kind]])
+        return file
+
+    def write_whole(kind: str, table: Table, path: Path) -> None:
+        with begin(kind, path, table, "w") as file:
+            file.writelines(tables.lines(table, numbered[1]))
+
+    for kind, name in FILES.items() if before is not None else ():
+        table = (before or {}).get(kind)
+        if table is None or not tables.existing(table).any():
+            (directory / name).unlink(missing_ok=True)
+        else:
+            whole(directory / name, partial(write_whole, kind, table))
+            files[kind] = (directory / name).open("a", encoding="utf-8", newline="")
+
+    def write(kind: str, table: Table) -> None:
+        if kind not in files:
+            files[kind] = begin(kind, directory / FILES[kind], table, "x")  # a run never overwrites
+        if tables.columns(table) != columns[kind]:
+            raise ValueError(f"{FILES[kind]} has the columns {columns[kind]}, but now {tables.columns(table)} came")
+        files[kind].writelines(tables.lines(table, numbered[1]))
+        files[kind].flush()
+
+    def close() -> None:
+        for file in files.values():
+            file.close()
+
+    return Logger(write, close)

@@ -1,0 +1,1 @@
+"""Many runs at once: grids of hyper-parameters, populations, comparisons, and their results."""

@@ -1,0 +1,353 @@
+"""The settings of an environment go wherever its name goes: runs, policies, sweeps, comparisons, the command line.
+
+In the environment here an episode takes exactly ``limit`` steps, and its return is limit (limit + 1) / 2.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from small_envs import counter
+
+from purejaxppo import Config, ConfigError, Policy, compare, envs, evaluate, fit, load_policy, make_trainer, sweep
+from purejaxppo.cli import commands
+from purejaxppo.envs import gymnax as gymnax_adapter
+from purejaxppo.normalize import Normalizer
+from purejaxppo.policies import render as rendering
+from purejaxppo.runs import fit as fitting
+from purejaxppo.runs import run_directory
+from purejaxppo.runs.fit import asked_of
+from purejaxppo.runs.session import Best
+from purejaxppo.sweeps import compare as comparison
+from purejaxppo.sweeps import sweep as sweeping
+from purejaxppo.sweeps.grid import groups_of, settings_of
+
+SMALL = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "num_epochs": 1, "hidden_sizes": (4,)}
+TINY = Config(total_timesteps=16, **SMALL)
+KEY = jax.random.key(0)
+
+
+class StopError(Exception):
+    """Nothing after this is of interest."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(envs._registered, "steps", lambda limit=8: counter(limit=limit, longest=0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run in an environment object; the config names another one, with settings of its own."""
+    config = TINY.replace(env="CartPole-v1", env_settings={"max_steps_in_episode": 50})
+    directory = tmp_path_factory.mktemp("run") / "run"
+    return fit(config, env=envs.make("steps", limit=3), directory=directory), directory
+
+
+def call(*arguments):
+    """(exit code, what it printed)."""
+    with pytest.MonkeyPatch.context() as patch:
+        console = Console(highlight=False, soft_wrap=True, width=200, record=True)
+        patch.setattr(commands, "console", console)
+        code = 0
+        try:
+            commands.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, console.export_text()
+
+
+def sentence_of(make):
+    with pytest.raises(ConfigError) as error:
+        make()
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# -------------------------------------------------------------------------------- a run and its files
+
+
+def test_a_run_in_an_environment_object_has_its_name_and_settings(run):
+    ended, directory = run
+    assert (ended.config.env, ended.config.env_settings) == ("steps", (("limit", 3),))
+    assert ended.metrics.episode_length[0, -1] == 3
+    description = json.loads((directory / "config.json").read_text())["config"]
+    assert (description["env"], description["env_settings"]) == ("steps", {"limit": 3})
+    assert Config.from_dict(description) == ended.config
+    description = json.loads((directory / "policy" / "policy.json").read_text())
+    assert description["config"]["env_settings"] == {"limit": 3}
+
+
+def test_evaluation_without_an_environment_is_in_the_one_that_it_was_trained_in(run):
+    ended, directory = run
+    for policy in (ended.policy(), load_policy(directory / "policy")):
+        got = evaluate(policy, None, KEY, 2)
+        assert got.lengths.tolist() == [3, 3] and got.returns.tolist() == [6.0, 6.0]
+    assert evaluate(ended.policy(), envs.make("steps"), KEY, 2).lengths.tolist() == [8, 8]
+    code, shown = call("evaluate", directory, "--episodes", 2)
+    assert code == 0 and "steps (limit=3): return over 2 fresh episodes" in shown
+    assert "policy │ 6.0 ± 0.0 │ 6.0 ± 0.0 │ 3 │" in " ".join(shown.split())
+
+
+def test_a_policy_that_was_saved_before_there_were_settings_is_loaded(run, tmp_path):
+    _, directory = run
+    description = json.loads((directory / "policy" / "policy.json").read_text())
+    del description["config"]["env_settings"]
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    (tmp_path / "params.npz").write_bytes((directory / "policy" / "params.npz").read_bytes())
+    policy = load_policy(tmp_path)
+    assert policy.config.env_settings == ()
+    assert evaluate(policy, None, KEY, 2).lengths.tolist() == [8, 8]
+
+
+def test_an_environment_that_is_not_known_by_its_name_must_be_given(run):
+    own = counter(limit=3, longest=0)._replace(name="my own")
+    policy = Policy.from_state(TINY, run[0].state, env=own)
+    message = sentence_of(lambda: evaluate(policy, None, KEY, 2))
+    assert message.startswith("'my own' is not an environment") and "or given as an Env" in message
+    assert evaluate(policy, own, KEY, 2).lengths.tolist() == [3, 3]
+    unrecorded = own._replace(name="steps", settings=None)
+    policy = Policy.from_state(TINY, run[0].state, env=unrecorded)
+    assert sentence_of(lambda: evaluate(policy, None, KEY, 2)) == (
+        "the settings that steps was made with were not recorded, because they were arrays or traced values: give the "
+        "environment itself, or set env_settings"
+    )
+    assert evaluate(policy, unrecorded, KEY, 2).lengths.tolist() == [3, 3]
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+def begun(directory, config):
+    """A run that was interrupted before its first checkpoint."""
+    return run_directory.reserve(directory, asked_of(config, 1) | {"key": 0}, "checkpoints")
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+    config = TINY.replace(env="steps", env_settings={"limit": 3})
+    directory = begun(tmp_path / "run", config)
+    for other, there in (({"env_settings": {"limit": 4}}, {"limit": 4}), ({"env_settings": {}}, {})):
+        message = sentence_of(lambda other=other: fit(config.replace(**other), directory=directory, resume=True))
+        differ = f"env_settings = {{'limit': 3}} there and {there} here"
+        assert message == f"the run in {directory} was begun with other settings: {differ}"
+    with run_directory.opened(directory, asked_of(config, 1), 0, True) as home:
+        assert home == directory
+    assert run_directory.unfinished(tmp_path, "*", asked_of(config, 1), 0) == directory
+    assert run_directory.unfinished(tmp_path, "*", asked_of(TINY, 1), 0) is None
+
+
+def test_a_run_that_was_begun_before_there_were_settings_goes_on(tmp_path):
+    config = TINY.replace(env="steps")
+    directory = begun(tmp_path / "run", config)
+    description = json.loads((directory / "config.json").read_text())
+    del description["config"]["env_settings"]
+    (directory / "config.json").write_text(json.dumps(description))
+    with run_directory.opened(directory, asked_of(config, 1), 0, True) as home:
+        assert home == directory
+    assert run_directory.unfinished(tmp_path, "*", asked_of(config, 1), 0) == directory
+    message = sentence_of(lambda: fit(config.replace(env_settings={"limit": 4}), directory=directory, resume=True))
+    assert message.endswith("env_settings = {} there and {'limit': 4} here")
+
+
+# ---------------------------------------------------------------------------------- sweep and compare
+
+
+def test_a_sweep_trains_and_scores_in_the_settings_and_can_be_over_them():
+    config = TINY.replace(env="steps", env_settings={"limit": 7})
+    result = sweep(config, seeds=1, grid={"env_settings": [{"limit": 3}]}, eval_episodes=2)
+    assert result.scores["score"].tolist() == [6.0]
+    assert result.scores["env_settings"].tolist() == [(("limit", 3),)]
+    assert result.best.env_settings == (("limit", 3),)
+    assert evaluate(result.policy(0), None, KEY, 2).lengths.tolist() == [3, 3]
+
+
+def test_each_of_the_settings_in_a_grid_is_a_program_of_its_own():
+    grid = {"env_settings": [{"limit": 3}, {"limit": 2}], "lr": [0.1, 0.2]}
+    settings = settings_of(TINY.replace(env="steps"), grid, 0, np.random.default_rng(0))
+    groups = groups_of(TINY.replace(env="steps"), settings)
+    assert [(group.config.env_settings, group.settings) for group in groups] == [
+        ((("limit", 3),), (0, 1)),
+        ((("limit", 2),), (2, 3)),
+    ]
+    message = sentence_of(lambda: sweep(TINY, 1, grid, env=envs.make("steps")))
+    assert message == "env_settings is swept over: leave the environment object out"
+
+
+def test_a_sweep_in_an_environment_object_has_its_settings(monkeypatch):
+    plans = []
+
+    def stop(plan):
+        plans.append(plan)
+        raise StopError
+
+    asked = []
+    monkeypatch.setattr(sweeping, "asked_of", lambda config, *rest: asked.append(config) or {})
+    with pytest.raises(StopError):
+        sweep(TINY, 1, env=envs.make("steps", limit=3), on_plan=stop)
+    assert len(plans) == 1 and (asked[0].env, asked[0].env_settings) == ("steps", (("limit", 3),))
+
+
+def test_a_sweep_over_what_the_environment_has_not_is_refused_before_it_trains():
+    grid = {"env_settings": [{"limit": 3}, {"limt": 2}]}
+    assert "unexpected keyword argument 'limt'" in sentence_of(lambda: sweep(TINY.replace(env="steps"), 1, grid))
+
+
+def test_a_comparison_trains_in_the_settings(tmp_path, monkeypatch):
+    found = []
+
+    def stop(config, **ways):
+        found.append(config.env_settings)
+        raise StopError
+
+    monkeypatch.setattr(comparison, "fit", stop)
+    changes = SMALL | {"total_timesteps": 16, "env_settings": {"limit": 3}}
+    with pytest.raises(StopError):
+        compare(["steps"], ["ppo"], changes=changes, directory=tmp_path / "here")
+    assert found == [(("limit", 3),)]
+    assert json.loads((tmp_path / "here" / "config.json").read_text())["configs"][0]["env_settings"] == {"limit": 3}
+    message = sentence_of(lambda: compare(["steps"], ["ppo"], changes={"env_settings": {"limt": 3}}))
+    assert "unexpected keyword argument 'limt'" in message
+
+
+# ------------------------------------------------------------------------------------------- rendering
+
+
+def test_an_episode_is_played_and_drawn_in_the_settings(tmp_path, monkeypatch):
+    drawn = []
+
+    def drawing(name, **settings):
+        def draw(states, returns, path):
+            drawn.append((name, settings, len(states)))
+            path.write_bytes(b"GIF89a")
+
+        return draw
+
+    monkeypatch.setattr(gymnax_adapter, "drawing", drawing)
+    config = TINY.replace(env="CartPole-v1", env_settings={"max_steps_in_episode": 3})
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(make_trainer(config).init, KEY).params)
+    policy = Policy.from_state(config, Best(zeros, Normalizer(None, None), jnp.int32(1), jnp.zeros(())))
+    _, episode_return = rendering.animate(policy, tmp_path / "x.gif")
+    assert drawn == [("CartPole-v1", {"max_steps_in_episode": 3}, 4)] and episode_return == 3.0
+
+
+def test_a_picture_has_the_measures_of_the_settings(monkeypatch):
+    """gymnax draws with the parameters that it is given."""
+    from gymnax import visualize
+
+    measures = []
+
+    class Visualizer:
+        def __init__(self, env, params, states, returns):
+            measures.append(params.circle_radius)
+
+        def animate(self, path):
+            pass
+
+    monkeypatch.setattr(visualize, "Visualizer", Visualizer)
+    gymnax_adapter.drawing("PointRobot-misc", circle_radius=3.0)([], [], "x.gif")
+    assert measures == [3.0]
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["limit=3"], {"limit": 3}),
+        (["b=2.5e-1", "a=-1"], {"a": -1, "b": 0.25}),
+        (["a=true", "b=False", "c=None", "d=hard", "e=1.5.2", "f="], {"a": True, "b": False, "c": None, "d": "hard",
+                                                                     "e": "1.5.2", "f": ""}),
+        (["a=(1,2.5)", "b=[1,[2]]", "c='7'", "d=x=y"], {"a": (1, 2.5), "b": (1, (2,)), "c": "7", "d": "x=y"}),
+        ([], {}),
+    ],
+)  # fmt: skip
+def test_the_options_of_train_sweep_and_compare(monkeypatch, words, expected):
+    found = []
+
+    def stop(*arguments, **named):
+        found.append((arguments, named))
+        raise StopError
+
+    monkeypatch.setattr(fitting, "fit", stop)
+    monkeypatch.setattr(sweeping, "sweep", stop)
+    monkeypatch.setattr(comparison, "compare", stop)
+    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
+    monkeypatch.setitem(envs._registered, "any", lambda **settings: counter())
+    for command in (["train", "--env", "any"], ["sweep", "--env", "any"], ["compare"]):
+        with pytest.raises(StopError):
+            commands.main([*command, *(["--env-settings", *words] if words else [])])
+    (train, _), (swept, _), (_, compared) = found
+    pairs = Config(env_settings=expected).env_settings
+    assert train[0].env_settings == pairs and swept[0].env_settings == pairs
+    assert Config(env_settings=compared["changes"].get("env_settings", {})).env_settings == pairs
+
+
+def test_the_settings_of_the_grid_of_a_sweep(monkeypatch):
+    found = []
+
+    def stop(*arguments, **named):
+        found.append(named["grid"])
+        raise StopError
+
+    monkeypatch.setattr(sweeping, "sweep", stop)
+    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
+    with pytest.raises(StopError):
+        commands.main(["sweep", "--env", "steps", "--grid", "env_settings=limit=3,limit=4+longest=2"])
+    assert found == [{"env_settings": [{"limit": 3}, {"limit": 4, "longest": 2}]}]
+
+
+ONCE_EACH = "must be a name and its value, once each, such as max_steps_in_episode=50"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["limit"], f"env_settings: 'limit' {ONCE_EACH}"),
+        (["=3"], f"env_settings: '=3' {ONCE_EACH}"),
+        (["a=1", "a=2"], f"env_settings: 'a=2' {ONCE_EACH}"),
+        (
+            ["limt=3"],
+            "'steps' cannot be made with these settings: got an unexpected keyword argument 'limt'; it has limit",
+        ),
+        (
+            ["limit={1:2}"],
+            "env_settings['limit'] = {1: 2}: it must be a finite number, a string, True, False, None or a tuple of "
+            "these",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(words, message, capsys, tmp_path):
+    directory = tmp_path / "run"
+    code, shown = call("train", "--env", "steps", "--env-settings", *words, "--directory", directory)
+    assert (code, shown, capsys.readouterr().err) == (2, "", f"purejaxppo: {message}\n")
+    assert not directory.exists()
+
+
+def test_an_environment_without_a_bound_is_told_before_it_trains(capsys, monkeypatch, tmp_path, run):
+    """And `evaluate` takes one."""
+    monkeypatch.setitem(
+        envs._registered, "steps", lambda limit=8: counter(limit=limit, longest=0)._replace(max_episode_steps=None)
+    )
+    directory = tmp_path / "run"
+    assert call("train", "--env", "steps", "--directory", directory)[0] == 2
+    told = capsys.readouterr().err
+    assert "steps has no bound on the length of an episode, so its policies cannot be evaluated at the end" in told
+    assert not directory.exists()
+    assert call("evaluate", run[1], "--episodes", 2)[0] == 2
+    assert "say by max_steps" in capsys.readouterr().err
+    code, shown = call("evaluate", run[1], "--episodes", 2, "--max-steps", 2)
+    assert code == 0 and np.char.count(shown, "3.0 ± 0.0") == 2  # 1 + 2

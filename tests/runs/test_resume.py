@@ -1,0 +1,458 @@
+"""A run that was killed goes on from its newest checkpoint that is whole, and ends as if nothing had happened."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled_once import compiled_once
+from killed import Killed
+from small_envs import LINEAR, counter
+
+from purejaxppo import Config, ConfigError, fit, load_policy, sweep
+from purejaxppo.runs.checkpoints import Checkpoints
+from purejaxppo.runs.disk import locked
+from purejaxppo.runs.run_directory import reserve
+
+CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96)
+CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
+K = 12
+RUN = {"key": 5, "env": counter(limit=9, longest=12), "model": LINEAR}
+ONCE_MORE = {"resume": True, "checkpoint_seconds": 1e9}  # without a checkpoint after every iteration
+WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_chunks_compiled_once():
+    """Every chunk is one iteration; a program that was compiled for one run serves the others that are like it."""
+    with compiled_once():
+        yield
+
+
+def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
+    """Train in the directory; after iteration ``stop`` the process "dies"."""
+
+    def watch(now):
+        if now.iterations == stop:
+            raise Killed
+
+    try:
+        return fit(config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | WAYS | ways))
+    except Killed:
+        return None
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    """The run that nothing happened to, and the files it left."""
+    directory = tmp_path_factory.mktemp("through") / "run"
+    return train(directory), directory
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What a run leaves that was killed in iteration 8: checkpoints after 6 and 7."""
+    directory = tmp_path_factory.mktemp("killed") / "run"
+    assert train(directory, stop=8) is None
+    assert sorted(path.name for path in (directory / "checkpoints").glob("*.json")) == [
+        "iteration_00000006.json",
+        "iteration_00000007.json",
+    ]
+    return directory
+
+
+@pytest.fixture
+def copy(killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_same(run, directory, through):
+    """The whole state, every metric, every evaluation and every file, bit for bit."""
+    expected, of_expected = through
+
+    def equal(a, b):
+        a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    jax.tree.map(equal, (run.state, run.metrics, run.best), (expected.state, expected.metrics, expected.best))
+    jax.tree.map(equal, dict(run.evaluations), dict(expected.evaluations))
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (of_expected / name).read_bytes()
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in of_expected.iterdir())
+
+
+@pytest.mark.exact
+def test_a_killed_run_goes_on_from_its_checkpoint(copy, through):
+    run = train(copy, resume=True)
+    assert run.resumed_at == 7
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_a_run_killed_twice_and_before_its_first_checkpoint(tmp_path, through):
+    directory = tmp_path / "run"
+    train(directory, stop=2, checkpoint_seconds=1e9)
+    assert list((directory / "checkpoints").iterdir()) == []
+    train(directory, stop=5, resume=True)
+    run = train(directory, resume=True)
+    assert run.resumed_at == 4
+    assert_same(run, directory, through)
+
+
+@pytest.mark.exact
+def test_one_agent_goes_on_too(tmp_path):
+    directory = tmp_path / "run"
+    whole = train(None, seeds=1)
+    train(directory, stop=7, seeds=1)
+    run = train(directory, seeds=1, resume=True)
+    assert run.resumed_at == 6
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
+    jax.tree.map(np.testing.assert_array_equal, run.metrics, whole.metrics)
+    jax.tree.map(np.testing.assert_array_equal, run.best.params, whole.best.params)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "changed", "no_manifest", "manifest_cut", "rows"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, through):
+    checkpoints = copy / "checkpoints"
+    newest = checkpoints / "iteration_00000007"
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "deleted":
+        file.unlink()
+    elif damage == "changed":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "no_manifest":
+        newest.with_name("iteration_00000007.json").unlink()
+    elif damage == "manifest_cut":
+        manifest = newest.with_name("iteration_00000007.json")
+        manifest.write_text(manifest.read_text()[:100])
+    else:
+        os.truncate(checkpoints / "rows_00000006_00000007.npz", 10)
+    if damage == "no_manifest":  # as if it had been killed while it wrote: nothing to warn of
+        run = train(copy, **ONCE_MORE)
+    else:
+        with pytest.warns(UserWarning, match=r"checkpoint .*iteration_00000007 is damaged"):
+            run = train(copy, **ONCE_MORE)
+    assert run.resumed_at == 6
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, through):
+    for path in (copy / "checkpoints").glob("*.npz"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        run = train(copy, **ONCE_MORE)
+    assert len(warned) == 2 and run.resumed_at == 0
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp_path, through, monkeypatch):
+    directory, save, full = tmp_path / "run", Checkpoints.save, [3, 4, 8]
+
+    def failing(self, iteration, *arguments):
+        if iteration in full:
+            raise OSError(28, "No space left on device")
+        save(self, iteration, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    with pytest.warns(UserWarning, match="no checkpoint was saved after iteration 3, training goes on") as warned:
+        train(directory, stop=9)
+    assert len(warned) == 3
+    run = train(directory, **ONCE_MORE)
+    assert run.resumed_at == 7
+    assert_same(run, directory, through)
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, through):
+    """The disk is full when the rows are written: the arrays are there already, the manifest is not."""
+
+    def full(*arguments, **fields):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.warns(UserWarning, match="No space left"):
+            train(copy, stop=10, resume=True)
+    run = train(copy, **ONCE_MORE)
+    assert run.resumed_at == 7
+    assert_same(run, copy, through)
+
+
+@pytest.mark.exact
+def test_killed_between_any_two_operations_on_files(tmp_path, through):
+    """Each time it is resumed it dies a few operations on files later than the time before."""
+    directory, left, seen = tmp_path / "run", [0], set()
+
+    def counted(name, operation):
+        def operate(*arguments, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                seen.add(name)
+                raise Killed
+            return operation(*arguments, **named)
+
+        return operate
+
+    homes = [(Path, name) for name in ("replace", "rename", "mkdir", "unlink", "write_text")]
+    homes += [(os, "fsync"), (os, "unlink"), (np, "savez"), (shutil, "rmtree")]
+    for operations in (*range(1, 12), *range(12, 300, 12)):
+        left[0] = operations
+        with pytest.MonkeyPatch.context() as patch:
+            for home, name in homes:
+                patch.setattr(home, name, counted(name, getattr(home, name)))
+            try:
+                if train(directory, resume=True):
+                    break
+            except ConfigError:  # killed while it tidied up: it has come to its end
+                assert not (directory / "checkpoints").exists()
+                break
+    else:
+        pytest.fail("it never came to its end")
+    assert len(seen) >= 5
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (through[1] / name).read_bytes()
+    for name in ("policy/seed_1", "best_policy/seed_0"):
+        a, b = (load_policy(path / name, model=LINEAR) for path in (directory, through[1]))
+        jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
+
+
+def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
+    directory = tmp_path / "run"
+
+    def press(now):
+        if now.iterations == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ways = WAYS | {"checkpoint_seconds": 1e9}
+    run = fit(CONFIG, seeds=2, directory=directory, on_progress=press, **RUN, **ways)
+    assert run.interrupted and int(run.state.iteration[0]) == 5
+    assert (directory / "policy").is_dir() and (directory / "checkpoints").is_dir()
+    run = train(directory, resume=True)
+    assert run.resumed_at == 5 and not run.interrupted
+    assert_same(run, directory, through)
+
+
+# ------------------------------------------------------------------------------------------- refused
+
+
+def sentence(directory, **ways):
+    with pytest.raises(ConfigError) as error:
+        train(directory, resume=True, **ways)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def contents(directory):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
+    before = contents(copy)
+    said = sentence(copy, config=CONFIG.replace(lr=1e-3, num_epochs=2))
+    assert "num_epochs = 1 there and 2 here" in said and "lr = 0.002 there and 0.001 here" in said
+    assert "gamma" not in said
+    assert "seeds = 2 there and 3 here" in sentence(copy, seeds=3)
+    assert "evaluation = " in sentence(copy, eval_every=4)
+    assert contents(copy) == before
+
+
+def test_what_is_not_a_run_or_is_at_its_end_is_refused(through, tmp_path):
+    assert "has come to its end" in sentence(through[1])
+    (tmp_path / "mine").mkdir()
+    assert "is not a run that could go on" in sentence(tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert "needs the directory" in sentence(None)
+
+
+def test_a_read_only_directory_is_told(tmp_path):
+    """Root may write everywhere, so that for it somebody else tries."""
+    tmp_path.chmod(0o500)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match=r"cannot make the run directory .*: Permission denied"):
+            reserve(tmp_path / "run", {})
+    finally:
+        if is_root:
+            os.seteuid(0)
+        tmp_path.chmod(0o700)
+
+
+def test_two_processes_on_one_directory(copy):
+    with locked(copy):
+        before = contents(copy)
+        assert f"another process is training in {copy}" in sentence(copy)
+    assert contents(copy) == before
+
+
+def test_a_sweep_is_no_run_and_a_run_no_sweep(copy, tmp_path):
+    with pytest.raises(ConfigError, match="kind = 'fit' there and 'sweep' here"):
+        sweep(CONFIG, seeds=2, directory=copy, resume=True, **RUN)
+
+
+def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
+    """Nothing is left to train."""
+    config = CONFIG.replace(algorithm="reinforce", num_steps=9, total_timesteps=60, anneal_lr=False)
+    whole = train(None, config=config, eval_every=0)
+    last = int(np.max(whole.state.iteration))
+
+    def press(now):
+        if now.iterations == last:
+            signal.raise_signal(signal.SIGINT)
+
+    how = RUN | {"seeds": 2, "directory": tmp_path / "run"}
+    assert fit(config, on_progress=press, **how).interrupted
+    run = fit(config, resume=True, **how)
+    assert run.resumed_at == last
+    jax.tree.map(np.testing.assert_array_equal, run.metrics, whole.metrics)
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
+
+
+def test_a_state_with_an_empty_array_is_saved_too(tmp_path):
+    """As environments from other suites may have one."""
+    state = {"empty": jnp.zeros((0, 3)), "full": jnp.arange(3.0)}
+    Checkpoints(tmp_path / "checkpoints").save(1, state, {})
+    saved = Checkpoints(tmp_path / "checkpoints").restore(jax.tree.map(jnp.zeros_like, state))
+    assert saved.arrays["empty"].shape == (0, 3) and saved.arrays["full"].tolist() == [0, 1, 2]
+
+
+def test_arrays_of_another_precision_are_refused(tmp_path):
+    Checkpoints(tmp_path / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
+    with pytest.raises(ConfigError, match="was not written by this configuration"):
+        Checkpoints(tmp_path / "checkpoints").restore({"x": np.arange(3.0)})
+
+
+@pytest.mark.parametrize("key", [np.int64(5), jax.random.key(5), jax.random.PRNGKey(5)])
+def test_every_kind_of_key(key, through):
+    run = fit(CONFIG, seeds=2, **(RUN | {"key": key}))
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
+
+
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        ({"key": "0"}, "key = '0': it must be an integer of at least 0, or one random key"),
+        ({"key": jax.random.key(0, impl="rbg")}, "or one random key of JAX's default kind"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds = nan: it must be a number of seconds"),
+        ({"eval_every": -1}, "eval_every = -1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(ways, said, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        fit(CONFIG, **(RUN | {"directory": tmp_path / "run"} | ways))
+    assert said in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_without_a_run_to_go_on_with_it_begins_one(tmp_path, through):
+    run = train(tmp_path / "run", resume=True)
+    assert run.resumed_at == 0
+    assert_same(run, tmp_path / "run", through)
+
+
+def test_nothing_but_numbers_is_loaded(copy):
+    """A pickle among the rows, with the checksum that it should have."""
+    checkpoints = copy / "checkpoints"
+    part = checkpoints / "rows_00000006_00000007.npz"
+    np.savez(part, **{"metrics/x": np.array([[print]], dtype=object)})
+    for path in checkpoints.glob("*.json"):
+        manifest = json.loads(path.read_text())
+        if part.name in manifest["rows"]:
+            manifest["rows"][part.name] = hashlib.sha256(part.read_bytes()).hexdigest()
+            path.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert train(copy, **ONCE_MORE).resumed_at == 6
+
+
+# ---------------------------------------------------------------------------------- evaluations
+
+
+def test_evaluating_changes_nothing_else(through):
+    plain = train(None, eval_every=0)
+    often = train(None, eval_every=1)
+    for run in (plain, often):
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
+        jax.tree.map(np.testing.assert_array_equal, run.metrics, through[0].metrics)
+    assert plain.best is None and plain.evaluations is None
+    expected = through[0].evaluations
+    assert expected["iteration"].tolist() == [[3, 6, 9, 12]] * 2
+    for name, x in often.evaluations.items():
+        np.testing.assert_array_equal(x[:, 2::3], expected[name], err_msg=name)
+
+
+def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
+    run, directory = through
+    table = run.evaluations
+    for seed in range(2):
+        row = table["return_mean"][seed].argmax()
+        assert run.best.iteration[seed] == table["iteration"][seed, row]
+        assert run.best.score[seed] == table["return_mean"][seed, row]
+        steps = CONFIG.batch_size * int(run.best.iteration[seed])
+        assert table["timesteps"][seed, row] == steps
+        saved = load_policy(directory / "best_policy" / f"seed_{seed}", model=LINEAR)
+        jax.tree.map(np.testing.assert_array_equal, saved.params, run.best_policy(seed).params)
+
+
+# ------------------------------------------------------------------------------------ a real SIGKILL
+
+
+def script(directory, resume, kills, checkpoint_seconds=0.0):
+    return textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {[str(x) for x in Path(__file__).parents[:2]]!r}
+        from test_resume import *
+        from purejaxppo.runs import chunks
+        chunks.CHUNK_SECONDS = 0
+        slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
+        ways = RUN | WAYS | {{"checkpoint_seconds": {checkpoint_seconds}}}
+        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **ways)
+    """)
+
+
+@pytest.mark.learning
+@pytest.mark.exact
+@pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
+def test_sigkill_at_random_moments(kills, tmp_path):
+    """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache  # all of them run the programs that the first one compiles
+    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)], env=environment, check=True)
+    random, directory = np.random.default_rng(0), tmp_path / "run"
+
+    def newest():
+        return max((path.name for path in directory.glob("checkpoints/*.json")), default="")
+
+    for kill in range(kills):
+        before = newest()
+        process = subprocess.Popen([sys.executable, "-c", script(directory, True, kills)], env=environment)
+        while newest() == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 1))
+        assert process.poll() is None, f"the run ended before it could be killed for the {kill + 1}th time"
+        process.kill()
+        process.wait()
+    subprocess.run([sys.executable, "-c", script(directory, True, kills)], env=environment, check=True)
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for seed in range(2):
+        for kind in ("policy", "best_policy"):
+            name = f"{kind}/seed_{seed}"
+            a, b = (load_policy(path / name, model=LINEAR) for path in (directory, tmp_path / "whole"))
+            jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
