@@ -8,7 +8,10 @@ from purejaxppo.cli.options import split_cpu
 
 
 def learning(
-    algorithm: str = "ppo", envs: tuple[str, ...] | None = None, seeds: int = 16, at_once: int | None = None
+    algorithm: str = "ppo",
+    envs: tuple[str, ...] | None = None,
+    seeds: int = 16,
+    at_once: int | None = None,
 ) -> None:
     """Train the tuned settings over many seeds and store the scores of the final policies.
 
@@ -18,7 +21,9 @@ def learning(
         seeds: how many agents each
         at_once: how many of them in one compiled call (all, if not given)
     """
-    learning_benchmark.run(algorithm, list(envs or learning_benchmark.GOALS[algorithm]), seeds, at_once)
+    learning_benchmark.run(
+        algorithm, list(envs or learning_benchmark.GOALS[algorithm]), seeds, at_once
+    )
 
 
 def table() -> None:
@@ -51,7 +56,10 @@ def trpo_cost(repeats: int = 15) -> None:
 
 
 def table1(
-    envs: tuple[str, ...] = table1_benchmark.ENVS, seeds: int = 3, timesteps: int = 1_000_000, show: bool = False
+    envs: tuple[str, ...] = table1_benchmark.ENVS,
+    seeds: int = 3,
+    timesteps: int = 1_000_000,
+    show: bool = False,
 ) -> None:
     """Repeat table 1 of the PPO paper on continuous environments, all settings and seeds, and store the scores.
 
@@ -67,7 +75,12 @@ def table1(
         table1_benchmark.table()
 
 
-def sweeps(seeds: int = 16, repeats: int = 9, members: tuple[int, ...] = (256, 2048), timesteps: int = 50_000) -> None:
+def sweeps(
+    seeds: int = 16,
+    repeats: int = 9,
+    members: tuple[int, ...] = (256, 2048),
+    timesteps: int = 50_000,
+) -> None:
     """Measure a sweep against its members one after the other, large sweeps, and what checkpoints cost.
 
     Args:
@@ -86,7 +99,10 @@ def sweeps(seeds: int = 16, repeats: int = 9, members: tuple[int, ...] = (256, 2
 
 
 def population(
-    envs: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1"), populations: int = 8, members: int = 16, show: bool = False
+    envs: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1"),
+    populations: int = 8,
+    members: int = 16,
+    show: bool = False,
 ) -> None:
     """Compare agents that copy one another with the same agents alone, from learning rates between 1e-6 and 0.1.
 

@@ -53,10 +53,16 @@ def show() -> None:
     table = pd.read_csv(RESULTS)
     means = table.groupby(["env", *SETTING])["score"].mean()
     worst, best = means.groupby("env").min(), means.groupby("env").max()
-    scaled = (table["score"] - table["env"].map(worst)) / table["env"].map(best - worst).replace(0, np.nan)
+    scaled = (table["score"] - table["env"].map(worst)) / table["env"].map(best - worst).replace(
+        0, np.nan
+    )
     rows = []
     for setting, part in table.assign(scaled=scaled).dropna().groupby(SETTING):
         by_env = part.pivot(index="seed", columns="env", values="scaled").to_numpy()
         rows.append((*setting, *estimate(by_env.mean(axis=1))))
     columns = [*SETTING, "score", "low", "high"]
-    print(pd.DataFrame(rows, columns=columns).sort_values("score", ascending=False).to_string(index=False))
+    print(
+        pd.DataFrame(rows, columns=columns)
+        .sort_values("score", ascending=False)
+        .to_string(index=False)
+    )

@@ -67,7 +67,9 @@ def run(algorithm: str, names: list[str], seeds: int, at_once: int | None) -> No
     for name in names:
         goal = GOALS[algorithm][name]
         config = Config.for_env(name, algorithm=algorithm)
-        assert config.actual_timesteps <= goal.timesteps, f"{name} is tuned for more steps than the goal allows"
+        assert config.actual_timesteps <= goal.timesteps, (
+            f"{name} is tuned for more steps than the goal allows"
+        )
         keys = jax.random.split(jax.random.key(SCORING_KEY), seeds)
         score, scores, steps = scorer(config, goal), [], []
         started = time.perf_counter()
@@ -119,7 +121,9 @@ def summary(result: dict[str, Any]) -> str:
 
 def table() -> None:
     """The stored results as Markdown, in the order of the goals."""
-    print("| algorithm | environment | steps | return: interquartile mean [95 % interval] | goal | met | seeds |")
+    print(
+        "| algorithm | environment | steps | return: interquartile mean [95 % interval] | goal | met | seeds |"
+    )
     print("|---|---|---|---|---|---|---|")
     for algorithm, goals in GOALS.items():
         for name in goals:
@@ -127,4 +131,6 @@ def table() -> None:
                 print(row(read(algorithm, name)))
 
 
-assert all(set(goals) <= set(tuned(algorithm)) for algorithm, goals in GOALS.items()), "a goal without tuned settings"
+assert all(set(goals) <= set(tuned(algorithm)) for algorithm, goals in GOALS.items()), (
+    "a goal without tuned settings"
+)

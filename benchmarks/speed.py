@@ -75,7 +75,9 @@ def run(cases: list[str], repeats: int) -> None:
 
 def iteration_cost(repeats: int) -> None:
     """One iteration of TRPO against one of PPO with 4 epochs, on the same batch of 64 × 128 steps, in turn."""
-    same = Config(num_envs=64, num_steps=128, num_minibatches=8, num_epochs=4, total_timesteps=10**9)
+    same = Config(
+        num_envs=64, num_steps=128, num_minibatches=8, num_epochs=4, total_timesteps=10**9
+    )
     configs = {
         "ppo": same,
         "trpo, whole batch": same.replace(algorithm="trpo"),
@@ -96,4 +98,6 @@ def iteration_cost(repeats: int) -> None:
     base = np.asarray(seconds["ppo"])
     for name, taken in seconds.items():
         low, ratio, high = np.percentile(np.asarray(taken) / base, [25, 50, 75])
-        print(f"{name}: {1000 * np.median(taken):.1f} ms an iteration, {ratio:.2f} of PPO's ({low:.2f} to {high:.2f})")
+        print(
+            f"{name}: {1000 * np.median(taken):.1f} ms an iteration, {ratio:.2f} of PPO's ({low:.2f} to {high:.2f})"
+        )

@@ -26,7 +26,13 @@ from purejaxppo.runs.chunks import run_chunks
 from purejaxppo.runs.programs import compile_programs
 
 RESULTS = Path(__file__).parent / "results" / "table1"
-ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "Reacher-misc", "Swimmer-misc", "PointRobot-misc")
+ENVS = (
+    "Pendulum-v1",
+    "MountainCarContinuous-v0",
+    "Reacher-misc",
+    "Swimmer-misc",
+    "PointRobot-misc",
+)
 PROTOCOL = Config(
     num_envs=1,
     num_steps=2048,
@@ -52,7 +58,12 @@ class Row(NamedTuple):
     paper: float
 
 
-FIELD = {"unclipped": "clip_eps", "clip": "clip_eps", "adaptive_kl": "kl_target", "fixed_kl": "kl_coef"}
+FIELD = {
+    "unclipped": "clip_eps",
+    "clip": "clip_eps",
+    "adaptive_kl": "kl_target",
+    "fixed_kl": "kl_coef",
+}
 ROWS = (
     Row("no clipping or penalty", "unclipped", 0.2, -0.39),
     Row("clipping, ε = 0.1", "clip", 0.1, 0.76),
@@ -77,15 +88,27 @@ def run(names: list[str], seeds: int, timesteps: int) -> None:
             started = time.perf_counter()
             trained = train(name, objective, field, [row.value for row in rows], seeds, timesteps)
             for row, of_seeds in zip(rows, trained, strict=True):
-                scores[row.label] = [round(float(x), 4) if np.isfinite(x) else None for x in of_seeds]
+                scores[row.label] = [
+                    round(float(x), 4) if np.isfinite(x) else None for x in of_seeds
+                ]
             print(
                 f"{name}, {objective}: {np.round(trained, 2).tolist()}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-        command = f"python -m benchmarks table1 --envs {name} --seeds {seeds} --timesteps {timesteps}"
-        stored = {"env": name, "command": command, "timesteps": timesteps, "jax": jax.__version__, "scores": scores}
+        command = (
+            f"python -m benchmarks table1 --envs {name} --seeds {seeds} --timesteps {timesteps}"
+        )
+        stored = {
+            "env": name,
+            "command": command,
+            "timesteps": timesteps,
+            "jax": jax.__version__,
+            "scores": scores,
+        }
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+        (RESULTS / f"{name}.json").write_text(
+            json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+        )
     table()
 
 
@@ -96,7 +119,9 @@ def train(
     config = PROTOCOL.replace(env=name, objective=objective, total_timesteps=timesteps)
     programs = compile_programs(config, envs.make(name), len(values) * seeds, (field,))
     swept = {field: np.repeat(values, seeds).astype(np.float32)}
-    state = programs.init(jnp.tile(jax.random.split(jax.random.key(2017), seeds), len(values)), swept)
+    state = programs.init(
+        jnp.tile(jax.random.split(jax.random.key(2017), seeds), len(values)), swept
+    )
     # In one call for the whole run the CPU's runtime collects memory until the end, ten gigabytes in these.
     parts = [chunk.metrics for chunk in run_chunks(programs, swept, state)]
     metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
@@ -105,7 +130,9 @@ def train(
 
 def last_episodes(metrics: Metrics) -> NDArray[np.floating]:
     """The mean return over the last iterations in which at least `LAST_EPISODES` episodes ended."""
-    returns, episodes = (np.asarray(x)[..., ::-1] for x in (metrics.episode_return, metrics.episodes))
+    returns, episodes = (
+        np.asarray(x)[..., ::-1] for x in (metrics.episode_return, metrics.episodes)
+    )
     before = np.cumsum(episodes, axis=-1) - episodes
     counted = np.where(before < LAST_EPISODES, episodes, 0)
     return np.where(counted > 0, returns * counted, 0).sum(axis=-1) / counted.sum(axis=-1)
@@ -115,7 +142,9 @@ def random_policy(name: str) -> float:
     config, env = PROTOCOL.replace(env=name), envs.make(name)
     state = jax.jit(make_trainer(config, env).init)(jax.random.key(0))
     policy = Policy.from_state(config, state, env=env)
-    return round(float(evaluate(policy, env, jax.random.key(1), 512, deterministic=False).returns.mean()), 4)
+    return round(
+        float(evaluate(policy, env, jax.random.key(1), 512, deterministic=False).returns.mean()), 4
+    )
 
 
 def table() -> None:
@@ -125,13 +154,21 @@ def table() -> None:
     print("| setting | paper | here [95 %] | " + " | ".join(stored) + " |")
     print("|---" * (3 + len(stored)) + "|")
     for row in ROWS:
-        runs = np.stack([scores[row.label] for scores in normalised.values()])  # [environments, seeds]
+        runs = np.stack(
+            [scores[row.label] for scores in normalised.values()]
+        )  # [environments, seeds]
         low, high = interval(runs)
         cells = [f"{scores[row.label].mean():.1f}" for scores in stored.values()]
         print(
-            f"| {row.label} | {row.paper:.2f} | {runs.mean():.2f} [{low:.2f}, {high:.2f}] | " + " | ".join(cells) + " |"
+            f"| {row.label} | {row.paper:.2f} | {runs.mean():.2f} [{low:.2f}, {high:.2f}] | "
+            + " | ".join(cells)
+            + " |"
         )
-    print("| random policy | 0 | 0 | " + " | ".join(f"{x['random policy']:.1f}" for x in stored.values()) + " |")
+    print(
+        "| random policy | 0 | 0 | "
+        + " | ".join(f"{x['random policy']:.1f}" for x in stored.values())
+        + " |"
+    )
 
 
 def read(name: str) -> dict[str, NDArray[np.floating]]:
@@ -139,7 +176,8 @@ def read(name: str) -> dict[str, NDArray[np.floating]]:
     scores = json.loads((RESULTS / f"{name}.json").read_text())["scores"]
     zero = scores.pop("random policy")
     return {"random policy": np.asarray(zero)} | {
-        label: np.asarray([zero if x is None else x for x in of_seeds]) for label, of_seeds in scores.items()
+        label: np.asarray([zero if x is None else x for x in of_seeds])
+        for label, of_seeds in scores.items()
     }
 
 

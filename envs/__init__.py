@@ -15,7 +15,9 @@ if __name__ != "purejaxppo.envs":
 
 from purejaxppo.types import ConfigError, Env, plain_settings
 
-SUITES = ("gymnax",)  # modules here, each with make and list_envs; the first has the names without a suite
+SUITES = (
+    "gymnax",
+)  # modules here, each with make and list_envs; the first has the names without a suite
 MOST_KEPT = 256  # environments that `make` remembers
 _registered: dict[str, Callable[..., Env]] = {}
 # What `make` remembers, by name, settings and precision: what made it, and the environment.
@@ -41,7 +43,11 @@ def list_envs(suite: str | None = None) -> list[str]:
         raise ConfigError(f"{suite!r} is not a suite; there is {', '.join(SUITES)}")
     if suite is not None:
         return _suite(suite).list_envs()
-    names = [name if i == 0 else f"{suite}/{name}" for i, suite in enumerate(SUITES) for name in list_envs(suite)]
+    names = [
+        name if i == 0 else f"{suite}/{name}"
+        for i, suite in enumerate(SUITES)
+        for name in list_envs(suite)
+    ]
     return [*_registered, *names]
 
 
@@ -95,7 +101,11 @@ def _maker(name: str) -> tuple[Callable[..., Env], str]:
     known = _suite(suite).list_envs()
     if short not in known and short not in getattr(_suite(suite), "DOWNLOADS", ()):
         near = difflib.get_close_matches(short, [*known, *_registered], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "; `purejaxppo envs` lists what can be trained"
+        hint = (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else "; `purejaxppo envs` lists what can be trained"
+        )
         raise ConfigError(f"{name!r} is not an environment{hint} ({own})")
     return _suite(suite).make, short
 
@@ -113,7 +123,9 @@ def _registered_env(name: str, factory: Callable[..., Env], /, **settings: Any) 
     env = factory(**settings)
     if not isinstance(env, Env):
         kind = type(env).__name__
-        raise ConfigError(f"what was registered as {name!r} returned {kind}, and must return an Env")
+        raise ConfigError(
+            f"what was registered as {name!r} returned {kind}, and must return an Env"
+        )
     return env._replace(name=name)
 
 

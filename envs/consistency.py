@@ -87,7 +87,9 @@ def _require_scalars(env: Env, step: Step) -> None:
         x = getattr(step, name)
         if not jax.tree_util.all_leaves([x]):
             found = type(x).__name__
-            raise ConfigError(f"step of {env.name} returns a {found} as {name}: it must be one number")
+            raise ConfigError(
+                f"step of {env.name} returns a {found} as {name}: it must be one number"
+            )
         kinds = (np.integer, np.floating, np.bool_) if name == "reward" else (np.bool_,)
         if x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             words = "one real number" if name == "reward" else "one bool"

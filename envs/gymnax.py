@@ -16,7 +16,13 @@ from purejaxppo.types import Box, ConfigError, Discrete, Env, PRNGKey, PyTree, S
 
 DOWNLOADS = ("MNISTBandit-bsuite",)  # cannot be made without fetching a data set
 
-DRAWN = ("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc")  # besides the well-known
+DRAWN = (
+    "Catch-bsuite",
+    "FourRooms-misc",
+    "MetaMaze-misc",
+    "PointRobot-misc",
+    "Pong-misc",
+)  # besides the well-known
 
 
 def list_envs() -> list[str]:
@@ -40,7 +46,9 @@ def make(name: str, /, **settings: Any) -> Env:
 
     def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
-        if name == "MemoryChain-bsuite":  # its step_env observes the state that was left, not the one reached
+        if (
+            name == "MemoryChain-bsuite"
+        ):  # its step_env observes the state that was left, not the one reached
             obs = env.get_obs(state, params)
         reward = jnp.asarray(reward, jnp.result_type(float))  # some count in integers
         truncated = env.is_truncated(state, params) & ~terminated
@@ -62,7 +70,9 @@ def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
     import gymnax
 
     if name in DOWNLOADS:
-        raise ConfigError(f"{name} fetches a data set when it is made, which this library does not do")
+        raise ConfigError(
+            f"{name} fetches a data set when it is made, which this library does not do"
+        )
     env, params = gymnax.make(name)
     if not settings:
         return env, params
@@ -75,7 +85,11 @@ def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
     own = {key: x for key, x in settings.items() if key not in fields}
     with _refusing(name, own):
         env, params = gymnax.make(name, **own)
-    changes = {key: _of_kind(name, key, x, getattr(params, key)) for key, x in settings.items() if key in fields}
+    changes = {
+        key: _of_kind(name, key, x, getattr(params, key))
+        for key, x in settings.items()
+        if key in fields
+    }
     return env, params.replace(**changes)
 
 
@@ -123,12 +137,17 @@ def _space(name: str, what: str, space: Any) -> Space:
         return Discrete(space.n)
     if kind == "Box":
         return Box(space.shape, space.low, space.high)
-    raise ConfigError(f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained")
+    raise ConfigError(
+        f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained"
+    )
 
 
 def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], Any], None]:
     """``draw(states, returns, path)`` by gymnax's visualiser; returns are those up to each state."""
-    for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # classic control is drawn by a game library
+    for variable in (
+        "SDL_VIDEODRIVER",
+        "SDL_AUDIODRIVER",
+    ):  # classic control is drawn by a game library
         os.environ.setdefault(variable, "dummy")
     from gymnax.visualize import Visualizer, vis_gym
 

@@ -40,7 +40,9 @@ def vectorize(env: Env, num_envs: int, at_once: int | None = None) -> VectorEnv:
         return state._replace(finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
-        keys = jax.random.split(key, B + 1)  # for the step of each environment, and for all restarts
+        keys = jax.random.split(
+            key, B + 1
+        )  # for the step of each environment, and for all restarts
         timestep = jax.vmap(env.step)(keys[:B], state.env, action)
         reward = jnp.asarray(timestep.reward, jnp.result_type(float))
         timestep = timestep._replace(reward=reward, mask=jnp.broadcast_to(timestep.mask, (B,)))
@@ -68,7 +70,11 @@ def vectorize(env: Env, num_envs: int, at_once: int | None = None) -> VectorEnv:
 
 
 def restart(
-    draw: Callable[[PRNGKey], PyTree], key: PRNGKey, done: Bool[Array, "B"], current: PyTree, at_once: int
+    draw: Callable[[PRNGKey], PyTree],
+    key: PRNGKey,
+    done: Bool[Array, "B"],
+    current: PyTree,
+    at_once: int,
 ) -> PyTree:
     """``current`` [B, ...] with ``draw(key_b)`` in the place of every row b that is ``done``.
 
@@ -87,8 +93,12 @@ def restart(
 
     def one_pass(loop: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         waiting, current = loop
-        (rows,) = jnp.nonzero(waiting, size=at_once, fill_value=B)  # row B does not exist: nothing is written there
-        current = jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(rows))
+        (rows,) = jnp.nonzero(
+            waiting, size=at_once, fill_value=B
+        )  # row B does not exist: nothing is written there
+        current = jax.tree.map(
+            lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(rows)
+        )
         return waiting.at[rows].set(False, mode="drop"), current
 
     return jax.lax.while_loop(lambda loop: loop[0].any(), one_pass, (done, current))[1]
@@ -98,7 +108,9 @@ def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
     """Row by row: ``condition`` is [B], the leaves of ``new`` and ``old`` are [B, ...]."""
 
     def choose(new: Array, old: Array) -> Array:
-        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):  # jnp.where would count as a use of both keys
+        if jnp.issubdtype(
+            new.dtype, jax.dtypes.prng_key
+        ):  # jnp.where would count as a use of both keys
             data = choose(jax.random.key_data(new), jax.random.key_data(old))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
         return jnp.where(condition.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from purejaxppo.types import Box, ConfigError, Discrete, Env, MultiDiscrete, PRNGKey, PyTree, Space, Step
+from purejaxppo.types import (
+    Box,
+    ConfigError,
+    Discrete,
+    Env,
+    MultiDiscrete,
+    PRNGKey,
+    PyTree,
+    Space,
+    Step,
+)
 
 _told: set[str] = set()  # warnings, each of which is given once
 UNBOUNDED = 1e30  # gymnax writes the largest float32 where there is no bound
@@ -37,7 +47,9 @@ def into_features(obs: Shaped[Array, "..."], space: Space) -> Shaped[Array, "*ba
         case Discrete(n):
             return jax.nn.one_hot(obs, n)
         case MultiDiscrete(sizes):
-            return jnp.concatenate([jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)], axis=-1)
+            return jnp.concatenate(
+                [jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)], axis=-1
+            )
         case Box():
             return obs.reshape((*batch, int(np.prod(space.shape))))
 
@@ -51,7 +63,9 @@ def bound_actions(env: Env, squash: bool = False) -> Env:
     if not isinstance(space, Box):
         return env
     if squash and not all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits):
-        raise ConfigError(f"squash_actions needs bounded actions, and those of {env.name} are not; leave it off")
+        raise ConfigError(
+            f"squash_actions needs bounded actions, and those of {env.name} are not; leave it off"
+        )
 
     def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
         return env.step(key, state, into_box(action, space, squash))
@@ -77,7 +91,11 @@ def warn_of_unreachable_actions(env: Env, squash: bool) -> None:
     if is_far.any():
         low, high = lows[is_far][0], highs[is_far][0]
         all_bounded = all(np.all(np.abs(limit) < UNBOUNDED) for limit in space.limits)
-        remedy = "set squash_actions=True, which scales them to the bounds" if all_bounded else "rescale them"
+        remedy = (
+            "set squash_actions=True, which scales them to the bounds"
+            if all_bounded
+            else "rescale them"
+        )
         told = (
             f"{env.name} takes actions between {low:g} and {high:g}, and those of a new policy, which are about -2 to "
             f"2, are clipped to that: {remedy}"
@@ -96,7 +114,9 @@ def into_box(action: Float[Array, "*batch size"], space: Box, squash: bool) -> A
     action = action.reshape(action.shape[:-1] + space.shape)
     # In bfloat16 the bounds themselves would be rounded.
     action = action.astype(jnp.promote_types(action.dtype, jnp.float32))
-    low, high = (jnp.broadcast_to(jnp.asarray(limit, action.dtype), action.shape) for limit in space.limits)
+    low, high = (
+        jnp.broadcast_to(jnp.asarray(limit, action.dtype), action.shape) for limit in space.limits
+    )
     if squash:
         return low + (high - low) * (jnp.tanh(action) + 1) / 2
     return jnp.clip(action, low, high)

@@ -37,7 +37,9 @@ NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
-def _static(default: Any, doc: str, check: Check | tuple[str, ...] | None = None, kw_only: bool = False) -> Any:
+def _static(
+    default: Any, doc: str, check: Check | tuple[str, ...] | None = None, kw_only: bool = False
+) -> Any:
     """A size, a name or a switch: another value is another compiled program."""
     metadata = {"static": True, "doc": doc, "check": check}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
@@ -72,12 +74,18 @@ class Config:
         (), "settings of the environment's own, such as max_steps_in_episode=50", kw_only=True
     )
     algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
-    total_timesteps: int = _static(1_000_000, "environment steps in all, rounded up to whole iterations", POSITIVE_INT)
+    total_timesteps: int = _static(
+        1_000_000, "environment steps in all, rounded up to whole iterations", POSITIVE_INT
+    )
     num_envs: int = _static(16, "parallel environments (B)", POSITIVE_INT)
     num_steps: int = _static(128, "steps of each environment per iteration (T)", POSITIVE_INT)
     num_epochs: int = _static(10, "passes over each iteration's data", POSITIVE_INT)
-    num_minibatches: int = _static(8, "gradient steps per pass; must divide num_envs * num_steps", POSITIVE_INT)
-    num_shards: int = _static(1, "blocks of environments that can be on different devices (S)", POSITIVE_INT)
+    num_minibatches: int = _static(
+        8, "gradient steps per pass; must divide num_envs * num_steps", POSITIVE_INT
+    )
+    num_shards: int = _static(
+        1, "blocks of environments that can be on different devices (S)", POSITIVE_INT
+    )
 
     lr: float = _leaf(2e-3, "learning rate of Adam", NOT_NEGATIVE)
     anneal_lr: bool = _static(True, "take the learning rate linearly to 0 over the run")
@@ -85,37 +93,61 @@ class Config:
     max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", POSITIVE)
     gamma: float = _leaf(0.99, "discount per step", UNIT)
     gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", UNIT)
-    advantage: str = _static("auto", "estimator of the advantage; auto: returns for reinforce, else gae", ESTIMATORS)
-    episodic: bool = _static(False, "restart all environments every iteration, one whole episode each, as returns do")
+    advantage: str = _static(
+        "auto", "estimator of the advantage; auto: returns for reinforce, else gae", ESTIMATORS
+    )
+    episodic: bool = _static(
+        False, "restart all environments every iteration, one whole episode each, as returns do"
+    )
     baseline: str = _static("value", "what reinforce takes off the returns", BASELINES)
-    baseline_decay: float = _leaf(0.9, "weight of the past, per iteration, in reinforce's running mean", UNIT)
-    objective: str = _static("clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES)
+    baseline_decay: float = _leaf(
+        0.9, "weight of the past, per iteration, in reinforce's running mean", UNIT
+    )
+    objective: str = _static(
+        "clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES
+    )
     clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", INSIDE_UNIT)
-    kl_coef: float = _leaf(1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", NOT_NEGATIVE)
+    kl_coef: float = _leaf(
+        1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", NOT_NEGATIVE
+    )
     kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", POSITIVE)
     early_stop_kl: float | None = _leaf(
         None, "nats after which an iteration's updates end; None: never", NONE_OR_POSITIVE
     )
-    max_kl: float = _leaf(0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE)
-    cg_damping: float = _leaf(0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE)
+    max_kl: float = _leaf(
+        0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE
+    )
+    cg_damping: float = _leaf(
+        0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE
+    )
     cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", POSITIVE_INT)
-    fisher_subsample: int = _static(1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT)
+    fisher_subsample: int = _static(
+        1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT
+    )
     line_search_steps: int = _static(10, "lengths that TRPO's line search tries", POSITIVE_INT)
     line_search_shrink: float = _leaf(0.8, "each length is this times the one before", INSIDE_UNIT)
     vf_coef: float = _leaf(0.5, "c1: weight of the value loss", NOT_NEGATIVE)
     ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", NOT_NEGATIVE)
     normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
-    clip_value: bool = _static(False, "clip the value's change to ± clip_eps too, as OpenAI's baselines do")
+    clip_value: bool = _static(
+        False, "clip the value's change to ± clip_eps too, as OpenAI's baselines do"
+    )
 
     normalize_obs: bool = _static(False, "standardise observations by their running moments")
-    normalize_reward: bool = _static(False, "divide rewards by the running deviation of the discounted return")
-    squash_actions: bool = _static(False, "squash continuous actions by tanh instead of clipping them")
+    normalize_reward: bool = _static(
+        False, "divide rewards by the running deviation of the discounted return"
+    )
+    squash_actions: bool = _static(
+        False, "squash continuous actions by tanh instead of clipping them"
+    )
 
     network: str = _static("mlp", "kind of network", NETWORKS)
     hidden_sizes: tuple[int, ...] = _static((64, 64), "width of each hidden layer")
     activation: str = _static("tanh", "nonlinearity of the hidden layers", ACTIVATIONS)
     shared_trunk: bool = _static(False, "policy and value share the hidden layers")
-    debug: bool = _static(False, "print a line from inside the compiled program after every iteration")
+    debug: bool = _static(
+        False, "print a line from inside the compiled program after every iteration"
+    )
 
     def __post_init__(self) -> None:
         """Hold static fields that are written as a mapping or a list in a form that can be hashed."""
@@ -135,7 +167,9 @@ class Config:
     @property
     def estimator(self) -> str:
         """The name in `ADVANTAGES` that ``advantage`` stands for."""
-        return {"auto": "returns" if self.algorithm == "reinforce" else "gae"}.get(self.advantage, self.advantage)
+        return {"auto": "returns" if self.algorithm == "reinforce" else "gae"}.get(
+            self.advantage, self.advantage
+        )
 
     @property
     def whole_episodes(self) -> bool:
@@ -145,7 +179,9 @@ class Config:
     @property
     def num_iterations(self) -> int:
         """K = ⌈total_timesteps / N⌉; with whole episodes the most there are, which one step of each episode takes."""
-        return -(-self.total_timesteps // (self.num_envs if self.whole_episodes else self.batch_size))
+        return -(
+            -self.total_timesteps // (self.num_envs if self.whole_episodes else self.batch_size)
+        )
 
     @property
     def actual_timesteps(self) -> int:
@@ -169,7 +205,9 @@ class Config:
         """The ``in_axes`` of `jax.vmap` for a config batched in these fields: ``config.axes("lr", "gamma")``."""
         for name in names:
             if name not in LEAVES:
-                raise ConfigError(f"{name!r} cannot be batched{nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}")
+                raise ConfigError(
+                    f"{name!r} cannot be batched{nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}"
+                )
         axes: dict[str, Any] = {name: 0 if name in names else None for name in LEAVES}
         return dataclasses.replace(self, **axes)
 
@@ -181,10 +219,16 @@ class Config:
         `ConfigError` for an unknown key, a wrong type and a value out of range.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"a configuration is a Config or a mapping, not {type(values).__name__}")
+            raise ConfigError(
+                f"a configuration is a Config or a mapping, not {type(values).__name__}"
+            )
         if any(isinstance(key, str) and key.isupper() for key in values):
             values = from_purejaxrl(values, FIELDS)
-            values = {"clip_value": values.get("algorithm", "ppo") == "ppo"} | values if base is None else values
+            values = (
+                {"clip_value": values.get("algorithm", "ppo") == "ppo"} | values
+                if base is None
+                else values
+            )
         _require_known(values)
         base = base or dataclasses.replace(cls(), **general(values.get("algorithm")))
         return validate(dataclasses.replace(base, **values))
@@ -192,7 +236,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them; `from_dict` takes those of an unbatched config back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()} | {
+        return {
+            name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()
+        } | {
             "env_settings": None if self.env_settings is None else dict(self.env_settings),
             "hidden_sizes": list(self.hidden_sizes),
         }
@@ -200,7 +246,9 @@ class Config:
     @classmethod
     def for_env(cls, name: str, **changes: Any) -> "Config":
         """The settings of an algorithm tuned for an environment (``purejaxppo/tuned.toml``), else its general ones."""
-        known = tuned(changes.get("algorithm", cls.algorithm)).get(str(name).removeprefix("gymnax/"), {})
+        known = tuned(changes.get("algorithm", cls.algorithm)).get(
+            str(name).removeprefix("gymnax/"), {}
+        )
         settings = {key: value for key, value in known.items() if key != "result"}
         return cls.from_dict({"env": name} | settings | changes)
 
@@ -234,7 +282,9 @@ def validate(config: Config) -> Config:
     """
     if not isinstance(config, Config):
         raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
-    config = dataclasses.replace(config, **{name: _checked(name, getattr(config, name)) for name in FIELDS})
+    config = dataclasses.replace(
+        config, **{name: _checked(name, getattr(config, name)) for name in FIELDS}
+    )
     require_that_it_can_run(config)
     return config
 
@@ -273,4 +323,6 @@ def _checked(name: str, value: Any) -> Any:
 def _require_known(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in FIELDS:
-            raise ConfigError(f"{key!r} is not a setting{nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}")
+            raise ConfigError(
+                f"{key!r} is not a setting{nearest(key, FIELDS) or '; known: ' + ', '.join(FIELDS)}"
+            )

@@ -10,60 +10,70 @@ from jaxtyping import Array, Bool, Int
 from purejaxppo.config import Config
 from purejaxppo.types import Metrics, PyTree, undefined
 
-State = TypeVar("State", bound=Any)  # of one agent; of a population, where each number in the metrics is one for each
+StateT = TypeVar(
+    "StateT", bound=Any
+)  # of one agent; of a population, where each number in the metrics is one for each
 
 
-def no_steps(config: Config) -> Array:
+def zero_timesteps(config: Config) -> Array:
     """Zero, in int32; where the count passes 2³¹, in float32, which then holds it to 7 digits."""
     return jnp.zeros((), jnp.int32 if config.actual_timesteps < 2**31 else jnp.float32)
 
 
-def count_steps(config: Config, iteration: Array, before: Array, mask: Bool[Array, "T B"]) -> Array:
+def timesteps_after(
+    config: Config, iteration: Array, before: Array, mask: Bool[Array, "T B"]
+) -> Array:
     """The environment steps of all iterations up to this one; of whole episodes those where the mask is true."""
     if config.whole_episodes:
         return before + mask.sum(dtype=before.dtype)
     return iteration.astype(before.dtype) * config.batch_size
 
 
-def empty_rows(metrics: PyTree, *sizes: int) -> PyTree:
+def metrics_buffer(metrics: PyTree, *sizes: int) -> PyTree:
     """Room for metrics in front of whose shapes stand these sizes: how many iterations, or agents and iterations."""
     return jax.tree.map(lambda x: jnp.zeros((*sizes, *x.shape), x.dtype), metrics)
 
 
 def run_iterations(
     config: Config,
-    step: Callable[[State], tuple[State, Metrics]],
-    state: State,
-    rows: Metrics,
+    step: Callable[[StateT], tuple[StateT, Metrics]],
+    state: StateT,
+    buffer: Metrics,
     count: Int[Array, ""] | int,
-) -> tuple[State, Metrics]:
+) -> tuple[StateT, Metrics]:
     """Up to ``count`` iterations; the metrics of the i-th go to row i.
 
     With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
     steps are counted, or when loss or gradient are no longer finite, and the rows that were not reached repeat the last
-    one, but for the episodes, of which they have none. (It is known from the ``rows`` of the call before, given back.)
+    one, but for the episodes, of which they have none. (It is known from the ``buffer`` of the call before.)
     """
 
-    def going(loop: tuple[State, Metrics, Array, Array]) -> Array:
+    def not_done(loop: tuple[StateT, Metrics, Array, Array]) -> Array:
         state, _, i, finite = loop
         if not config.whole_episodes:
             return i < count
         return (i < count) & (state.timesteps < config.total_timesteps) & finite
 
-    def iteration(loop: tuple[State, Metrics, Array, Array]) -> tuple[State, Metrics, Array, Array]:
-        state, rows, i, _ = loop
+    def iteration(
+        loop: tuple[StateT, Metrics, Array, Array],
+    ) -> tuple[StateT, Metrics, Array, Array]:
+        state, buffer, i, _ = loop
         state, metrics = step(state)
         finite = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)
-        return state, jax.tree.map(lambda row, x: row.at[i].set(x), rows, metrics), i + 1, finite
+        return state, jax.tree.map(lambda row, x: row.at[i].set(x), buffer, metrics), i + 1, finite
 
-    finite = jnp.isfinite(rows.policy_loss[-1] + rows.grad_norm[-1])  # of the call before; room that is empty is 0
-    start = (state, rows, jnp.zeros((), jnp.int32), finite)
-    state, rows, done, _ = jax.lax.while_loop(going, iteration, start)
+    finite = jnp.isfinite(
+        buffer.policy_loss[-1] + buffer.grad_norm[-1]
+    )  # of the call before; room that is empty is 0
+    start = (state, buffer, jnp.zeros((), jnp.int32), finite)
+    state, buffer, done, _ = jax.lax.while_loop(not_done, iteration, start)
     if not config.whole_episodes:
-        return state, rows
-    row = jnp.arange(rows.timesteps.shape[0])
+        return state, buffer
+    row = jnp.arange(buffer.timesteps.shape[0])
     # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
-    rows = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], rows)
+    buffer = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], buffer)
     padding = {"episodes": 0, "episode_return": undefined(), "episode_length": undefined()}
-    stored: dict[str, Any] = dict(zip(Metrics._fields, rows, strict=True))
-    return state, rows._replace(**{name: jnp.where(row < done, stored[name], x) for name, x in padding.items()})
+    stored: dict[str, Any] = dict(zip(Metrics._fields, buffer, strict=True))
+    return state, buffer._replace(
+        **{name: jnp.where(row < done, stored[name], x) for name, x in padding.items()}
+    )

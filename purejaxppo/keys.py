@@ -48,7 +48,9 @@ def is_typed(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def select(condition: Bool[Array, "..."], new: Shaped[Array, "..."], old: Shaped[Array, "..."]) -> Array:
+def select(
+    condition: Bool[Array, "..."], new: Shaped[Array, "..."], old: Shaped[Array, "..."]
+) -> Array:
     """``jnp.where`` for arrays of any kind; ``condition`` has the shape of both, or is one number."""
     if not is_typed(new):
         return jnp.where(condition, new, old)

@@ -45,13 +45,18 @@ def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def surrogate(ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+def surrogate(
+    ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]
+) -> Scalar:
     """L_CPI = E[r Â], conservative policy iteration's, to be maximised (Schulman et al. 2017, eq. 6)."""
     return masked_mean(ratio * jnp.where(mask, advantage, 0), mask)
 
 
 def clipped_surrogate(
-    ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
+    ratio: Float[Array, "*n"],
+    advantage: Float[Array, "*n"],
+    mask: Bool[Array, "*n"],
+    clip_eps: Coefficient,
 ) -> Scalar:
     """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised (Schulman et al. 2017, eq. 7)."""
     advantage = jnp.where(mask, advantage, 0)
@@ -59,7 +64,9 @@ def clipped_surrogate(
     return masked_mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
 
 
-def value_loss(value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]) -> Scalar:
+def value_loss(
+    value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]
+) -> Scalar:
     """L_VF = ½ E[(V − target)²]. The paper's eq. 9 has no ½; c1 = 0.5 there is c1 = 1 here."""
     return 0.5 * masked_mean(jnp.where(valid, value - target, 0) ** 2, valid)
 
@@ -89,7 +96,9 @@ def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Sc
     return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)
 
 
-def clip_fraction(ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient) -> Scalar:
+def clip_fraction(
+    ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
+) -> Scalar:
     """The share of the samples whose ratio left [1 − ε, 1 + ε]."""
     return masked_mean((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask)
 
@@ -110,4 +119,6 @@ def explained_variance(
 
     value, target = jnp.where(valid, value, 0), jnp.where(valid, target, 0)
     total = variance(target)
-    return jnp.where(total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), undefined)
+    return jnp.where(
+        total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), undefined
+    )

@@ -15,7 +15,9 @@ SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are ext
 PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
 
 
-def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]) -> Metrics:
+def iteration_metrics(
+    timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]
+) -> Metrics:
     """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
 
     What `Metrics` has a field for goes there, `undefined` where the algorithm does not measure it; the rest is
@@ -23,7 +25,9 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
     """
 
     def mean(total: Array) -> Array:
-        return jnp.where(finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), undefined())
+        return jnp.where(
+            finished.episodes > 0, total / jnp.maximum(finished.episodes, 1), undefined()
+        )
 
     common = {
         "timesteps": timesteps,
@@ -32,9 +36,15 @@ def iteration_metrics(timesteps: Array, finished: EpisodeSums, batch: Batch, mea
         "episodes": finished.episodes,
     }
     if "value_loss" in measured:  # or there is no value function that is fitted
-        common["explained_variance"] = losses.explained_variance(batch.value, batch.target, batch.valid, undefined())
+        common["explained_variance"] = losses.explained_variance(
+            batch.value, batch.target, batch.valid, undefined()
+        )
     missing = jnp.asarray(undefined())
-    own = {name: measured.get(name, missing) for name in Metrics._fields if name not in {*common, "extra"}}
+    own = {
+        name: measured.get(name, missing)
+        for name in Metrics._fields
+        if name not in {*common, "extra"}
+    }
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
     return jax.tree.map(_in_full_precision, Metrics(**common, **own, extra=extra))
 
@@ -54,9 +64,15 @@ def without_nan(metrics: Metrics) -> Metrics:
     """NumPy metrics with `undefined` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
 
     def stored(x: Any) -> Any:
-        return np.where(np.isnan(x), x.dtype.type(undefined()), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return (
+            np.where(np.isnan(x), x.dtype.type(undefined()), x)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+        )
 
-    return metrics._replace(**{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"})
+    return metrics._replace(
+        **{name: stored(x) for name, x in metrics._asdict().items() if name != "extra"}
+    )
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:

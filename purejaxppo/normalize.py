@@ -58,7 +58,9 @@ def moments_of(x: Shaped[Array, "n ..."], valid: Bool[Array, "n"] | None = None)
     x = jnp.asarray(x, jnp.result_type(float))
     if valid is None:
         mean = x.mean(axis=0)
-        return Moments(jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0))
+        return Moments(
+            jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0)
+        )
     samples, column = valid.sum(dtype=x.dtype), valid.reshape((-1,) + (1,) * (x.ndim - 1))
     mean = jnp.where(column, x, 0).sum(axis=0) / jnp.maximum(samples, 1)
     return Moments(samples, mean, jnp.where(column, (x - mean[None]) ** 2, 0).sum(axis=0))
@@ -83,12 +85,18 @@ def pooled(parts: Moments) -> Moments:
     return Moments(samples, mean, (parts.m2 + weight * (parts.mean - mean[None]) ** 2).sum(axis=0))
 
 
-def moments_in_shards(x: Float[Array, "T B"], valid: Bool[Array, "T B"] | None, num_shards: int) -> Moments:
+def moments_in_shards(
+    x: Float[Array, "T B"], valid: Bool[Array, "T B"] | None, num_shards: int
+) -> Moments:
     """The moments of all of x, of each of S shards along B first: to flatten B would take them off their devices."""
     if num_shards == 1:
         return moments_of(x.reshape(-1), None if valid is None else valid.reshape(-1))
-    shards = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split_shards((x, valid), num_shards, axis=1))
-    return pooled(jax.vmap(lambda x, valid: moments_of(*jax.tree.map(jnp.ravel, (x, valid))))(*shards))
+    shards = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), split_shards((x, valid), num_shards, axis=1)
+    )
+    return pooled(
+        jax.vmap(lambda x, valid: moments_of(*jax.tree.map(jnp.ravel, (x, valid))))(*shards)
+    )
 
 
 def normalize_obs(moments: Moments | None, obs: Array) -> Array:

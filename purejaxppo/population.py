@@ -41,7 +41,9 @@ class Exchange:
         integer("every", self.every, 1)
         if not (isinstance(self.share, int | float) and 0 < self.share <= 0.5):
             raise ConfigError(f"share = {self.share!r}: it must be above 0 and at most 0.5")
-        numbers = isinstance(self.factors, tuple | list) and all(isinstance(x, int | float) for x in self.factors)
+        numbers = isinstance(self.factors, tuple | list) and all(
+            isinstance(x, int | float) for x in self.factors
+        )
         if not numbers or not self.factors or not all(0 < x < float("inf") for x in self.factors):
             raise ConfigError(f"factors = {self.factors!r}: they must be positive numbers")
         object.__setattr__(self, "factors", tuple(self.factors))
@@ -51,7 +53,9 @@ class Exchange:
         return (iteration % self.every == 0) & (iteration < config.num_iterations)
 
 
-Bounds = Mapping[str, tuple[float, float]]  # for each hyper-parameter that is swept the lowest and highest value
+Bounds = Mapping[
+    str, tuple[float, float]
+]  # for each hyper-parameter that is swept the lowest and highest value
 
 
 class Population(NamedTuple):
@@ -61,7 +65,7 @@ class Population(NamedTuple):
     swept: dict[str, Array]  # [m] hyper-parameters now
     returns: Float[Array, "m"]  # of the episodes that finished since the last exchange, their sum
     episodes: Int[Array, "m"]  # and how many
-    number: Int[Array, "m"]  # which agents these are, where a device has some of them only
+    agent_index: Int[Array, "m"]  # which agents these are, where a device has some of them only
     key: PRNGKey  # [m] the same for all
 
     @property
@@ -77,7 +81,9 @@ class Population(NamedTuple):
         return self.agents.iteration
 
 
-def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n"], share: float) -> Int[Array, "n"]:
+def choose_parents(
+    key: PRNGKey, score: Float[Array, "n"], is_finite: Bool[Array, "n"], share: float
+) -> Int[Array, "n"]:
     """Whose state each of n agents goes on with: its own number, or that of one of the best.
 
     A score that is not finite is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as
@@ -85,13 +91,13 @@ def choose_parents(key: PRNGKey, score: Float[Array, "n"], alive: Bool[Array, "n
     """
     count = len(score)
     few = max(1, int(share * count))
-    known = alive & jnp.isfinite(score)
+    known = is_finite & jnp.isfinite(score)
     value = jnp.where(known, score, -jnp.inf)
     order = jnp.argsort(-value)  # the best first, and last those that are not known
     rank = jnp.argsort(order)
     best = order[jax.random.randint(key, (count,), 0, jnp.clip(known.sum(), 1, few))]
-    worst = known & (rank >= known.sum() - jnp.maximum(few - (~alive).sum(), 0))
-    replaced = (worst | ~alive) & (value[best] > value)
+    worst = known & (rank >= known.sum() - jnp.maximum(few - (~is_finite).sum(), 0))
+    replaced = (worst | ~is_finite) & (value[best] > value)
     return jnp.where(replaced, best, jnp.arange(count)).astype(jnp.int32)
 
 
@@ -116,54 +122,88 @@ def make_population(
     def of_all(x: Array) -> Array:
         """[m, ...] of the agents here, as [n, ...] of all of them."""
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(of_all(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+            return jax.random.wrap_key_data(
+                of_all(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
         return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
     def init(keys: PRNGKey, swept: dict[str, Array], params: PyTree = None) -> Population:
-        agents = jax.vmap(lambda key, own: trainer_of(config.replace(**own)).init(key, params))(keys, swept)
+        agents = jax.vmap(lambda key, own: trainer_of(config.replace(**own)).init(key, params))(
+            keys, swept
+        )
         count = len(keys)
-        number = jnp.arange(count, dtype=jnp.int32) + (0 if axis is None else jax.lax.axis_index(axis) * count)
+        agent_index = jnp.arange(count, dtype=jnp.int32) + (
+            0 if axis is None else jax.lax.axis_index(axis) * count
+        )
         key = jax.random.fold_in(first_key(of_all(keys)), KEY)
         zeros = jnp.zeros(count)
-        return Population(agents, swept, zeros, zeros.astype(jnp.int32), number, jnp.broadcast_to(key, (count,)))
+        return Population(
+            agents,
+            swept,
+            zeros,
+            zeros.astype(jnp.int32),
+            agent_index,
+            jnp.broadcast_to(key, (count,)),
+        )
 
     def step(state: Population, frozen: PyTree = None) -> tuple[Population, Metrics]:
-        agents, metrics = jax.vmap(lambda own, agent: trainer_of(config.replace(**own)).step(agent, frozen))(
-            state.swept, state.agents
-        )
+        agents, metrics = jax.vmap(
+            lambda own, agent: trainer_of(config.replace(**own)).step(agent, frozen)
+        )(state.swept, state.agents)
         returns = jnp.where(metrics.episodes > 0, metrics.episode_return, 0) * metrics.episodes
         used = state.swept
         state = state._replace(
-            agents=agents, returns=state.returns + returns, episodes=state.episodes + metrics.episodes
+            agents=agents,
+            returns=state.returns + returns,
+            episodes=state.episodes + metrics.episodes,
         )
         due = exchange.at_the_end_of(config, agents.iteration[0])
         fitted = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
         value_loss = jnp.where(fitted, metrics.value_loss, 0)
-        sound = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
-        state, parent = jax.lax.cond(due, copy, lambda state, _: (state, state.number), state, sound)
+        losses_are_finite = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
+        state, parent = jax.lax.cond(
+            due, copy, lambda state, _: (state, state.agent_index), state, losses_are_finite
+        )
         return state, metrics._replace(extra=metrics.extra | own_metrics(used, parent))
 
-    def copy(state: Population, sound: Bool[Array, "m"]) -> tuple[Population, Int[Array, "m"]]:
+    def copy(
+        state: Population, losses_are_finite: Bool[Array, "m"]
+    ) -> tuple[Population, Int[Array, "m"]]:
         """One exchange."""
-        choice, perturbation, fresh = jax.random.split(jax.random.fold_in(first_key(state.key), state.iteration[0]), 3)
-        finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)]
-        alive = jnp.stack(finite).all(axis=0) & sound
-        score = jnp.where(state.episodes > 0, state.returns / jnp.maximum(state.episodes, 1), -jnp.inf)
-        parents = choose_parents(choice, of_all(score), of_all(alive), exchange.share)
-        parent = parents[state.number]
-        copied = parent != state.number
+        choice, perturbation, fresh = jax.random.split(
+            jax.random.fold_in(first_key(state.key), state.iteration[0]), 3
+        )
+        finite = [
+            jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)
+        ]
+        is_finite = jnp.stack(finite).all(axis=0) & losses_are_finite
+        score = jnp.where(
+            state.episodes > 0, state.returns / jnp.maximum(state.episodes, 1), -jnp.inf
+        )
+        parents = choose_parents(choice, of_all(score), of_all(is_finite), exchange.share)
+        parent = parents[state.agent_index]
+        copied = parent != state.agent_index
         # Members of the same seed have the same key: with its own one a copy would repeat what its parent does.
-        own = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(fresh, state.number)
+        own = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(fresh, state.agent_index)
         agents = jax.tree.map(lambda x: of_all(x)[parent], state.agents)
         agents = agents._replace(key=select(copied, own, state.agents.key))
         swept = {}
         for i, (name, (low, high)) in enumerate(bounds.items()):
             key = jax.random.fold_in(perturbation, i)
-            factor = jax.random.choice(key, jnp.asarray(exchange.factors), parents.shape)[state.number]
+            factor = jax.random.choice(key, jnp.asarray(exchange.factors), parents.shape)[
+                state.agent_index
+            ]
             changed = jnp.clip(of_all(state.swept[name])[parent] * factor, low, high)
             swept[name] = jnp.where(copied, changed, state.swept[name])
         nothing = jnp.zeros_like
-        state = Population(agents, swept, nothing(state.returns), nothing(state.episodes), state.number, state.key)
+        state = Population(
+            agents,
+            swept,
+            nothing(state.returns),
+            nothing(state.episodes),
+            state.agent_index,
+            state.key,
+        )
         return state, parent
 
     return init, step

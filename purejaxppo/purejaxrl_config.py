@@ -20,11 +20,19 @@ def from_purejaxrl(values: Mapping[str, Any], fields: Collection[str]) -> dict[s
     for key, value in values.items():
         if key in DERIVED:
             continue
-        names = ("normalize_obs", "normalize_reward") if key == "NORMALIZE_ENV" else (known.get(key, key),)
+        names = (
+            ("normalize_obs", "normalize_reward")
+            if key == "NORMALIZE_ENV"
+            else (known.get(key, key),)
+        )
         if names[0] not in fields:
             keys = [*known, "NORMALIZE_ENV"]
-            raise ConfigError(f"{key!r} is not a setting{nearest(key, keys) or '; known: ' + ', '.join(keys)}")
+            raise ConfigError(
+                f"{key!r} is not a setting{nearest(key, keys) or '; known: ' + ', '.join(keys)}"
+            )
         if repeated := [name for name in names if name in ours]:
-            raise ConfigError(f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out")
+            raise ConfigError(
+                f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out"
+            )
         ours |= dict.fromkeys(names, value)
     return ours

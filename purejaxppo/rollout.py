@@ -10,10 +10,20 @@ from purejaxppo.envs.vector import where_rows
 from purejaxppo.keys import scan_keys
 from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs, pooled
 from purejaxppo.shards import join_shards, split_shards
-from purejaxppo.types import Env, EpisodeSums, Model, PRNGKey, PyTree, Transition, VectorEnv, VectorState
+from purejaxppo.types import (
+    Env,
+    EpisodeSums,
+    Model,
+    PRNGKey,
+    PyTree,
+    Transition,
+    VectorEnv,
+    VectorState,
+)
 
 Rollout = Callable[
-    [PRNGKey, PyTree, Moments | None, VectorState, PyTree], tuple[Transition, VectorState, PyTree, Moments | None]
+    [PRNGKey, PyTree, Moments | None, VectorState, PyTree],
+    tuple[Transition, VectorState, PyTree, Moments | None],
 ]
 
 
@@ -23,7 +33,7 @@ def make_rollout(
     """``rollout(key, params, obs_moments, env_state, carry) -> (transitions, env_state, carry, seen)``.
 
     Every environment takes ``num_steps`` steps under the policy. Observations are normalised by ``obs_moments``, which
-    stays as it is; ``seen`` are the moments of the raw observations met, for the caller to merge after the update.
+    stays as it is; ``rollout_moments`` are those of the raw observations met, for the caller to merge after the update.
 
     ``next_value[t]`` is the value of the true successor of step t. That is the value of obs[t + 1], known from the next
     step, but where time cut the episode. Cuts come ``max_episode_steps`` apart, so a rollout that is no longer has at
@@ -35,11 +45,17 @@ def make_rollout(
     within a window are the short ones, and an average over them alone is biased.
     """
     bound = env.max_episode_steps
-    one_cut_at_most = env.truncates and bound is not None and (whole_episodes or num_steps <= bound)
-    many_cuts = env.truncates and not one_cut_at_most
+    at_most_one_truncation = (
+        env.truncates and bound is not None and (whole_episodes or num_steps <= bound)
+    )
+    bootstrap_every_step = env.truncates and not at_most_one_truncation
 
     def rollout(
-        key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
+        key: PRNGKey,
+        params: PyTree,
+        obs_moments: Moments | None,
+        env_state: VectorState,
+        carry: PyTree,
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
         key_reset, key_steps = jax.random.split(key)
         if whole_episodes:
@@ -50,24 +66,26 @@ def make_rollout(
         no_reset = jnp.zeros_like(env_state.reset)
 
         def step(loop: tuple, keys: PRNGKey) -> tuple[tuple, Transition]:
-            env_state, carry, cut, seen, ended = loop
-            valid = ~ended
+            env_state, carry, truncated_successor, rollout_moments, first_episode_done = loop
+            valid = ~first_episode_done
             key_action, key_env = keys
             obs = normalize_obs(obs_moments, env_state.obs)
             carry, distribution, value = model.step(params, carry, obs, env_state.reset)
             action = distribution.sample(key_action)
-            next_env_state, out = vector_env.step(key_env, env_state, action)
+            next_env_state, timestep = vector_env.step(key_env, env_state, action)
 
-            truncated, next_value = out.truncated & ~out.terminated, jnp.zeros_like(value)
-            successor = (carry, normalize_obs(obs_moments, out.obs))
-            if many_cuts:
+            truncated, next_value = timestep.truncated & ~timestep.terminated, jnp.zeros_like(value)
+            successor = (carry, normalize_obs(obs_moments, timestep.obs))
+            if bootstrap_every_step:
                 _, _, next_value = model.step(params, *successor, no_reset)
-            if one_cut_at_most:
-                cut = where_rows(truncated & valid, successor, cut)
-            if seen is not None:
-                seen = merge(seen, moments_of(env_state.obs, valid if whole_episodes else None))
+            if at_most_one_truncation:
+                truncated_successor = where_rows(truncated & valid, successor, truncated_successor)
+            if rollout_moments is not None:
+                rollout_moments = merge(
+                    rollout_moments, moments_of(env_state.obs, valid if whole_episodes else None)
+                )
             if whole_episodes:
-                ended |= out.terminated | truncated
+                first_episode_done |= timestep.terminated | truncated
 
             transition = Transition(
                 obs=obs,
@@ -75,33 +93,43 @@ def make_rollout(
                 log_prob=distribution.log_prob(action),
                 value=value,
                 next_value=next_value,
-                reward=out.reward,
-                terminated=out.terminated,
+                reward=timestep.reward,
+                terminated=timestep.terminated,
                 truncated=truncated,
                 reset=env_state.reset,
-                mask=jnp.asarray(out.mask) & valid,
+                mask=jnp.asarray(timestep.mask) & valid,
                 valid=valid,
             )
-            return (next_env_state, carry, cut, seen, ended), transition
+            return (
+                next_env_state,
+                carry,
+                truncated_successor,
+                rollout_moments,
+                first_episode_done,
+            ), transition
 
-        cut = (carry, normalize_obs(obs_moments, env_state.obs)) if one_cut_at_most else ()
+        truncated_successor = (
+            (carry, normalize_obs(obs_moments, env_state.obs)) if at_most_one_truncation else ()
+        )
         keys = jax.random.split(key_steps, (num_steps, 2))
-        seen = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
-        start = (env_state, carry, cut, seen, no_reset)
-        (env_state, carry, cut, seen, _), transitions = scan_keys(step, start, keys)
+        rollout_moments = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
+        start = (env_state, carry, truncated_successor, rollout_moments, no_reset)
+        (env_state, carry, truncated_successor, rollout_moments, _), transitions = scan_keys(
+            step, start, keys
+        )
         if whole_episodes:
             env_state = env_state._replace(finished=_first_episodes(transitions))
-        if many_cuts:
-            return transitions, env_state, carry, seen
+        if bootstrap_every_step:
+            return transitions, env_state, carry, rollout_moments
 
         # The memory that these two evaluations return is dropped: the next rollout goes on from `carry`.
         last_obs = normalize_obs(obs_moments, env_state.obs)
         _, _, last_value = model.step(params, carry, last_obs, env_state.reset)
         next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
-        if one_cut_at_most:
-            _, _, cut_value = model.step(params, *cut, no_reset)
-            next_value = jnp.where(transitions.truncated, cut_value[None], next_value)
-        return transitions._replace(next_value=next_value), env_state, carry, seen
+        if at_most_one_truncation:
+            _, _, truncated_value = model.step(params, *truncated_successor, no_reset)
+            next_value = jnp.where(transitions.truncated, truncated_value[None], next_value)
+        return transitions._replace(next_value=next_value), env_state, carry, rollout_moments
 
     return rollout
 
@@ -124,17 +152,25 @@ def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
     if num_shards == 1:
         return rollout
 
-    def together(
-        key: PRNGKey, params: PyTree, obs_moments: Moments | None, env_state: VectorState, carry: PyTree
+    def sharded_rollout(
+        key: PRNGKey,
+        params: PyTree,
+        obs_moments: Moments | None,
+        env_state: VectorState,
+        carry: PyTree,
     ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
-        each = jax.vmap(rollout, in_axes=(0, None, None, 0, 0), out_axes=(1, 0, 0, 0))
-        transitions, env_state, carry, seen = each(
-            jax.random.split(key, num_shards), params, obs_moments, env_state, split_shards(carry, num_shards)
+        vmapped_rollout = jax.vmap(rollout, in_axes=(0, None, None, 0, 0), out_axes=(1, 0, 0, 0))
+        transitions, env_state, carry, rollout_moments = vmapped_rollout(
+            jax.random.split(key, num_shards),
+            params,
+            obs_moments,
+            env_state,
+            split_shards(carry, num_shards),
         )
-        seen = None if seen is None else pooled(seen)
-        return join_shards(transitions, axis=1), env_state, join_shards(carry), seen
+        rollout_moments = None if rollout_moments is None else pooled(rollout_moments)
+        return join_shards(transitions, axis=1), env_state, join_shards(carry), rollout_moments
 
-    return together
+    return sharded_rollout
 
 
 def _first_episodes(transitions: Transition) -> EpisodeSums:

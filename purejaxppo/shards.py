@@ -18,7 +18,9 @@ AXIS = "shards"  # of the mesh
 
 def split_shards(arrays: PyTree, num_shards: int, axis: int = 0) -> PyTree:
     """[..., B, ...] with B at ``axis`` becomes [..., S, B / S, ...]."""
-    return jax.tree.map(lambda x: x.reshape((*x.shape[:axis], num_shards, -1, *x.shape[axis + 1 :])), arrays)
+    return jax.tree.map(
+        lambda x: x.reshape((*x.shape[:axis], num_shards, -1, *x.shape[axis + 1 :])), arrays
+    )
 
 
 def join_shards(arrays: PyTree, axis: int = 0) -> PyTree:
@@ -31,7 +33,9 @@ def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> M
     if devices is None:
         devices = most_devices("num_shards", num_shards, jax.devices())
     if num_shards % len(devices):
-        raise ConfigError(f"num_shards = {num_shards} cannot be divided among {len(devices)} devices")
+        raise ConfigError(
+            f"num_shards = {num_shards} cannot be divided among {len(devices)} devices"
+        )
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -50,7 +54,9 @@ def evenly(name: str, parts: int, devices: Sequence[int]) -> int:
         if parts % (count * len(devices)) == 0:
             return count
     many = len(devices)
-    raise ConfigError(f"{name} = {parts} cannot be divided among {many} processes: take a multiple of {many}")
+    raise ConfigError(
+        f"{name} = {parts} cannot be divided among {many} processes: take a multiple of {many}"
+    )
 
 
 def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
@@ -66,7 +72,9 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
     env, carry = (jax.tree.map(lambda _: divided, x) for x in (state.env, state.carry))
     normalizer = where.normalizer
     if normalizer.reward is not None:
-        normalizer = normalizer._replace(reward=normalizer.reward._replace(discounted_return=divided))
+        normalizer = normalizer._replace(
+            reward=normalizer.reward._replace(discounted_return=divided)
+        )
     return where._replace(env=env, carry=carry, normalizer=normalizer)
 
 

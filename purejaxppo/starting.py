@@ -85,7 +85,9 @@ def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) ->
                 f"the policy to start from was trained in {policy.config.env}, whose {what}s are {before}, "
                 f"and those of {env.name} are {now}"
             )
-    fields = ("squash_actions",) if own_model or not policy.flatten else (*NETWORK, "squash_actions")
+    fields = (
+        ("squash_actions",) if own_model or not policy.flatten else (*NETWORK, "squash_actions")
+    )
     for name in fields:
         before, now = getattr(policy.config, name), getattr(config, name)
         if before != now:

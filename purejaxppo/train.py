@@ -14,8 +14,12 @@ from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
 from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import vectorize
-from purejaxppo.envs.wrappers import bound_actions, flatten_observations, warn_of_unreachable_actions
-from purejaxppo.iterations import count_steps, empty_rows, no_steps, run_iterations
+from purejaxppo.envs.wrappers import (
+    bound_actions,
+    flatten_observations,
+    warn_of_unreachable_actions,
+)
+from purejaxppo.iterations import metrics_buffer, run_iterations, timesteps_after, zero_timesteps
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks.actor_critic import make_model
@@ -69,8 +73,8 @@ def make_train(
         state = trainer.init(key, params)
         if not config.whole_episodes:
             return Result(*jax.lax.scan(step, state, None, config.num_iterations))
-        rows = empty_rows(jax.eval_shape(step, state)[1], config.num_iterations)
-        return Result(*run_iterations(config, step, state, rows, config.num_iterations))
+        buffer = metrics_buffer(jax.eval_shape(step, state)[1], config.num_iterations)
+        return Result(*run_iterations(config, step, state, buffer, config.num_iterations))
 
     return train
 
@@ -91,7 +95,7 @@ def make_trainer(
     config = _checked(config)
     given_env, own_model = envs.of_config(config) if env is None else env, model is not None
     env, model = resolve(config, given_env, model)
-    config = _for_whole_episodes(config, env)
+    config = _limit_num_steps_to_episode(config, env)
     _require_enough_sequences(config, model)
     vector_env = _vectorize(env, config)
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
@@ -118,20 +122,29 @@ def make_trainer(
             reward=reward.init(config),
             key=key_run,
             iteration=jnp.zeros((), jnp.int32),
-            timesteps=no_steps(config),
+            timesteps=zero_timesteps(config),
         )
-        return _tied(state, (key, config))
+        return _with_batch_axes_of(state, (key, config))
 
     def step(state: TrainState, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key_rollout, key_update, key_next = jax.random.split(state.key, 3)
         obs_moments = state.normalizer.obs
 
         # Run policy π_old in the environments for T steps.
-        transitions, env_state, carry, seen = rollout(key_rollout, state.params, obs_moments, state.env, state.carry)
-        rewards, reward_state, reward_metrics = reward.step(state.reward, transitions, config, frozen)
+        transitions, env_state, carry, rollout_moments = rollout(
+            key_rollout, state.params, obs_moments, state.env, state.carry
+        )
+        rewards, reward_state, reward_metrics = reward.step(
+            state.reward, transitions, config, frozen
+        )
         valid = transitions.valid if config.whole_episodes else None
         rewards, reward_scale = normalize_reward(
-            state.normalizer.reward, rewards, transitions.reset, config.gamma, valid, config.num_shards
+            state.normalizer.reward,
+            rewards,
+            transitions.reset,
+            config.gamma,
+            valid,
+            config.num_shards,
         )
 
         # Compute advantage estimates Â_1, …, Â_T.
@@ -150,16 +163,26 @@ def make_trainer(
         params, update_state, measured = update.step(key_update, state.params, state.update, batch)
 
         # The observations of this rollout count from the next one on, or its ratios would not start at 1.
-        obs_moments = None if seen is None else merge(obs_moments, seen)
+        obs_moments = None if rollout_moments is None else merge(obs_moments, rollout_moments)
         iteration = state.iteration + 1
-        timesteps = count_steps(config, iteration, state.timesteps, batch.mask)
-        finished = jax.tree.map(lambda x: x.sum(dtype=x.dtype), env_state.finished)  # over the shards
+        timesteps = timesteps_after(config, iteration, state.timesteps, batch.mask)
+        finished = jax.tree.map(
+            lambda x: x.sum(dtype=x.dtype), env_state.finished
+        )  # over the shards
         metrics = iteration_metrics(timesteps, finished, batch, measured | reward_metrics)
         if config.debug:
             jax.debug.callback(_print_line, metrics)
         normalizer = Normalizer(obs_moments, reward_scale)
         return TrainState(
-            params, update_state, normalizer, env_state, carry, reward_state, key_next, iteration, timesteps
+            params,
+            update_state,
+            normalizer,
+            env_state,
+            carry,
+            reward_state,
+            key_next,
+            iteration,
+            timesteps,
         ), metrics
 
     return Trainer(init, step)
@@ -168,7 +191,9 @@ def make_trainer(
 # ------------------------------------------------------------------------------------------ parts
 
 
-def resolve(config: Config, env: Env | None = None, model: Model | None = None) -> tuple[Env, Model]:
+def resolve(
+    config: Config, env: Env | None = None, model: Model | None = None
+) -> tuple[Env, Model]:
     """The environment as the model sees it, and the model: those that the config names where none is given.
 
     A model of the caller's own sees the environment's observations as they are; the MLP sees them as one vector.
@@ -176,7 +201,9 @@ def resolve(config: Config, env: Env | None = None, model: Model | None = None) 
     env = envs.of_config(config) if env is None else env
     require_consistent(env)
     if env.action_mask is not None:
-        raise ConfigError(f"{env.name} forbids actions by action_mask, which no network here takes into account")
+        raise ConfigError(
+            f"{env.name} forbids actions by action_mask, which no network here takes into account"
+        )
     if model is None:
         warn_of_unreachable_actions(env, config.squash_actions)
     env = bound_actions(env, config.squash_actions)
@@ -228,16 +255,20 @@ def _require_enough_sequences(config: Config, model: Model) -> None:
         )
     if config.fisher_subsample > sequences:
         of_each = " in each shard" if config.num_shards > 1 else ""
-        raise ConfigError(f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples{of_each}")
+        raise ConfigError(
+            f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples{of_each}"
+        )
 
 
-def _for_whole_episodes(config: Config, env: Env) -> Config:
+def _limit_num_steps_to_episode(config: Config, env: Env) -> Config:
     """With whole episodes no more steps than an episode can have, none of which would be valid."""
     if not config.whole_episodes:
         return config
     bound = env.max_episode_steps
     if bound is None:
-        raise ConfigError(f"{env.name} has no bound on the length of an episode, so no rollout holds whole ones")
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, so no rollout holds whole ones"
+        )
     if config.num_steps < bound:
         instead = (
             "advantage='gae', which bootstraps from the value function and is no longer unbiased"
@@ -266,7 +297,9 @@ def _print_line(metrics: Metrics) -> None:
 
 
 def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:
-    shared = {name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields}
+    shared = {
+        name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields
+    }
     return Batch(**shared, advantage=advantage, target=target, carry=carry)
 
 
@@ -275,13 +308,19 @@ def _reward(reward_fn: Callable | Reward | None) -> Reward:
     if isinstance(reward_fn, Reward):
         return reward_fn
 
-    def step(state: PyTree, transitions: Transition, config: Config, frozen: PyTree) -> tuple[Array, PyTree, dict]:
-        return transitions.reward if reward_fn is None else reward_fn(transitions, config, frozen), state, {}
+    def step(
+        state: PyTree, transitions: Transition, config: Config, frozen: PyTree
+    ) -> tuple[Array, PyTree, dict]:
+        return (
+            transitions.reward if reward_fn is None else reward_fn(transitions, config, frozen),
+            state,
+            {},
+        )
 
     return Reward(lambda config: (), step)
 
 
-def _tied(state: TrainState, sources: PyTree) -> TrainState:
+def _with_batch_axes_of(state: TrainState, sources: PyTree) -> TrainState:
     """The same state, each leaf of which depends on every source, so that `vmap` batches them all.
 
     Otherwise a leaf such as Adam's count is unbatched in the one-shot program and batched between chunks, XLA makes

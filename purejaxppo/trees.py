@@ -41,7 +41,9 @@ def require_trainable(params: PyTree) -> None:
     for name, x in named.items():
         dtype = jnp.result_type(x)
         if not jnp.issubdtype(dtype, np.floating):
-            raise ConfigError(f"the parameter {name!r} has the type {dtype}: parameters must be floating-point arrays")
+            raise ConfigError(
+                f"the parameter {name!r} has the type {dtype}: parameters must be floating-point arrays"
+            )
 
 
 def is_extended(dtype: Any) -> bool:

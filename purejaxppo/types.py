@@ -40,7 +40,9 @@ class Discrete:
     def __init__(self, n: ArrayLike):
         array = _real_numbers("Discrete.n", n)
         if array is None or array.shape or not _are_sizes(array):
-            raise ConfigError(f"Discrete.n = {_shown(n)}: it must be an integer of at least 1 and below 2**31")
+            raise ConfigError(
+                f"Discrete.n = {_shown(n)}: it must be an integer of at least 1 and below 2**31"
+            )
         object.__setattr__(self, "n", int(array))
 
     @property
@@ -105,12 +107,16 @@ class Box:
         return self._as_array(self.low), self._as_array(self.high)
 
     def _as_array(self, bound: float | tuple[float, ...]) -> np.ndarray:
-        return np.full(self.shape, np.reshape(bound, self.shape) if isinstance(bound, tuple) else bound, float)
+        return np.full(
+            self.shape, np.reshape(bound, self.shape) if isinstance(bound, tuple) else bound, float
+        )
 
     def _bound(self, name: str, bound: ArrayLike) -> float | tuple[float, ...]:
         array = _real_numbers(f"Box.{name}", bound)
         if array is None or np.isnan(array).any():
-            raise ConfigError(f"Box.{name} = {_shown(bound)}: it must be made of real numbers, none of them NaN")
+            raise ConfigError(
+                f"Box.{name} = {_shown(bound)}: it must be made of real numbers, none of them NaN"
+            )
         if array.shape not in ((), self.shape, (math.prod(self.shape),)):
             raise ConfigError(
                 f"Box.{name} has the shape {array.shape}: "
@@ -164,7 +170,9 @@ class Step(NamedTuple):
     mask: Bool[Array, ""] | bool = True  # False: the action was forced and not the agent's
 
 
-EnvSettings = tuple[tuple[str, Any], ...]  # (name, value) of each setting, sorted by name; `plain` values
+EnvSettings = tuple[
+    tuple[str, Any], ...
+]  # (name, value) of each setting, sorted by name; `plain` values
 
 
 def plain(value: Any) -> Any:
@@ -219,7 +227,9 @@ class Env(NamedTuple):
     action_space: Space
     max_episode_steps: int | None  # bound on the length of an episode; None: no bound
     truncates: bool
-    action_mask: Callable[[PyTree], Bool[Array, "n"]] | None = None  # state -> the actions that are allowed
+    action_mask: Callable[[PyTree], Bool[Array, "n"]] | None = (
+        None  # state -> the actions that are allowed
+    )
     settings: EnvSettings | None = ()
 
 
@@ -246,8 +256,12 @@ class VectorEnv(NamedTuple):
     """B environments that restart by themselves; made by `envs.vector.vectorize`."""
 
     reset: Callable[[PRNGKey], VectorState]
-    begin_rollout: Callable[[VectorState], VectorState]  # sets the sums over finished episodes to zero
-    step: Callable[[PRNGKey, VectorState, Array], tuple[VectorState, Step]]  # Step of [B, ...], before the reset
+    begin_rollout: Callable[
+        [VectorState], VectorState
+    ]  # sets the sums over finished episodes to zero
+    step: Callable[
+        [PRNGKey, VectorState, Array], tuple[VectorState, Step]
+    ]  # Step of [B, ...], before the reset
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -275,8 +289,12 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKey, Array], PyTree]  # key, obs [B, ...] -> params
     initial_carry: Callable[[int], PyTree]  # B -> carry
-    step: Callable[..., tuple[PyTree, Distribution, Array]]  # params, carry, obs[B], reset[B] -> carry, dist, value[B]
-    unroll: Callable[..., tuple[Distribution, Array]]  # params, carry, obs[T,B], reset[T,B] -> dist, value[T,B]
+    step: Callable[
+        ..., tuple[PyTree, Distribution, Array]
+    ]  # params, carry, obs[B], reset[B] -> carry, dist, value[B]
+    unroll: Callable[
+        ..., tuple[Distribution, Array]
+    ]  # params, carry, obs[T,B], reset[T,B] -> dist, value[T,B]
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -289,7 +307,9 @@ class Transition(NamedTuple):
     action: Array  # [T, B, ...] as sampled, before any clipping
     log_prob: Float[Array, "T B"]  # of that action under the policy that took it
     value: Float[Array, "T B"]  # V(obs[t])
-    next_value: Float[Array, "T B"]  # V of the true successor of step t, also where an episode was cut
+    next_value: Float[
+        Array, "T B"
+    ]  # V of the true successor of step t, also where an episode was cut
     reward: Float[Array, "T B"]
     terminated: Bool[Array, "T B"]
     truncated: Bool[Array, "T B"]
@@ -319,7 +339,9 @@ class Batch(NamedTuple):
 class Update(NamedTuple):
     """An algorithm: PPO, TRPO and REINFORCE differ in nothing else."""
 
-    init: Callable[[PyTree], PyTree]  # params -> update_state (moments of the optimiser and the like)
+    init: Callable[
+        [PyTree], PyTree
+    ]  # params -> update_state (moments of the optimiser and the like)
     step: Callable[[PRNGKey, PyTree, PyTree, Batch], tuple[PyTree, PyTree, dict[str, Array]]]
     # key, params, update_state, batch -> params, update_state, metrics
 
@@ -358,7 +380,9 @@ class Trained(Protocol):
     def iteration(self) -> Any: ...
 
 
-UNDEFINED = float(np.finfo(np.float32).min)  # stands for NaN while jax_debug_nans is on: see `Metrics`
+UNDEFINED = float(
+    np.finfo(np.float32).min
+)  # stands for NaN while jax_debug_nans is on: see `Metrics`
 
 
 def undefined() -> float:
@@ -368,7 +392,9 @@ def undefined() -> float:
 
 def nan_where_undefined(x: Any) -> Any:
     """``x`` with NaN where it is `UNDEFINED`; what is not a floating-point array or number is returned as it is."""
-    if not isinstance(x, np.ndarray | np.generic | jax.Array) or not jax.numpy.issubdtype(x.dtype, np.floating):
+    if not isinstance(x, np.ndarray | np.generic | jax.Array) or not jax.numpy.issubdtype(
+        x.dtype, np.floating
+    ):
         return x
     if not isinstance(x, jax.Array):
         with np.errstate(over="ignore"):  # half precision has no such number, and holds −∞ instead
@@ -410,17 +436,23 @@ class Metrics(NamedTuple):
     """
 
     timesteps: Array  # environment steps done at the end of the iteration
-    episode_return: Float[Array, ""]  # mean over the episodes that finished in it; NaN where none did
+    episode_return: Float[
+        Array, ""
+    ]  # mean over the episodes that finished in it; NaN where none did
     episode_length: Float[Array, ""]  # steps, likewise
     episodes: Int[Array, ""]  # how many finished
     entropy: Float[Array, ""]  # nats, mean over the minibatches
     approx_kl: Float[Array, ""]  # nats, KL(old || new), mean over the minibatches
     clip_fraction: Float[Array, ""]  # share of the samples whose ratio left 1 ± clip_eps
-    explained_variance: Float[Array, ""]  # 1 − Var(target − value) / Var(target); NaN for equal targets, or no V
+    explained_variance: Float[
+        Array, ""
+    ]  # 1 − Var(target − value) / Var(target); NaN for equal targets, or no V
     policy_loss: Float[Array, ""]
     value_loss: Float[Array, ""]  # NaN where no value function is fitted
     grad_norm: Float[Array, ""]  # global norm before clipping, mean over the minibatches
-    first_ratio_deviation: Float[Array, ""]  # max |ratio − 1| before the first step: 0 but for rounding
+    first_ratio_deviation: Float[
+        Array, ""
+    ]  # max |ratio − 1| before the first step: 0 but for rounding
     extra: dict[str, Array]  # the algorithm's and the reward function's own
 
 

@@ -42,7 +42,9 @@ def checked_int(name: str, value: Any, check: Check) -> int:
 def integer(name: str, value: Any, least: int, bits: int = 32) -> int:
     """An argument that is an integer within bounds, as it is."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**bits:
-        raise ConfigError(f"{name} = {value!r}: it must be an integer of at least {least} and below 2**{bits}")
+        raise ConfigError(
+            f"{name} = {value!r}: it must be an integer of at least {least} and below 2**{bits}"
+        )
     return value
 
 
@@ -71,7 +73,9 @@ def checked_settings(name: str, value: Any) -> EnvSettings | None:
     if settings is not None or value is None:
         return settings
     if not isinstance(value, Mapping):
-        raise wrong(name, value, "a mapping of names to values, such as {'max_steps_in_episode': 50}")
+        raise wrong(
+            name, value, "a mapping of names to values, such as {'max_steps_in_episode': 50}"
+        )
     for key, x in value.items():
         if not isinstance(key, str):
             raise wrong(f"a name in {name}", key, "a string")
@@ -93,7 +97,9 @@ def checked_leaf(name: str, value: Any, check: Check) -> Any:
     """A continuous value: a number as a float, an array as it is with every element checked, a traced one unseen."""
     if isinstance(value, jax.core.Tracer):
         return value
-    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(value):
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(
+        value
+    ):
         raise wrong(name, value, check.words)
     if not np.size(value):
         raise wrong(name, value, check.words)
@@ -127,7 +133,9 @@ def nearest(word: Any, choices: Any) -> str:
 def require_that_it_can_run(config: Any) -> None:
     """Raise `ConfigError` for the first combination of fields that cannot run, each of them valid by itself."""
     if config.batch_size >= 2**31:
-        raise ConfigError(f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps")
+        raise ConfigError(
+            f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps"
+        )
     if config.num_envs % config.num_shards:
         raise ConfigError(
             f"num_shards = {config.num_shards} does not divide num_envs = {config.num_envs}: shards are equally large"
@@ -145,7 +153,9 @@ def require_that_it_can_run(config: Any) -> None:
             f"samples of each of {config.num_shards} shards: every minibatch has an equal part of every shard"
         )
     if config.whole_episodes and config.actual_timesteps >= 2**31:
-        raise ConfigError(f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps")
+        raise ConfigError(
+            f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps"
+        )
     _require_sense(config)
     if config.whole_episodes and config.anneal_lr:
         raise ConfigError(
@@ -160,11 +170,19 @@ def _require_sense(config: Any) -> None:
     """
     algorithm = config.algorithm
     if config.objective == "adaptive_kl" and _is_somewhere(np.equal, config.kl_coef):
-        raise ConfigError("kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0")
-    if algorithm != "ppo" and (config.objective != "clip" or config.early_stop_kl is not None or config.clip_value):
-        raise ConfigError("objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'")
+        raise ConfigError(
+            "kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0"
+        )
+    if algorithm != "ppo" and (
+        config.objective != "clip" or config.early_stop_kl is not None or config.clip_value
+    ):
+        raise ConfigError(
+            "objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'"
+        )
     if algorithm != "reinforce" and config.baseline != "value":
-        raise ConfigError(f"baseline = {config.baseline!r} is reinforce's: {algorithm} has the value function")
+        raise ConfigError(
+            f"baseline = {config.baseline!r} is reinforce's: {algorithm} has the value function"
+        )
     if algorithm == "trpo" and config.shared_trunk:
         raise ConfigError(
             "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
@@ -183,7 +201,9 @@ def _require_reinforce_fits(config: Any) -> None:
             "num_minibatches=1, or start from Config.for_env(env, algorithm='reinforce')"
         )
     if config.baseline == "leave_one_out" and config.num_envs < 2:
-        raise ConfigError("baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2")
+        raise ConfigError(
+            "baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2"
+        )
     if config.estimator == "gae" and config.baseline != "value":
         raise ConfigError(
             f"advantage = 'gae' bootstraps from the value function, which baseline = {config.baseline!r} does not "

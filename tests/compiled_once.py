@@ -18,9 +18,19 @@ class CompiledOnce:
         self.programs, self.evaluations, self.asked = {}, {}, []
         self._compile, self._evaluate = programs.compile_programs, programs.make_evaluate
 
-    def compile_programs(self, config, env, agents, swept=(), *, model=None, exchange=None, devices=None, **rest):
+    def compile_programs(
+        self, config, env, agents, swept=(), *, model=None, exchange=None, devices=None, **rest
+    ):
         assert not any(x is not None for x in rest.values())
-        key = (str(config.to_dict()), env.name, agents, tuple(swept), id(model), str(exchange), str(devices))
+        key = (
+            str(config.to_dict()),
+            env.name,
+            agents,
+            tuple(swept),
+            id(model),
+            str(exchange),
+            str(devices),
+        )
         key += (jax.config.jax_enable_x64,)
         self.asked.append(key)
         if key not in self.programs:

@@ -10,7 +10,15 @@ from purejaxppo import Config
 from purejaxppo.types import Batch
 
 T, B, F, A = 5, 3, 4, 3
-ONE_STEP = Config(num_envs=B, num_steps=T, num_epochs=1, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, clip_eps=0.15)
+ONE_STEP = Config(
+    num_envs=B,
+    num_steps=T,
+    num_epochs=1,
+    num_minibatches=1,
+    ent_coef=0.03,
+    vf_coef=0.7,
+    clip_eps=0.15,
+)
 
 
 # ------------------------------------------------------------- loss and gradient, after the paper
@@ -52,7 +60,9 @@ def random_batch(seed, gaussian=False, masked=True):
         "valid": rng.random((T, B)) < 0.9 if masked else np.ones((T, B), bool),
         "carry": (),
     }
-    return batch | {"mask": batch["mask"] & batch["valid"]}  # what does not exist has no action that counts
+    return batch | {
+        "mask": batch["mask"] & batch["valid"]
+    }  # what does not exist has no action that counts
 
 
 def numpy_objective(theta, batch, config, gaussian, old_policy=None):
@@ -65,20 +75,31 @@ def numpy_objective(theta, batch, config, gaussian, old_policy=None):
         x = batch["obs"][i]
         log_prob, s = numpy_policy(theta["policy"], x, batch["action"][i], gaussian)
         if batch["mask"][i]:
-            ratio, advantage = np.exp(log_prob - batch["log_prob"][i]), (batch["advantage"][i] - mean) / deviation
+            ratio, advantage = (
+                np.exp(log_prob - batch["log_prob"][i]),
+                (batch["advantage"][i] - mean) / deviation,
+            )
             if config.objective == "clip":
                 surrogate.append(min(ratio * advantage, np.clip(ratio, low, high) * advantage))
             else:
                 penalty = numpy_kl(old_policy or theta["policy"], theta["policy"], x, gaussian)
-                surrogate.append(ratio * advantage - (config.objective != "unclipped") * config.kl_coef * penalty)
+                surrogate.append(
+                    ratio * advantage - (config.objective != "unclipped") * config.kl_coef * penalty
+                )
             entropy.append(s)
             clipped.append(abs(ratio - 1) > config.clip_eps)
             kl.append(ratio - 1 - np.log(ratio))
         if batch["valid"][i]:
-            v, old, target = x @ theta["value"]["w"] + theta["value"]["b"], batch["value"][i], batch["target"][i]
+            v, old, target = (
+                x @ theta["value"]["w"] + theta["value"]["b"],
+                batch["value"][i],
+                batch["target"][i],
+            )
             error = (v - target) ** 2
             if config.clip_value:
-                error = max(error, (old + np.clip(v - old, -config.clip_eps, config.clip_eps) - target) ** 2)
+                error = max(
+                    error, (old + np.clip(v - old, -config.clip_eps, config.clip_eps) - target) ** 2
+                )
             value_loss.append(0.5 * error)
     parts = {
         "policy_loss": -np.mean(surrogate),
@@ -87,7 +108,11 @@ def numpy_objective(theta, batch, config, gaussian, old_policy=None):
         "clip_fraction": np.mean(clipped),
         "approx_kl": np.mean(kl),
     }
-    loss = parts["policy_loss"] + config.vf_coef * parts["value_loss"] - config.ent_coef * parts["entropy"]
+    loss = (
+        parts["policy_loss"]
+        + config.vf_coef * parts["value_loss"]
+        - config.ent_coef * parts["entropy"]
+    )
     return loss, parts
 
 
@@ -96,9 +121,9 @@ def finite_differences(theta, batch, config, gaussian, old_policy=None, h=1e-6):
     flat, gradient = np.asarray(flat, np.float64), np.zeros(flat.size)
 
     def loss_at(x):
-        return numpy_objective(jax.tree.map(np.asarray, rebuild(jnp.asarray(x))), batch, config, gaussian, old_policy)[
-            0
-        ]
+        return numpy_objective(
+            jax.tree.map(np.asarray, rebuild(jnp.asarray(x))), batch, config, gaussian, old_policy
+        )[0]
 
     for i in range(flat.size):
         step = h * np.eye(1, flat.size, i)[0]
@@ -112,4 +137,6 @@ def arrays(batch):
 
 def parameters(gaussian=False):
     params = linear_model(gaussian, A).init(jax.random.key(1), jnp.zeros((1, F)))
-    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # none of a weak type, which a second step has not
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, x.dtype), params
+    )  # none of a weak type, which a second step has not

@@ -10,7 +10,9 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+)
 
 import jax
 import numpy as np
@@ -35,8 +37,18 @@ REINFORCE = PPO.replace(algorithm="reinforce", num_epochs=1, num_minibatches=1, 
 RUNS = {  # config, model, float64, on how many devices
     "ppo": (PPO, LINEAR, True, (1, 2, 4)),
     "trpo": (PPO.replace(algorithm="trpo", fisher_subsample=3), LINEAR, True, (1, 4)),
-    "reinforce": (REINFORCE.replace(total_timesteps=64, baseline="leave_one_out"), LINEAR, True, (1, 4)),
-    "memory": (PPO.replace(total_timesteps=640, objective="adaptive_kl"), memory_model(3), False, (1, 2)),
+    "reinforce": (
+        REINFORCE.replace(total_timesteps=64, baseline="leave_one_out"),
+        LINEAR,
+        True,
+        (1, 4),
+    ),
+    "memory": (
+        PPO.replace(total_timesteps=640, objective="adaptive_kl"),
+        memory_model(3),
+        False,
+        (1, 2),
+    ),
 }
 COLLECTIVE = re.compile(r"= (\S+|\(.*?\)) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(")
 
@@ -44,7 +56,11 @@ COLLECTIVE = re.compile(r"= (\S+|\(.*?\)) (all-\w+|reduce-scatter|collective-\w+
 def lowered(name, count):
     config, model, x64, _ = RUNS[name]
     with jax.enable_x64(x64):
-        train, key, mesh = make_train(config, counter(), model), jax.random.key(3), make_mesh(4, jax.devices()[:count])
+        train, key, mesh = (
+            make_train(config, counter(), model),
+            jax.random.key(3),
+            make_mesh(4, jax.devices()[:count]),
+        )
         where = Result(state_sharding(mesh, jax.eval_shape(train, key).state), replicated(mesh))
         return jax.jit(train, in_shardings=replicated(mesh), out_shardings=where).lower(key)
 
@@ -52,8 +68,14 @@ def lowered(name, count):
 def outcome(name, count, compiled):
     with jax.enable_x64(RUNS[name][2]):
         state, metrics = compiled(jax.random.key(3))
-        arrays = jax.tree.map(np.asarray, (state._replace(key=jax.random.key_data(state.key)), metrics))
-    divided = state.env.obs, state.normalizer.reward.discounted_return, *jax.tree.leaves(state.carry)
+        arrays = jax.tree.map(
+            np.asarray, (state._replace(key=jax.random.key_data(state.key)), metrics)
+        )
+    divided = (
+        state.env.obs,
+        state.normalizer.reward.discounted_return,
+        *jax.tree.leaves(state.carry),
+    )
     return {
         "state": jax.tree.leaves(arrays[0]),
         "metrics": arrays[1]._asdict(),
@@ -63,9 +85,13 @@ def outcome(name, count, compiled):
 
 def communication(text):
     """The kinds of collective in a program, the most numbers in one, and how many loops there are with any in them."""
-    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    computations = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
+    )
     found = [match for body in computations.values() for match in COLLECTIVE.findall(body)]
-    shapes = [shape.split(",") for types, _ in found for shape in re.findall(r"\[([\d,]*)\]", types)]
+    shapes = [
+        shape.split(",") for types, _ in found for shape in re.findall(r"\[([\d,]*)\]", types)
+    ]
 
     def communicates(name):
         body = computations[name]
@@ -86,6 +112,9 @@ if __name__ == "__main__":
     cases = [(name, count) for name, (*_, counts) in RUNS.items() for count in counts]
     with ThreadPoolExecutor(2) as pool:  # XLA compiles without Python's lock
         programs = [pool.submit(lambda low: low.compile(), lowered(*case)) for case in cases]
-        results = {case: outcome(*case, program.result()) for case, program in zip(cases, programs, strict=True)}
+        results = {
+            case: outcome(*case, program.result())
+            for case, program in zip(cases, programs, strict=True)
+        }
     with open(sys.argv[1], "wb") as file:
         pickle.dump(results, file)

@@ -35,11 +35,17 @@ def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
     width = int(np.prod(action_space.shape))
 
     def observe(state, action):
-        return jnp.concatenate([jnp.stack([state.start, 1.0 * state.t]), 1.0 * jnp.reshape(action, width)])
+        return jnp.concatenate(
+            [jnp.stack([state.start, 1.0 * state.t]), 1.0 * jnp.reshape(action, width)]
+        )
 
     def reset(key):
         key_start, key_length = jax.random.split(key)
-        length = jax.random.randint(key_length, (), 1, longest + 1, jnp.int32) if longest else jnp.int32(2**30)
+        length = (
+            jax.random.randint(key_length, (), 1, longest + 1, jnp.int32)
+            if longest
+            else jnp.int32(2**30)
+        )
         state = CounterState(jax.random.uniform(key_start), length, jnp.int32(0))
         return state, observe(state, jnp.zeros(width))
 
@@ -69,7 +75,9 @@ def clock(limit=10, terminates=False, phases=5) -> Env:
     def step(key, state, action):
         state = state[0] + 1, state[1] + 1
         end = state[0] >= limit
-        return Step(state, observe(state), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates))
+        return Step(
+            state, observe(state), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates)
+        )
 
     return Env("clock", reset, step, Box((phases,), 0.0, 1.0), Discrete(2), limit, True)
 
@@ -102,9 +110,15 @@ def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
 
     def init(key, obs):
         key_policy, key_value = jax.random.split(key)
-        policy = {"w": jax.random.normal(key_policy, (obs.shape[-1], actions)), "b": 0.1 * jnp.arange(actions)}
+        policy = {
+            "w": jax.random.normal(key_policy, (obs.shape[-1], actions)),
+            "b": 0.1 * jnp.arange(actions),
+        }
         value = {"w": jax.random.normal(key_value, (obs.shape[-1],)), "b": jnp.asarray(0.3)}
-        return {"policy": policy | ({"log_std": jnp.full(actions, 0.2)} if gaussian else {}), "value": value}
+        return {
+            "policy": policy | ({"log_std": jnp.full(actions, 0.2)} if gaussian else {}),
+            "value": value,
+        }
 
     def forward(params, obs):
         policy, value = params["policy"], params["value"]
@@ -138,7 +152,11 @@ def mixed_model(actions: int = 3) -> Model:
         b = jnp.asarray(policy["b"], jnp.float16)
         return {
             "policy": ([], Layer(jnp.asarray(policy["w"], jnp.bfloat16), b), {}),
-            "value": {"1/w": value["w"], "1": {"w": jnp.asarray(value["b"], jnp.bfloat16)}, "none": None},
+            "value": {
+                "1/w": value["w"],
+                "1": {"w": jnp.asarray(value["b"], jnp.bfloat16)},
+                "none": None,
+            },
         }
 
     def plain(params):

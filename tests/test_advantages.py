@@ -71,7 +71,9 @@ def test_lambda_1_is_the_return_with_bootstrap_minus_the_value(seed, shape, gamm
                 expected[t, b] += gamma ** (k - t) * reward[k, b]
                 last = terminated[k, b] or truncated[k, b] or k == shape[0] - 1
                 if last:
-                    expected[t, b] += gamma ** (k - t + 1) * (0 if terminated[k, b] else next_value[k, b])
+                    expected[t, b] += gamma ** (k - t + 1) * (
+                        0 if terminated[k, b] else next_value[k, b]
+                    )
                     break
     advantage, target = gae64(*data, gamma, 1.0)
     np.testing.assert_allclose(advantage, expected - value, rtol=1e-12, atol=1e-12)
@@ -82,7 +84,10 @@ def test_advantages_in_a_literal_example():
     """Two steps, then a cut whose successor is worth 4, then a step that terminates (its successor counts nothing)."""
     reward, value = np.array([[1.0], [2.0], [3.0]]), np.array([[0.5], [1.0], [2.0]])
     next_value = np.array([[1.0], [4.0], [100.0]])
-    terminated, truncated = np.array([[False], [False], [True]]), np.array([[False], [True], [False]])
+    terminated, truncated = (
+        np.array([[False], [False], [True]]),
+        np.array([[False], [True], [False]]),
+    )
     advantage, target = gae64(reward, value, next_value, terminated, truncated, 0.5, 0.5)
     # δ = 1 + .5·1 − .5 = 1;  2 + .5·4 − 1 = 3;  3 − 2 = 1.  Â = 1 + .25·3, 3, 1.
     np.testing.assert_allclose(advantage[:, 0], [1.75, 3.0, 1.0], rtol=1e-15)

@@ -15,13 +15,54 @@ from hypothesis import strategies as st
 from purejaxrl import PPO, PPO_CONTINUOUS
 
 from purejaxppo import Config, ConfigError, envs, make_train
-from purejaxppo.config import ACTIVATIONS, ALGORITHMS, FIELDS, LEAVES, NETWORKS, OBJECTIVES, tuned, validate
+from purejaxppo.config import (
+    ACTIVATIONS,
+    ALGORITHMS,
+    FIELDS,
+    LEAVES,
+    NETWORKS,
+    OBJECTIVES,
+    tuned,
+    validate,
+)
 
-CONTINUOUS = {"lr", "adam_eps", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "vf_coef", "ent_coef"}
-CONTINUOUS |= {"kl_coef", "kl_target", "early_stop_kl", "max_kl", "cg_damping", "line_search_shrink", "baseline_decay"}
-MAY_BE_0 = {"lr", "vf_coef", "ent_coef", "kl_coef", "cg_damping", "gamma", "gae_lambda", "baseline_decay"}
+CONTINUOUS = {
+    "lr",
+    "adam_eps",
+    "max_grad_norm",
+    "gamma",
+    "gae_lambda",
+    "clip_eps",
+    "vf_coef",
+    "ent_coef",
+}
+CONTINUOUS |= {
+    "kl_coef",
+    "kl_target",
+    "early_stop_kl",
+    "max_kl",
+    "cg_damping",
+    "line_search_shrink",
+    "baseline_decay",
+}
+MAY_BE_0 = {
+    "lr",
+    "vf_coef",
+    "ent_coef",
+    "kl_coef",
+    "cg_damping",
+    "gamma",
+    "gae_lambda",
+    "baseline_decay",
+}
 BELOW_1 = float(np.nextafter(1, 0))
-HIGHEST = {"gamma": 1, "gae_lambda": 1, "baseline_decay": 1, "clip_eps": BELOW_1, "line_search_shrink": BELOW_1}
+HIGHEST = {
+    "gamma": 1,
+    "gae_lambda": 1,
+    "baseline_decay": 1,
+    "clip_eps": BELOW_1,
+    "line_search_shrink": BELOW_1,
+}
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches", "num_shards"}
 SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps"}
@@ -44,11 +85,16 @@ def test_the_defaults_are_valid_and_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("total", "iterations", "actual"), [(1, 1, 24), (24, 1, 24), (25, 2, 48), (48, 2, 48), (1000, 42, 1008)]
+    ("total", "iterations", "actual"),
+    [(1, 1, 24), (24, 1, 24), (25, 2, 48), (48, 2, 48), (1000, 42, 1008)],
 )
 def test_timesteps_are_rounded_up_to_whole_iterations(total, iterations, actual):
     config = Config(num_envs=3, num_steps=8, total_timesteps=total)
-    assert (config.batch_size, config.num_iterations, config.actual_timesteps) == (24, iterations, actual)
+    assert (config.batch_size, config.num_iterations, config.actual_timesteps) == (
+        24,
+        iterations,
+        actual,
+    )
 
 
 # ----------------------------------------------------------------------------------- round trips
@@ -59,13 +105,22 @@ def test_replace_changes_a_copy():
     changed = config.replace(lr=1e-2, num_envs=7)
     assert (changed.lr, changed.num_envs) == (1e-2, 7)
     assert changed.replace(lr=config.lr, num_envs=config.num_envs) == config == Config()
-    assert sentence_of(lambda: config.replace(num_env=3)) == "'num_env' is not a setting; did you mean 'num_envs'?"
+    assert (
+        sentence_of(lambda: config.replace(num_env=3))
+        == "'num_env' is not a setting; did you mean 'num_envs'?"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0
 
 
 def test_to_dict_goes_through_json_and_from_dict():
-    config = Config(env="Pendulum-v1", lr=np.float32(1e-3), hidden_sizes=(32, 16, 8), normalize_obs=True, gamma=1)
+    config = Config(
+        env="Pendulum-v1",
+        lr=np.float32(1e-3),
+        hidden_sizes=(32, 16, 8),
+        normalize_obs=True,
+        gamma=1,
+    )
     config = validate(config)
     values = json.loads(json.dumps(config.to_dict()))
     assert set(values) == set(FIELDS) and values["hidden_sizes"] == [32, 16, 8]
@@ -73,14 +128,23 @@ def test_to_dict_goes_through_json_and_from_dict():
 
 
 def test_settings_of_the_environment_are_a_mapping_held_as_sorted_pairs():
-    config = Config(env_settings={"tau": 0.01, "goal": [1, [2, "x"]], "ramping": True, "seed": None})
+    config = Config(
+        env_settings={"tau": 0.01, "goal": [1, [2, "x"]], "ramping": True, "seed": None}
+    )
     pairs = (("goal", (1, (2, "x"))), ("ramping", True), ("seed", None), ("tau", 0.01))
     assert config.env_settings == pairs and config == Config(env_settings=pairs)
     values = json.loads(json.dumps(config.to_dict()))
-    assert values["env_settings"] == {"goal": [1, [2, "x"]], "ramping": True, "seed": None, "tau": 0.01}
+    assert values["env_settings"] == {
+        "goal": [1, [2, "x"]],
+        "ramping": True,
+        "seed": None,
+        "tau": 0.01,
+    }
     assert Config.from_dict(values) == validate(config) == config
     assert config.replace(env_settings={}).env_settings == Config().env_settings == ()
-    assert Config.from_dict({"ENV_SETTINGS": {"tau": np.float32(0.5)}}).env_settings == (("tau", 0.5),)
+    assert Config.from_dict({"ENV_SETTINGS": {"tau": np.float32(0.5)}}).env_settings == (
+        ("tau", 0.5),
+    )
     old = {name: x for name, x in Config().to_dict().items() if name != "env_settings"}
     assert Config.from_dict(old) == Config()
     assert Config.from_dict(Config(env_settings=None).to_dict()).env_settings is None
@@ -89,11 +153,15 @@ def test_settings_of_the_environment_are_a_mapping_held_as_sorted_pairs():
 def test_a_config_with_settings_or_a_list_of_sizes_can_be_an_argument_of_jit():
     """Static fields are hashed before anything checks them."""
     config = Config(env_settings={"a": [1, 2]}, hidden_sizes=[4])
-    assert jax.jit(lambda config: config.replace(lr=2 * config.lr))(config).env_settings == (("a", (1, 2)),)
+    assert jax.jit(lambda config: config.replace(lr=2 * config.lr))(config).env_settings == (
+        ("a", (1, 2)),
+    )
     assert hash(jax.tree.structure(config)) == hash(
         jax.tree.structure(Config(env_settings={"a": (1, 2)}, hidden_sizes=(4,)))
     )
-    assert jax.tree.structure(Config(env_settings={"a": 1})) != jax.tree.structure(Config(env_settings={"a": 2}))
+    assert jax.tree.structure(Config(env_settings={"a": 1})) != jax.tree.structure(
+        Config(env_settings={"a": 2})
+    )
 
 
 def test_from_dict_fills_the_rest_from_base():
@@ -104,7 +172,10 @@ def test_from_dict_fills_the_rest_from_base():
 
 def test_axes_are_0_for_the_named_fields_and_none_for_the_others():
     axes = Config().axes("lr", "gamma")
-    assert {name: getattr(axes, name) for name in LEAVES} == dict.fromkeys(LEAVES) | {"lr": 0, "gamma": 0}
+    assert {name: getattr(axes, name) for name in LEAVES} == dict.fromkeys(LEAVES) | {
+        "lr": 0,
+        "gamma": 0,
+    }
     batched = Config(lr=jnp.arange(3.0), gamma=jnp.array([0.1, 0.2, 0.3]))
     got = jax.vmap(lambda c: c.lr + c.gamma + c.gae_lambda, (axes,))(batched)
     np.testing.assert_allclose(got, [0.1 + 0.95, 1.2 + 0.95, 2.3 + 0.95], rtol=1e-6)
@@ -128,7 +199,12 @@ def test_the_leaves_are_exactly_the_continuous_fields():
 def test_sizes_names_and_switches_are_part_of_the_tree_structure():
     structure = jax.tree.structure(Config())
     assert jax.tree.structure(Config(lr=1.0, gamma=0.5)) == structure
-    for change in ({"num_envs": 3}, {"env": "Pendulum-v1"}, {"anneal_lr": False}, {"hidden_sizes": (8,)}):
+    for change in (
+        {"num_envs": 3},
+        {"env": "Pendulum-v1"},
+        {"anneal_lr": False},
+        {"hidden_sizes": (8,)},
+    ):
         assert jax.tree.structure(Config(**change)) != structure
 
 
@@ -140,8 +216,13 @@ def test_rebuilding_with_tracers_and_other_objects_checks_nothing():
 
 def test_traced_values_are_not_checked_and_static_ones_are():
     assert jax.eval_shape(lambda config: validate(config).lr, Config(lr=-1.0)).shape == ()
-    jax.eval_shape(jax.vmap(lambda config: validate(config).gamma, (Config().axes("gamma"),)), Config(gamma=np.ones(4)))
-    message = sentence_of(lambda: jax.eval_shape(lambda config: validate(config).lr, Config(num_envs=0)))
+    jax.eval_shape(
+        jax.vmap(lambda config: validate(config).gamma, (Config().axes("gamma"),)),
+        Config(gamma=np.ones(4)),
+    )
+    message = sentence_of(
+        lambda: jax.eval_shape(lambda config: validate(config).lr, Config(num_envs=0))
+    )
     assert message == "num_envs = 0: it must be an integer of at least 1"
 
 
@@ -149,13 +230,28 @@ def test_batched_values_are_checked_element_by_element():
     good = validate(Config(lr=np.array([1e-4, 1e-3]), gamma=jnp.array([0.0, 1.0])))
     np.testing.assert_array_equal(good.lr, [1e-4, 1e-3])
     wrong = {
-        "lr": (np.array([1e-3, -1e-3, 1.0]), "lr = -0.001: it must be a finite number of at least 0"),
-        "gamma": (np.array([[0.5, 0.9], [1.0, 1.5]]), "gamma = 1.5: it must be a number between 0 and 1"),
-        "clip_eps": (jnp.array([0.5, 1.0]), "clip_eps = 1.0: it must be a number between 0 and 1, both excluded"),
-        "ent_coef": (np.array([0.1, np.nan]), "ent_coef = nan: it must be a finite number of at least 0"),
+        "lr": (
+            np.array([1e-3, -1e-3, 1.0]),
+            "lr = -0.001: it must be a finite number of at least 0",
+        ),
+        "gamma": (
+            np.array([[0.5, 0.9], [1.0, 1.5]]),
+            "gamma = 1.5: it must be a number between 0 and 1",
+        ),
+        "clip_eps": (
+            jnp.array([0.5, 1.0]),
+            "clip_eps = 1.0: it must be a number between 0 and 1, both excluded",
+        ),
+        "ent_coef": (
+            np.array([0.1, np.nan]),
+            "ent_coef = nan: it must be a finite number of at least 0",
+        ),
     }
     for name, (values, message) in wrong.items():
-        assert sentence_of(lambda values=values, name=name: validate(Config(**{name: values}))) == message
+        assert (
+            sentence_of(lambda values=values, name=name: validate(Config(**{name: values})))
+            == message
+        )
 
 
 # ----------------------------------------------------------------------------- accepted spellings
@@ -167,11 +263,15 @@ def test_integers_for_continuous_fields_become_floats():
     )
     assert (config.gamma, config.lr, config.vf_coef, config.max_grad_norm) == (1.0, 0.0, 0.5, 10.0)
     assert {type(getattr(config, name)) for name in LEAVES if name != "early_stop_kl"} == {float}
-    assert config.early_stop_kl is None and type(config.replace(early_stop_kl=1).early_stop_kl) is int
+    assert (
+        config.early_stop_kl is None and type(config.replace(early_stop_kl=1).early_stop_kl) is int
+    )
     assert type(validate(config.replace(early_stop_kl=1)).early_stop_kl) is float
 
 
-@pytest.mark.parametrize("count", [5e7, 50_000_000, np.int64(50_000_000), np.float32(5e7), np.float64(5e7)])
+@pytest.mark.parametrize(
+    "count", [5e7, 50_000_000, np.int64(50_000_000), np.float32(5e7), np.float64(5e7)]
+)
 def test_integral_floats_count_as_integers(count):
     config = Config.from_dict({"total_timesteps": count})
     assert config.total_timesteps == 50_000_000 and type(config.total_timesteps) is int
@@ -213,14 +313,20 @@ def test_normalize_env_of_purejaxrl_is_observations_and_rewards():
     before = dict(PPO_CONTINUOUS)
     config = Config.from_dict(PPO_CONTINUOUS)
     assert (config.normalize_obs, config.normalize_reward, config.anneal_lr) == (True, True, False)
-    assert (config.env, config.total_timesteps, config.num_envs) == ("Pendulum-v1", 50_000_000, 2048)
+    assert (config.env, config.total_timesteps, config.num_envs) == (
+        "Pendulum-v1",
+        50_000_000,
+        2048,
+    )
     assert before == PPO_CONTINUOUS
     off = Config.from_dict(PPO_CONTINUOUS | {"NORMALIZE_ENV": False})
     assert (off.normalize_obs, off.normalize_reward) == (False, False)
 
 
 def test_what_purejaxrl_writes_into_its_dictionary_is_passed_over():
-    assert Config.from_dict(PPO | {"NUM_UPDATES": 976.0, "MINIBATCH_SIZE": 128}) == Config.from_dict(PPO)
+    assert Config.from_dict(
+        PPO | {"NUM_UPDATES": 976.0, "MINIBATCH_SIZE": 128}
+    ) == Config.from_dict(PPO)
 
 
 @pytest.mark.parametrize("values", [PPO, PPO_CONTINUOUS, {"num_envs": 4.0, "hidden_sizes": [8]}])
@@ -240,15 +346,27 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"num_minibatch": 4}, "'num_minibatch' is not a setting; did you mean 'num_minibatches'?"),
         ({"Gamma": 0.9}, "'Gamma' is not a setting; did you mean 'gamma'?"),
         (PPO | {"NUM_ENV": 4}, "'NUM_ENV' is not a setting; did you mean 'NUM_ENVS'?"),
-        (PPO | {"UPDATE_EPOCH": 4}, "'UPDATE_EPOCH' is not a setting; did you mean 'UPDATE_EPOCHS'?"),
+        (
+            PPO | {"UPDATE_EPOCH": 4},
+            "'UPDATE_EPOCH' is not a setting; did you mean 'UPDATE_EPOCHS'?",
+        ),
         ({"num_envs": "64"}, "num_envs = '64': it must be an integer of at least 1"),
         ({"num_envs": 2.5}, "num_envs = 2.5: it must be an integer of at least 1"),
         ({"num_envs": True}, "num_envs = True: it must be an integer of at least 1"),
         ({"num_steps": 0}, "num_steps = 0: it must be an integer of at least 1"),
         ({"num_epochs": -3}, "num_epochs = -3: it must be an integer of at least 1"),
-        ({"total_timesteps": math.inf}, "total_timesteps = inf: it must be an integer of at least 1"),
-        ({"total_timesteps": math.nan}, "total_timesteps = nan: it must be an integer of at least 1"),
-        ({"num_envs": 2**63}, "num_envs = 9223372036854775808: it must be an integer of at least 1"),
+        (
+            {"total_timesteps": math.inf},
+            "total_timesteps = inf: it must be an integer of at least 1",
+        ),
+        (
+            {"total_timesteps": math.nan},
+            "total_timesteps = nan: it must be an integer of at least 1",
+        ),
+        (
+            {"num_envs": 2**63},
+            "num_envs = 9223372036854775808: it must be an integer of at least 1",
+        ),
         ({"lr": True}, "lr = True: it must be a finite number of at least 0"),
         ({"lr": "3e-4"}, "lr = '3e-4': it must be a finite number of at least 0"),
         ({"lr": None}, "lr = None: it must be a finite number of at least 0"),
@@ -264,14 +382,23 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"anneal_lr": 1}, "anneal_lr = 1: it must be True or False"),
         ({"debug": "yes"}, "debug = 'yes': it must be True or False"),
         ({"env": 3}, "env = 3: it must be a string"),
-        ({"algorithm": "pppo"}, "algorithm = 'pppo': it must be one of ppo, trpo, reinforce; did you mean 'ppo'?"),
+        (
+            {"algorithm": "pppo"},
+            "algorithm = 'pppo': it must be one of ppo, trpo, reinforce; did you mean 'ppo'?",
+        ),
         ({"network": "transformer"}, "network = 'transformer': it must be one of mlp"),
         (
             {"activation": "rellu"},
             "activation = 'rellu': it must be one of tanh, relu, elu, gelu, silu; did you mean 'relu'?",
         ),
-        ({"hidden_sizes": 64}, "hidden_sizes = 64: it must be a sequence of positive integers, such as (64, 64)"),
-        ({"hidden_sizes": "64"}, "hidden_sizes = '64': it must be a sequence of positive integers, such as (64, 64)"),
+        (
+            {"hidden_sizes": 64},
+            "hidden_sizes = 64: it must be a sequence of positive integers, such as (64, 64)",
+        ),
+        (
+            {"hidden_sizes": "64"},
+            "hidden_sizes = '64': it must be a sequence of positive integers, such as (64, 64)",
+        ),
         ({"hidden_sizes": [64, 0]}, "hidden_sizes[1] = 0: it must be an integer of at least 1"),
         *[
             (
@@ -288,7 +415,17 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
                 f"env_settings['limit'] = {x!r}: it must be a finite number, a string, "
                 "True, False, None or a tuple of these",
             )
-            for x in (math.nan, -math.inf, {"a": 1}, {1}, 1j, (1, (2, len)), np.arange(2), Decimal("0.5"), b"x")
+            for x in (
+                math.nan,
+                -math.inf,
+                {"a": 1},
+                {1},
+                1j,
+                (1, (2, len)),
+                np.arange(2),
+                Decimal("0.5"),
+                b"x",
+            )
         ],
         (
             {"num_envs": 4, "num_steps": 8, "num_minibatches": 5},
@@ -331,13 +468,20 @@ def test_a_configuration_is_a_config_or_a_mapping(value):
     ],
 )
 def test_an_unknown_environment_is_named_with_the_nearest_one(name, hint):
-    assert sentence_of(lambda: make_train(Config(env=name))).startswith(f"{name!r} is not an environment{hint}")
-    assert sentence_of(lambda: make_train({"ENV_NAME": name})).startswith(f"{name!r} is not an environment{hint}")
+    assert sentence_of(lambda: make_train(Config(env=name))).startswith(
+        f"{name!r} is not an environment{hint}"
+    )
+    assert sentence_of(lambda: make_train({"ENV_NAME": name})).startswith(
+        f"{name!r} is not an environment{hint}"
+    )
 
 
 def test_an_environment_that_needs_a_download_is_refused():
     message = sentence_of(lambda: make_train(Config(env="MNISTBandit-bsuite")))
-    assert message == "MNISTBandit-bsuite fetches a data set when it is made, which this library does not do"
+    assert (
+        message
+        == "MNISTBandit-bsuite fetches a data set when it is made, which this library does not do"
+    )
 
 
 @pytest.mark.parametrize("values", [np.array([1e-3, 1e-4]), jnp.ones(1), np.ones((2, 3))])
@@ -388,7 +532,9 @@ def test_for_env_takes_changes_and_general_settings_elsewhere():
     assert Config.for_env("CartPole-v1", lr=1).lr == 1.0
     assert Config.for_env("CartPole-v1", lr=1) == Config.for_env("CartPole-v1").replace(lr=1.0)
     assert Config.for_env("Catch-bsuite", num_envs=8) == Config(env="Catch-bsuite", num_envs=8)
-    assert sentence_of(lambda: Config.for_env("CartPole-v1", num_env=1)).startswith("'num_env' is not a setting")
+    assert sentence_of(lambda: Config.for_env("CartPole-v1", num_env=1)).startswith(
+        "'num_env' is not a setting"
+    )
     assert "num_minibatches = 7 does not divide" in sentence_of(
         lambda: Config.for_env("CartPole-v1", num_minibatches=7)
     )
@@ -457,9 +603,15 @@ anything = st.recursive(
     max_leaves=4,
 )
 known = st.sampled_from(sorted(FIELDS))
-upper_case = st.sampled_from(sorted({*PPO_CONTINUOUS, *(name.upper() for name in FIELDS), "NUM_UPDATES"}))
+upper_case = st.sampled_from(
+    sorted({*PPO_CONTINUOUS, *(name.upper() for name in FIELDS), "NUM_UPDATES"})
+)
 strange = st.one_of(
-    st.text(max_size=12), st.integers(), st.none(), st.binary(max_size=3), known.map(lambda name: name[:-1])
+    st.text(max_size=12),
+    st.integers(),
+    st.none(),
+    st.binary(max_size=3),
+    known.map(lambda name: name[:-1]),
 )
 
 
@@ -472,7 +624,11 @@ def assert_valid(config):
         if name in CONTINUOUS:
             array = np.asarray(value, np.float64)
             assert type(value) is float or isinstance(value, np.ndarray | jax.Array)
-            assert np.asarray(value).dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
+            assert (
+                np.asarray(value).dtype.kind in "iuf"
+                and array.size > 0
+                and np.isfinite(array).all()
+            )
             lowest = 0 if name in MAY_BE_0 else np.nextafter(0, 1)
             highest = HIGHEST.get(name, np.inf)
             assert (array >= lowest).all() and (array <= highest).all()
@@ -481,14 +637,20 @@ def assert_valid(config):
         elif name in SIZES:
             assert type(value) is int and 1 <= value <= 2**62
         elif name == "env_settings":
-            assert value is None or (type(value) is tuple and all(type(key) is str for key, _ in value))
+            assert value is None or (
+                type(value) is tuple and all(type(key) is str for key, _ in value)
+            )
             hash(value)
         elif name == "hidden_sizes":
             assert type(value) is tuple and all(type(size) is int and size >= 1 for size in value)
         else:
             assert isinstance(value, str)
     assert config.objective in OBJECTIVES
-    assert config.algorithm in ALGORITHMS and config.network in NETWORKS and config.activation in ACTIVATIONS
+    assert (
+        config.algorithm in ALGORITHMS
+        and config.network in NETWORKS
+        and config.activation in ACTIVATIONS
+    )
     assert config.batch_size % config.num_minibatches == 0
     json.dumps(config.to_dict())
 
@@ -511,7 +673,14 @@ def refused_or_valid(make):
 @given(st.dictionaries(st.one_of(known, known, upper_case, strange), anything, max_size=4))
 def test_from_dict_of_anything_is_a_config_error_or_a_valid_config(values):
     refused = refused_or_valid(lambda: Config.from_dict(values))
-    derived = {"NUM_UPDATES", "MINIBATCH_SIZE", "NORMALIZE_ENV", *PPO, *(name.upper() for name in FIELDS), *FIELDS}
+    derived = {
+        "NUM_UPDATES",
+        "MINIBATCH_SIZE",
+        "NORMALIZE_ENV",
+        *PPO,
+        *(name.upper() for name in FIELDS),
+        *FIELDS,
+    }
     assert refused or values.keys() <= derived
 
 

@@ -16,17 +16,35 @@ import pandas as pd
 import pytest
 from small_envs import counter, linear_model
 
-from purejaxppo import Config, ConfigError, Exchange, evaluate, fit, losses, make_train, make_trainer, sweep
+from purejaxppo import (
+    Config,
+    ConfigError,
+    Exchange,
+    evaluate,
+    fit,
+    losses,
+    make_train,
+    make_trainer,
+    sweep,
+)
 from purejaxppo.keys import random_key
 from purejaxppo.metrics import iteration_metrics, with_nan, without_nan
 from purejaxppo.runs import chunks, compilation, processes, run_directory
 from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics, nan_where_undefined
 
-ENDLESS, SHORT = counter(limit=60, longest=0), counter()  # no episode ends in a run of these tests; all do
+ENDLESS, SHORT = (
+    counter(limit=60, longest=0),
+    counter(),
+)  # no episode ends in a run of these tests; all do
 PPO = Config(num_envs=2, num_steps=4, total_timesteps=16, num_minibatches=2, num_epochs=2)
 TRPO = PPO.replace(algorithm="trpo", normalize_obs=True, normalize_reward=True, fisher_subsample=2)
 REINFORCE = PPO.replace(
-    algorithm="reinforce", baseline="none", num_minibatches=1, num_epochs=1, num_steps=5, anneal_lr=False
+    algorithm="reinforce",
+    baseline="none",
+    num_minibatches=1,
+    num_epochs=1,
+    num_steps=5,
+    anneal_lr=False,
 )
 ADAPTIVE = PPO.replace(objective="adaptive_kl", early_stop_kl=1e-12, normalize_obs=True)
 IMPLEMENTATIONS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
@@ -63,11 +81,19 @@ def test_an_undefined_value_reads_as_nan_and_is_stored_as_a_number():
         np.testing.assert_array_equal(metrics.episode_return, expected)
         np.testing.assert_array_equal(metrics._asdict()["episode_return"], expected)
         assert "episode_return=Array([ 1., nan,  3.]" in repr(metrics)
-        copies = jax.tree.map(lambda x: x[1:], metrics), pickle.loads(pickle.dumps(metrics)), metrics._replace(extra={})
+        copies = (
+            jax.tree.map(lambda x: x[1:], metrics),
+            pickle.loads(pickle.dumps(metrics)),
+            metrics._replace(extra={}),
+        )
         for copy in copies:
             assert type(copy) is Metrics and leaves_with_nan(copy) == 0
-            np.testing.assert_array_equal(copy.episode_return, expected[-len(copy.episode_return) :])
-    np.testing.assert_array_equal(jax.jit(lambda metrics: metrics.episode_return)(metrics), expected)
+            np.testing.assert_array_equal(
+                copy.episode_return, expected[-len(copy.episode_return) :]
+            )
+    np.testing.assert_array_equal(
+        jax.jit(lambda metrics: metrics.episode_return)(metrics), expected
+    )
     np.testing.assert_array_equal(is_defined(metrics, "episode_return"), [True, False, True])
     assert metrics.timesteps.dtype == jnp.int32
     assert jax.eval_shape(lambda: metrics).episode_return.shape == (3,)
@@ -101,11 +127,20 @@ def test_what_does_not_exist_is_undefined_and_what_diverged_is_nan():
         measured = dict.fromkeys(("value_loss", "policy_loss"), jnp.ones(()))
         metrics = iteration_metrics(jnp.int32(4), none, batch, measured)
         assert leaves_with_nan(metrics) == 0
-    missing = {name for name in Metrics._fields if name != "extra" and not is_defined(metrics, name)}
-    assert missing == set(Metrics._fields) - {"timesteps", "episodes", "extra", *measured}  # the targets are equal
+    missing = {
+        name for name in Metrics._fields if name != "extra" and not is_defined(metrics, name)
+    }
+    assert missing == set(Metrics._fields) - {
+        "timesteps",
+        "episodes",
+        "extra",
+        *measured,
+    }  # the targets are equal
     lost = iteration_metrics(jnp.int32(4), none, batch, {"policy_loss": jnp.asarray(jnp.nan)})
     assert is_defined(lost, "policy_loss") and np.isnan(lost.policy_loss)
-    some = iteration_metrics(jnp.int32(4), EpisodeSums(jnp.float32(6), jnp.float32(9), jnp.int32(3)), batch, {})
+    some = iteration_metrics(
+        jnp.int32(4), EpisodeSums(jnp.float32(6), jnp.float32(9), jnp.int32(3)), batch, {}
+    )
     assert (some.episode_return, some.episode_length) == (2, 3)
 
 
@@ -144,11 +179,16 @@ def result_of(config):
     return result, printed.getvalue()
 
 
-@pytest.mark.parametrize("config", [PPO, ADAPTIVE, TRPO], ids=lambda config: f"{config.algorithm}-{config.objective}")
+@pytest.mark.parametrize(
+    "config", [PPO, ADAPTIVE, TRPO], ids=lambda config: f"{config.algorithm}-{config.objective}"
+)
 def test_a_healthy_run_makes_no_nan_and_people_see_one_where_no_episode_ended(config):
     result, printed = result_of(config)
     assert leaves_with_nan(result) == 0 and "timesteps 16: episode return nan" in printed
-    assert np.isnan(result.metrics.episode_return).all() and np.isnan(result.metrics.episode_length).all()
+    assert (
+        np.isnan(result.metrics.episode_return).all()
+        and np.isnan(result.metrics.episode_length).all()
+    )
     assert np.isfinite(result.metrics.value_loss).all() and (result.metrics.episodes == 0).all()
 
 
@@ -159,7 +199,9 @@ def test_a_nan_in_a_program_compiled_ahead_of_time_is_told_in_words():
     compiled = compilation.telling_nan(jax.jit(jnp.log).lower(1.0).compile())
     with jax.debug_nans(True):
         assert compiled(1.0) == 0
-        with pytest.raises(FloatingPointError, match=r"with jax\.disable_jit too it names the operation"):
+        with pytest.raises(
+            FloatingPointError, match=r"with jax\.disable_jit too it names the operation"
+        ):
             compiled(-1.0)
         with pytest.raises(ValueError, match="something else"):
             compilation.telling_nan(raising)(1.0)
@@ -179,10 +221,21 @@ def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeyp
         if now.iterations == 3:
             raise Killed
 
-    how = {"seeds": 2, "key": jax.random.key(5), "env": SHORT, "model": linear_model(), "directory": tmp_path / "run"}
+    how = {
+        "seeds": 2,
+        "key": jax.random.key(5),
+        "env": SHORT,
+        "model": linear_model(),
+        "directory": tmp_path / "run",
+    }
     with all_switches():
         with pytest.raises(Killed):
-            fit(REINFORCE, on_progress=kill, checkpoint_seconds=0.0, **how | {"key": jax.random.key(5)})
+            fit(
+                REINFORCE,
+                on_progress=kill,
+                checkpoint_seconds=0.0,
+                **how | {"key": jax.random.key(5)},
+            )
         run = fit(REINFORCE, resume=True, **how)
     assert run.resumed_at == 2 and run.state.iteration.tolist() == [2, 3]
     assert np.isnan(run.metrics.value_loss).all() and run.diverged_at == [None, None]
@@ -249,16 +302,27 @@ def test_a_key_of_the_default_implementation_is_taken_raw_or_typed(implementatio
         assert random_key(7)[0] == typed
         others = [name for name in IMPLEMENTATIONS if name != implementation]
         wrong = [jax.random.key(7, impl=name) for name in others]
-        wrong += [jax.random.split(typed), raw[:-1], np.zeros(6 - size, np.uint32), np.zeros(size, np.int32), 0.5]
+        wrong += [
+            jax.random.split(typed),
+            raw[:-1],
+            np.zeros(6 - size, np.uint32),
+            np.zeros(size, np.int32),
+            0.5,
+        ]
         for key in wrong:
-            with pytest.raises(ConfigError, match=rf"one random key of JAX's default kind, {implementation}$") as error:
+            with pytest.raises(
+                ConfigError, match=rf"one random key of JAX's default kind, {implementation}$"
+            ) as error:
                 random_key(key)
             assert "\n" not in str(error.value)
 
 
 def test_a_run_goes_on_with_its_kind_of_keys_only(tmp_path):
     def open_it(directory, implementation, resume=True):
-        with jax.default_prng_impl(implementation), run_directory.opened(directory, {"seeds": 1}, 0, resume):
+        with (
+            jax.default_prng_impl(implementation),
+            run_directory.open_run_directory(directory, {"seeds": 1}, 0, resume),
+        ):
             pass
 
     for number, begun in enumerate(IMPLEMENTATIONS):
@@ -266,7 +330,9 @@ def test_a_run_goes_on_with_its_kind_of_keys_only(tmp_path):
         open_it(directory, begun, resume=False)
         open_it(directory, begun)
         for other in set(IMPLEMENTATIONS) - {begun}:
-            with pytest.raises(ConfigError, match=f"prng_impl = '{begun}' there and '{other}' here"):
+            with pytest.raises(
+                ConfigError, match=f"prng_impl = '{begun}' there and '{other}' here"
+            ):
                 open_it(directory, other)
     # A directory from before this was recorded had threefry's.
     config = tmp_path / "0" / "config.json"
@@ -288,9 +354,19 @@ def test_fit_and_evaluate_work_without_jit_and_no_operation_makes_a_nan():
         policy = run.policy()
         policy = dataclasses.replace(policy, observation_space=SHORT.observation_space)
         played = evaluate(policy, SHORT, jax.random.key(2), 2)
-    assert plans[0].memory_bytes == 0 and (played.lengths >= 1).all() and (played.lengths <= 5).all()
+    assert (
+        plans[0].memory_bytes == 0 and (played.lengths >= 1).all() and (played.lengths <= 5).all()
+    )
     expected = with_nan(result_of(TRPO)[0].metrics)
-    for name in ("timesteps", "episodes", "episode_return", "value_loss", "entropy", "approx_kl", "grad_norm"):
+    for name in (
+        "timesteps",
+        "episodes",
+        "episode_return",
+        "value_loss",
+        "entropy",
+        "approx_kl",
+        "grad_norm",
+    ):
         got = getattr(run.metrics, name)[0]
         np.testing.assert_allclose(got, getattr(expected, name), rtol=1e-3, atol=1e-5, err_msg=name)
 
@@ -304,6 +380,9 @@ def test_without_jit_programs_stay_as_they_are_and_use_one_device():
 
 def test_several_processes_refuse_to_run_without_jit(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "connected", lambda: True)
-    with jax.disable_jit(), pytest.raises(ConfigError, match="disable_jit works with one process only"):
+    with (
+        jax.disable_jit(),
+        pytest.raises(ConfigError, match="disable_jit works with one process only"),
+    ):
         fit(PPO, env=SHORT, model=linear_model(), directory=tmp_path / "run")
     assert not (tmp_path / "run").exists()

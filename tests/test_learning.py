@@ -35,8 +35,14 @@ def test_mountain_car_continuous_is_solved_by_four_seeds():
 
 def test_trpo_and_reinforce_learn_cartpole():
     """Within less than half of their steps, in which they reach 500 and 499 in the benchmark."""
-    assert interquartile_mean(scores("CartPole-v1", 4, algorithm="trpo", total_timesteps=40_960)) >= 300
-    assert interquartile_mean(scores("CartPole-v1", 4, algorithm="reinforce", total_timesteps=90_000)) >= 250
+    assert (
+        interquartile_mean(scores("CartPole-v1", 4, algorithm="trpo", total_timesteps=40_960))
+        >= 300
+    )
+    assert (
+        interquartile_mean(scores("CartPole-v1", 4, algorithm="reinforce", total_timesteps=90_000))
+        >= 250
+    )
 
 
 @pytest.mark.checkout
@@ -47,8 +53,13 @@ def test_the_quickstart_notebook_runs():
     notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
     started = time.perf_counter()
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    assert time.perf_counter() - started < 240  # 70 s alone on 2 slow cores; here other tests run beside it
+    assert (
+        time.perf_counter() - started < 240
+    )  # 70 s alone on 2 slow cores; here other tests run beside it
     pictures = [
-        kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})
+        kind
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {})
     ]
     assert pictures.count("image/png") == 2 and pictures.count("image/gif") == 1

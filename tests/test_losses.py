@@ -49,7 +49,9 @@ def test_every_formula_equals_a_loop_over_the_entries_of_the_mask(seed, shape):
     eps, ratio = 0.2, np.exp(log_ratio)
     expected = {
         "masked_mean": over(mask, lambda x: x, value),
-        "surrogate": over(mask, lambda r, a: min(r * a, clip(r, 1 - eps, 1 + eps) * a), ratio, advantage),
+        "surrogate": over(
+            mask, lambda r, a: min(r * a, clip(r, 1 - eps, 1 + eps) * a), ratio, advantage
+        ),
         "value_loss": over(mask, lambda v, g: 0.5 * (v - g) ** 2, value, target),
         "clipped_value_loss": over(
             mask,
@@ -157,11 +159,15 @@ def test_a_mean_over_an_empty_mask_is_0_and_has_gradient_0():
 
 def test_what_is_masked_changes_neither_the_losses_nor_their_gradients():
     """Also where it is NaN: 0 · NaN would be NaN in the gradient."""
-    value, old_value, target, advantage, old_log_probs, mask = map(jnp.asarray, random_batch(5, (4, 3)))
+    value, old_value, target, advantage, old_log_probs, mask = map(
+        jnp.asarray, random_batch(5, (4, 3))
+    )
     assert 0 < mask.sum() < mask.size
 
     def total(value, fill):
-        old, goal, adv, old_log_prob = (jnp.where(mask, x, fill) for x in (old_value, target, advantage, old_log_probs))
+        old, goal, adv, old_log_prob = (
+            jnp.where(mask, x, fill) for x in (old_value, target, advantage, old_log_probs)
+        )
         log_ratio = losses.log_ratio(value, old_log_prob, mask)
         ratio = losses.probability_ratio(log_ratio)
         return (

@@ -22,7 +22,11 @@ from purejaxppo.types import Reward
 merge_jit, moments_jit = jax.jit(merge), jax.jit(moments_of)
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=6), st.integers(0, 6))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=6),
+    st.integers(0, 6),
+)
 def test_moments_over_any_split_equal_numpys(seed, sizes, magnitude):
     """Whatever the offset: Σx² − (Σx)² / n would lose every digit."""
     rng = np.random.default_rng(seed)
@@ -67,12 +71,16 @@ def test_the_reward_normaliser_equals_a_loop():
                     running[b] = gamma * running[b] + reward[t, b]
                     returns.append(running[b])
                     running[b] = 0.0 if done[t, b] else running[b]
-            scaled, scale = normalize(scale, reward, np.concatenate([ended[None], done[:-1]]), gamma)
+            scaled, scale = normalize(
+                scale, reward, np.concatenate([ended[None], done[:-1]]), gamma
+            )
             ended = done[-1]
             expected = np.clip(reward / np.sqrt(np.var(returns) + EPSILON), -10, 10)
             np.testing.assert_allclose(scaled, expected, rtol=1e-10)
             going = ~done[-1]  # of an ended episode it is forgotten when the next one begins
-            np.testing.assert_allclose(scale.discounted_return[going], running[going], rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(
+                scale.discounted_return[going], running[going], rtol=1e-12, atol=1e-12
+            )
             np.testing.assert_allclose(scale.moments.mean, np.mean(returns), rtol=1e-12)
 
 
@@ -94,7 +102,9 @@ def test_returns_of_steps_that_do_not_exist_do_not_count():
     reward = jnp.asarray([[1.0, 3.0], [2.0, 4.0], [100.0, 5.0], [100.0, 6.0]])
     reset = jnp.asarray([[True, True], [False, False], [True, False], [False, False]])
     valid = jnp.asarray([[True, True], [True, True], [False, True], [False, True]])
-    _, scale = normalize_reward(init_normalizer(jnp.zeros((2, 1)), False, True).reward, reward, reset, 1.0, valid)
+    _, scale = normalize_reward(
+        init_normalizer(jnp.zeros((2, 1)), False, True).reward, reward, reset, 1.0, valid
+    )
     returns = [1.0, 3.0, 3.0, 7.0, 12.0, 18.0]
     np.testing.assert_allclose(scale.moments.samples, 6)
     np.testing.assert_allclose(scale.moments.mean, np.mean(returns), rtol=1e-6)
@@ -107,7 +117,14 @@ def test_statistics_are_merged_after_the_update_and_equal_those_of_what_was_seen
     def show(state, transitions, config, frozen):
         return transitions.reward, state, {"obs": transitions.obs}
 
-    config = Config(num_envs=3, num_steps=6, num_minibatches=2, num_epochs=1, hidden_sizes=(4,), normalize_obs=True)
+    config = Config(
+        num_envs=3,
+        num_steps=6,
+        num_minibatches=2,
+        num_epochs=1,
+        hidden_sizes=(4,),
+        normalize_obs=True,
+    )
     trainer = make_trainer(config, env=counter(), reward_fn=Reward(lambda config: (), show))
     step = jax.jit(trainer.step, compiler_options={"xla_backend_optimization_level": 0})
     state = jax.jit(trainer.init)(jax.random.key(0))
@@ -115,12 +132,23 @@ def test_statistics_are_merged_after_the_update_and_equal_those_of_what_was_seen
     for _ in range(3):
         before = state.normalizer.obs
         state, metrics = step(state)
-        obs, deviation = np.asarray(metrics.extra["obs"]).reshape(-1, 3), np.sqrt(np.asarray(before.variance) + EPSILON)
+        obs, deviation = (
+            np.asarray(metrics.extra["obs"]).reshape(-1, 3),
+            np.sqrt(np.asarray(before.variance) + EPSILON),
+        )
         raw.append(obs * deviation + np.asarray(before.mean))
         everything = np.concatenate(raw)
         assert state.normalizer.obs.samples == len(everything)
-        np.testing.assert_allclose(state.normalizer.obs.mean, everything.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state.normalizer.obs.variance, everything.var(0), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            state.normalizer.obs.mean, everything.mean(0), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            state.normalizer.obs.variance, everything.var(0), rtol=1e-3, atol=1e-5
+        )
     times = raw[0][:, 1]
-    np.testing.assert_allclose(times, np.round(times), atol=1e-5)  # before anything was seen, nothing is normalised
-    assert np.abs(raw[-1][:, 1] - np.round(raw[-1][:, 1])).max() < 1e-3  # undone by the old moments, a whole number
+    np.testing.assert_allclose(
+        times, np.round(times), atol=1e-5
+    )  # before anything was seen, nothing is normalised
+    assert (
+        np.abs(raw[-1][:, 1] - np.round(raw[-1][:, 1])).max() < 1e-3
+    )  # undone by the old moments, a whole number

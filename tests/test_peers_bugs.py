@@ -45,7 +45,10 @@ def pieces():
 
 def numbers(tree):
     return jax.tree.map(
-        lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
+        lambda x: np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ),
+        tree,
     )
 
 
@@ -62,8 +65,14 @@ def test_the_state_is_whole_so_that_a_restored_run_goes_on_exactly(pieces):
     _, step, history = pieces
     leaves, structure = jax.tree.flatten(history[2][0])
     is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-    stored = [np.array(jax.random.key_data(x) if key else x) for x, key in zip(leaves, is_key, strict=True)]
-    restored = [jax.random.wrap_key_data(x) if key else jnp.asarray(x) for x, key in zip(stored, is_key, strict=True)]
+    stored = [
+        np.array(jax.random.key_data(x) if key else x)
+        for x, key in zip(leaves, is_key, strict=True)
+    ]
+    restored = [
+        jax.random.wrap_key_data(x) if key else jnp.asarray(x)
+        for x, key in zip(stored, is_key, strict=True)
+    ]
     state = jax.tree.unflatten(structure, restored)
     for expected_state, expected_metrics in history[3:]:
         state, metrics = step(state)

@@ -14,7 +14,9 @@ from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.sweeps import portions as sweep_parts
 from purejaxppo.types import Reward
 
-CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=32, normalize_obs=True)
+CONFIG = Config(
+    num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=32, normalize_obs=True
+)
 ENV, MODEL = counter(limit=9, longest=12), mixed_model()
 
 
@@ -62,7 +64,9 @@ def train(directory, stop=None, resume=False):
             raise Killed
 
     ways = {"eval_every": 2, "eval_episodes": 4, "checkpoint_seconds": 0.0, "resume": resume}
-    return fit(CONFIG, seeds=2, key=5, env=ENV, model=MODEL, directory=directory, on_progress=watch, **ways)
+    return fit(
+        CONFIG, seeds=2, key=5, env=ENV, model=MODEL, directory=directory, on_progress=watch, **ways
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,9 @@ def test_a_killed_run_goes_on_bit_for_bit(through, tmp_path):
     run = train(tmp_path / "run", resume=True)
     expected, directory = through
     assert run.resumed_at == 2
-    assert_same((run.state.params, run.state.update), (expected.state.params, expected.state.update))
+    assert_same(
+        (run.state.params, run.state.update), (expected.state.params, expected.state.update)
+    )
     assert_same((run.best.params, run.metrics), (expected.best.params, expected.metrics))
     for name in ("metrics.csv", "evaluations.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
@@ -118,7 +124,7 @@ def test_a_checkpoint_tells_paths_apart_that_read_the_same(tmp_path):
 
 def test_a_sweep_keeps_its_parameters_as_they_are(through, tmp_path, monkeypatch):
     """Two portions of two members; the second time the first portion is read from its file."""
-    saved, save = [], sweep_parts.save_part
+    saved, save = [], sweep_parts.save_portion
 
     def save_one(path, part):
         if saved:
@@ -128,16 +134,18 @@ def test_a_sweep_keeps_its_parameters_as_they_are(through, tmp_path, monkeypatch
 
     ways = {"env": ENV, "model": MODEL, "key": 5, "seeds": 4, "at_once": 2, "eval_episodes": 0}
     ways["directory"] = tmp_path / "sweep"
-    monkeypatch.setattr(sweep_parts, "save_part", save_one)
+    monkeypatch.setattr(sweep_parts, "save_portion", save_one)
     with pytest.raises(Killed):
         sweep(CONFIG, **ways)
-    monkeypatch.setattr(sweep_parts, "save_part", save)
+    monkeypatch.setattr(sweep_parts, "save_portion", save)
     result = sweep(CONFIG, resume=True, **ways)
     assert len(result.parts) == 2
     assert_same(result.parts[0], saved[0])
     for member in range(2):
         policy = result.policy(member)
-        assert_same(policy.params, jax.tree.map(lambda x, i=member: jnp.asarray(x[i]), saved[0].params))
+        assert_same(
+            policy.params, jax.tree.map(lambda x, i=member: jnp.asarray(x[i]), saved[0].params)
+        )
         assert policy.act(jnp.zeros((2, 3))).shape == (2,)
 
 
@@ -224,7 +232,9 @@ def test_what_cannot_be_kept_is_refused_before_there_is_a_directory(name, run, t
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_parameters_to_start_from_that_do_not_fit_are_refused_before_there_is_a_directory(name, tmp_path):
+def test_parameters_to_start_from_that_do_not_fit_are_refused_before_there_is_a_directory(
+    name, tmp_path
+):
     params, expected = STARTS[name]
     ways = {"env": ENV, "model": linear_model(), "directory": tmp_path / "run"}
     assert sentence_of(lambda: fit(CONFIG, params=params, **ways)) == expected

@@ -16,8 +16,15 @@ from purejaxppo.rollout import make_rollout
 from purejaxppo.types import Batch, EpisodeSums
 
 T, B = 8, 4
-COUNTERS = {"one cut": (10, 16), "many cuts": (3, 6), "only cuts": (2, 0), "cuts at the end": (T, 0)}
-MOMENTS = Moments(jnp.asarray(100.0), jnp.asarray([0.5, 2.0, 1.0]), jnp.asarray([40.0, 400.0, 100.0]))
+COUNTERS = {
+    "one cut": (10, 16),
+    "many cuts": (3, 6),
+    "only cuts": (2, 0),
+    "cuts at the end": (T, 0),
+}
+MOMENTS = Moments(
+    jnp.asarray(100.0), jnp.asarray([0.5, 2.0, 1.0]), jnp.asarray([40.0, 400.0, 100.0])
+)
 
 
 @functools.cache
@@ -25,7 +32,11 @@ def two_rollouts(name, memory=False, space=DISCRETE):
     """Two rollouts in a row, of which the second starts inside of episodes; and everything they were made of."""
     limit, longest = COUNTERS[name]
     env = bound_actions(counter(space, limit, longest))
-    model = memory_model(3) if memory else linear_model(gaussian=space == BOX, actions=2 if space == BOX else 3)
+    model = (
+        memory_model(3)
+        if memory
+        else linear_model(gaussian=space == BOX, actions=2 if space == BOX else 3)
+    )
     moments = MOMENTS if space == DISCRETE else None
     vector_env = vectorize(env, B)
     rollout = make_rollout(env, vector_env, model, T)
@@ -38,7 +49,9 @@ def two_rollouts(name, memory=False, space=DISCRETE):
     def run(key, params, env_state, carry):
         return rollout(key, params, moments, env_state, carry)
 
-    begin, run = (jax.jit(f, compiler_options={"xla_backend_optimization_level": 0}) for f in (begin, run))
+    begin, run = (
+        jax.jit(f, compiler_options={"xla_backend_optimization_level": 0}) for f in (begin, run)
+    )
     start, params = begin(jax.random.key(5))
     first, middle, carry, _ = run(jax.random.key(6), params, start, model.initial_carry(B))
     second, end, _, _ = run(jax.random.key(7), params, middle, carry)
@@ -73,7 +86,9 @@ def test_next_value_is_the_value_of_the_true_successor(name):
         normalised = normalize_obs(moments, jnp.asarray(successor.reshape(-1, 3), jnp.float32))
         _, _, value = model.step(params, (), normalised, jnp.zeros(T * B, bool))
         alive = ~rollout.terminated
-        np.testing.assert_allclose(rollout.next_value[alive], np.reshape(value, (T, B))[alive], rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(
+            rollout.next_value[alive], np.reshape(value, (T, B))[alive], rtol=2e-4, atol=2e-4
+        )
         inner = rollout.truncated[:-1]
         cuts += inner.sum()
         if inner.any():  # the value of the next episode's first observation is another one
@@ -95,7 +110,9 @@ def test_next_value_with_memory_is_that_of_the_carry_after_the_step(name):
             successor = np.asarray(normalize_obs(moments, jnp.asarray(successor)))
             alive = ~rollout.terminated[t]
             expected = params["value"] * (0.5 * h + successor.sum(-1))
-            np.testing.assert_allclose(rollout.next_value[t][alive], expected[alive], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(
+                rollout.next_value[t][alive], expected[alive], rtol=1e-3, atol=1e-3
+            )
     assert first.truncated.any() or second.truncated.any()
 
 
@@ -113,7 +130,9 @@ def test_terminations_truncations_and_resets_are_where_the_episodes_end(name):
     done = both.terminated | both.truncated
     np.testing.assert_array_equal(both.reset[0], np.ones(B, bool))
     np.testing.assert_array_equal(both.reset[1:], done[:-1])
-    np.testing.assert_allclose(t, np.where(both.reset, 0, t))  # the first observation of an episode is that of a reset
+    np.testing.assert_allclose(
+        t, np.where(both.reset, 0, t)
+    )  # the first observation of an episode is that of a reset
     same = np.isclose(obs[1:, :, 0], obs[:-1, :, 0], atol=1e-6)
     np.testing.assert_array_equal(same, ~done[:-1])
     np.testing.assert_allclose(both.reward, t + 1)
@@ -139,7 +158,9 @@ def test_the_final_observation_is_not_lost():
     vector_env = vectorize(env, B)
     state = vector_env.reset(jax.random.key(0))
     after, out = jax.jit(vector_env.step)(jax.random.key(1), state, jnp.full(B, 2))
-    np.testing.assert_array_equal(out.obs, np.stack([state.obs[:, 0], np.full(B, 1.0), np.full(B, 2.0)], -1))
+    np.testing.assert_array_equal(
+        out.obs, np.stack([state.obs[:, 0], np.full(B, 1.0), np.full(B, 2.0)], -1)
+    )
     assert out.truncated.all() and after.reset.all()
     np.testing.assert_array_equal(after.obs[:, 1:], np.zeros((B, 2)))
     assert (after.obs[:, 0] != state.obs[:, 0]).all()
@@ -160,7 +181,11 @@ def test_episode_statistics_equal_a_loop(name):
                 running[b] += rollout.reward[t, b]
                 length[b] += 1
                 if rollout.terminated[t, b] or rollout.truncated[t, b]:
-                    returns, lengths, episodes = returns + running[b], lengths + length[b], episodes + 1
+                    returns, lengths, episodes = (
+                        returns + running[b],
+                        lengths + length[b],
+                        episodes + 1,
+                    )
                     running[b], length[b] = 0.0, 0
         np.testing.assert_allclose(state.finished.returns, returns, rtol=1e-6)
         assert (state.finished.lengths, state.finished.episodes) == (lengths, episodes)
@@ -172,7 +197,9 @@ def test_episode_statistics_equal_a_loop(name):
 # ------------------------------------------------------------------------------------ whole episodes
 
 
-@pytest.mark.parametrize(("limit", "longest"), [(5, 8), (5, 0), (T, 5)], ids=["both ends", "cuts", "terminations"])
+@pytest.mark.parametrize(
+    ("limit", "longest"), [(5, 8), (5, 0), (T, 5)], ids=["both ends", "cuts", "terminations"]
+)
 def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(limit, longest):
     env, model, rows = counter(DISCRETE, limit, longest), linear_model(), 16
     vector_env = vectorize(env, rows)
@@ -215,11 +242,15 @@ def test_with_whole_episodes_memory_begins_anew():
         return model.step(params, carry, obs, jnp.zeros_like(reset))
 
     vector_env = vectorize(env, B)
-    rollout = make_rollout(env, vector_env, model._replace(step=never_reset), T, whole_episodes=True)
+    rollout = make_rollout(
+        env, vector_env, model._replace(step=never_reset), T, whole_episodes=True
+    )
     state = vector_env.reset(jax.random.key(0))
     params = model.init(jax.random.key(1), state.obs)
     transitions, _, _, _ = rollout(jax.random.key(2), params, None, state, (jnp.full(B, 100.0),))
-    np.testing.assert_allclose(transitions.value[0], params["value"] * transitions.obs[0].sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        transitions.value[0], params["value"] * transitions.obs[0].sum(-1), rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------- actions
@@ -236,7 +267,9 @@ def test_log_prob_is_of_the_sampled_action_and_the_environment_gets_the_clipped_
     np.testing.assert_allclose(first.log_prob, expected, rtol=1e-4, atol=1e-4)
     received = first.obs[1:, :, 2:]  # of the step before, shown by the next observation
     goes_on = ~first.reset[1:]
-    np.testing.assert_allclose(received[goes_on], np.clip(action, low, high)[:-1][goes_on], rtol=1e-6)
+    np.testing.assert_allclose(
+        received[goes_on], np.clip(action, low, high)[:-1][goes_on], rtol=1e-6
+    )
 
 
 def test_a_squashed_action_fills_the_box():
@@ -244,7 +277,9 @@ def test_a_squashed_action_fills_the_box():
     state, _ = env.reset(jax.random.key(0))
     for u, fraction in ((-50.0, 0.0), (0.0, 0.5), (50.0, 1.0), (0.7, (1 + np.tanh(0.7)) / 2)):
         out = env.step(jax.random.key(1), state, jnp.full(2, u))
-        np.testing.assert_allclose(out.obs[2:], BOX.low + (BOX.high - BOX.low) * fraction, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            out.obs[2:], BOX.low + (BOX.high - BOX.low) * fraction, rtol=1e-6, atol=1e-7
+        )
 
 
 def test_unroll_gives_the_log_probabilities_and_values_of_the_rollout():
@@ -252,8 +287,12 @@ def test_unroll_gives_the_log_probabilities_and_values_of_the_rollout():
         variant = {"memory": True} if memory else {}  # spelled as above, for the cache
         (model, params), _, _, start, first, *_ = two_rollouts("many cuts", **variant)
         carry = model.initial_carry(B)
-        distribution, value = model.unroll(params, carry, jnp.asarray(first.obs), jnp.asarray(first.reset))
-        np.testing.assert_allclose(distribution.log_prob(jnp.asarray(first.action)), first.log_prob, atol=1e-5)
+        distribution, value = model.unroll(
+            params, carry, jnp.asarray(first.obs), jnp.asarray(first.reset)
+        )
+        np.testing.assert_allclose(
+            distribution.log_prob(jnp.asarray(first.action)), first.log_prob, atol=1e-5
+        )
         np.testing.assert_allclose(value, first.value, rtol=1e-5, atol=1e-5)
         assert start.reset.all()
 

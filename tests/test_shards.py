@@ -23,7 +23,7 @@ from purejaxppo.normalize import merge, moments_in_shards, moments_of, no_moment
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.shards import join_shards, make_mesh, split_shards, state_sharding
 from purejaxppo.updates.minibatches import as_sequences, random_order, shuffled_minibatches
-from purejaxppo.updates.trpo import one_in
+from purejaxppo.updates.trpo import subsample_sequences
 
 KEY = jax.random.key(7)
 CONFIG = Config(num_envs=12, num_steps=10, num_epochs=1, num_minibatches=2, total_timesteps=240)
@@ -35,7 +35,10 @@ CONFIG = Config(num_envs=12, num_steps=10, num_epochs=1, num_minibatches=2, tota
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What `runs_on_devices.py` writes."""
-    script, path = Path(__file__).with_name("runs_on_devices.py"), tmp_path_factory.mktemp("runs") / "runs.pkl"
+    script, path = (
+        Path(__file__).with_name("runs_on_devices.py"),
+        tmp_path_factory.mktemp("runs") / "runs.pkl",
+    )
     done = subprocess.run(
         [sys.executable, script, path],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_FLAGS},
@@ -47,14 +50,20 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize(("name", "devices"), [("ppo", 2), ("ppo", 4), ("trpo", 4), ("reinforce", 4)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("ppo", 2), ("ppo", 4), ("trpo", 4), ("reinforce", 4)]
+)
 def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name, devices):
     one, several = runs[name, 1], runs[name, devices]
     close = {"rtol": 1e-9, "atol": 1e-11}
     for a, b in zip(several["state"], one["state"], strict=True):
         np.testing.assert_allclose(a, b, **close)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), several["metrics"], one["metrics"])
-    assert (several["metrics"]["episodes"] > 0).any() and one["metrics"]["policy_loss"].dtype == np.float64
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **close), several["metrics"], one["metrics"]
+    )
+    assert (several["metrics"]["episodes"] > 0).any() and one["metrics"][
+        "policy_loss"
+    ].dtype == np.float64
 
 
 @pytest.mark.devices
@@ -87,7 +96,9 @@ def test_devices_exchange_sums_of_the_update_only(runs, name, devices, loops):
     run = runs[name, devices]
     assert run["kinds"] == ["all-reduce"]
     assert run["communicating"] == len(loops) < run["loops"]
-    assert run["largest"] <= 9  # the linear policy's weights; REINFORCE's counts of episodes that still run are 5
+    assert (
+        run["largest"] <= 9
+    )  # the linear policy's weights; REINFORCE's counts of episodes that still run are 5
     envs = 16 // devices
     obs, *divided = run["parts"]
     assert obs == (4 // devices, 4, 3) and set(divided) == {(envs,)}
@@ -105,7 +116,11 @@ def test_only_what_belongs_to_environments_is_divided():
     state = jax.eval_shape(make_trainer(config, counter(), memory_model(3)).init, KEY)
     mesh = jax.sharding.AbstractMesh((2,), ("shards",))
     where = state_sharding(mesh, state)
-    divided = {jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(where) if x.spec != jax.P()}
+    divided = {
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree.leaves_with_path(where)
+        if x.spec != jax.P()
+    }
     single = {path for path in divided if not path.startswith(".env")}
     assert single == {".carry[0]", ".normalizer.reward.discounted_return"}
     assert len(divided - single) == len(jax.tree.leaves(state.env))
@@ -118,8 +133,13 @@ def test_only_what_belongs_to_environments_is_divided():
 
 def numbered(T, B, memory):
     """Rewards and all as in any batch; its values are the numbers of its steps, its carry those of its rows."""
-    batch = jax.tree.map(lambda x: np.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), random_batch(0))
-    return arrays(batch | {"value": np.arange(T * B).reshape(T, B), "carry": (np.arange(B),) if memory else ()})
+    batch = jax.tree.map(
+        lambda x: np.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), random_batch(0)
+    )
+    return arrays(
+        batch
+        | {"value": np.arange(T * B).reshape(T, B), "carry": (np.arange(B),) if memory else ()}
+    )
 
 
 @functools.cache
@@ -128,7 +148,10 @@ def cutting(T, B, M, S, memory):
     return jax.jit(lambda key: shuffled_minibatches(key, as_sequences(batch, S), M, S)[0])
 
 
-@given(st.sampled_from([(4, 2, 2, True), (12, 2, 3, False), (6, 3, 2, False)]), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from([(4, 2, 2, True), (12, 2, 3, False), (6, 3, 2, False)]),
+    st.integers(0, 2**32 - 1),
+)
 def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(sizes, seed):
     T, (B, M, S, memory) = 3, sizes
     cut = cutting(T, *sizes)(jax.random.key(seed))
@@ -136,11 +159,15 @@ def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(
     np.testing.assert_array_equal(np.sort(values.ravel()), np.arange(T * B))
     shard = values % B // (B // S)
     for m in range(M):
-        np.testing.assert_array_equal(np.bincount(shard[m].ravel(), minlength=S), np.full(S, T * B // S // M))
+        np.testing.assert_array_equal(
+            np.bincount(shard[m].ravel(), minlength=S), np.full(S, T * B // S // M)
+        )
         assert (np.diff(shard[m]) >= 0).all()  # shard after shard, as on the devices
     if memory:
         np.testing.assert_array_equal(values[:, 0], cut.carry[0])
-        np.testing.assert_array_equal(values[:, 1:] - values[:, :-1], np.full((M, T - 1, B // M), B))
+        np.testing.assert_array_equal(
+            values[:, 1:] - values[:, :-1], np.full((M, T - 1, B // M), B)
+        )
 
 
 def test_shards_have_orders_of_their_own_and_one_shard_the_order_of_all():
@@ -154,9 +181,11 @@ def test_shards_have_orders_of_their_own_and_one_shard_the_order_of_all():
 @pytest.mark.parametrize("memory", [False, True])
 def test_one_sample_in_k_is_one_in_k_of_every_shard(memory):
     batch = as_sequences(numbered(3, 12, memory), 2)
-    some = np.asarray(jax.jit(one_in, static_argnums=(0, 3))(4, KEY, batch, 2).value)
+    some = np.asarray(jax.jit(subsample_sequences, static_argnums=(0, 3))(4, KEY, batch, 2).value)
     shard = some % 12 // 6
-    assert len(np.unique(some)) == some.size == (12 if memory else 10)  # ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉
+    assert (
+        len(np.unique(some)) == some.size == (12 if memory else 10)
+    )  # ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉
     assert np.bincount(shard.ravel()).tolist() == [some.size // 2] * 2
 
 
@@ -180,7 +209,9 @@ def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
     total, merged = jax.jit(pooled)(parts), no_moments((2,))
     for i in range(3):
         merged = jax.jit(merge)(merged, jax.tree.map(lambda x, i=i: np.asarray(x)[i], parts))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), total, merged)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), total, merged
+    )
     if seen := sum(shares):
         assert total.samples == seen
         np.testing.assert_allclose(total.mean, x[valid].mean(0), rtol=1e-12)
@@ -191,8 +222,13 @@ def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
     rng = np.random.default_rng(2)
-    x, valid = jnp.asarray(rng.normal(5, 2, (4, 6))), jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None
-    one, three = (jax.jit(moments_in_shards, static_argnums=2)(x, valid, shards) for shards in (1, 3))
+    x, valid = (
+        jnp.asarray(rng.normal(5, 2, (4, 6))),
+        jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None,
+    )
+    one, three = (
+        jax.jit(moments_in_shards, static_argnums=2)(x, valid, shards) for shards in (1, 3)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), three, one)
 
 
@@ -210,7 +246,9 @@ def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_al
     np.testing.assert_allclose(seen.mean, raw.mean(0), rtol=1e-5)
     np.testing.assert_allclose(seen.variance, raw.var(0), rtol=1e-4)
     done = together.terminated | together.truncated
-    np.testing.assert_array_equal(after.finished.episodes, np.asarray(done).reshape(T, S, size).sum((0, 2)))
+    np.testing.assert_array_equal(
+        after.finished.episodes, np.asarray(done).reshape(T, S, size).sum((0, 2))
+    )
 
     second = jax.tree.map(lambda x: x[1], state)
     alone, *_ = jax.jit(each)(jax.random.split(KEY, S)[1], params, no_moments((3,)), second, ())
@@ -228,10 +266,22 @@ def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_al
     [
         ({"num_shards": 0}, "num_shards = 0: it must be an integer of at least 1"),
         ({"num_shards": 5}, "num_shards = 5 does not divide num_envs = 12"),
-        ({"num_shards": 4, "num_minibatches": 4}, "does not divide the 30 samples of each of 4 shards"),
-        ({"num_shards": 4, "algorithm": "trpo", "fisher_subsample": 31}, "only 30 samples in each shard"),
         (
-            {"num_shards": 2, "num_steps": 16, "num_minibatches": 8, "episodic": True, "anneal_lr": False},
+            {"num_shards": 4, "num_minibatches": 4},
+            "does not divide the 30 samples of each of 4 shards",
+        ),
+        (
+            {"num_shards": 4, "algorithm": "trpo", "fisher_subsample": 31},
+            "only 30 samples in each shard",
+        ),
+        (
+            {
+                "num_shards": 2,
+                "num_steps": 16,
+                "num_minibatches": 8,
+                "episodic": True,
+                "anneal_lr": False,
+            },
             "num_minibatches = 8 does not divide num_envs * 5 / num_shards = 2",
         ),
     ],

@@ -85,13 +85,19 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("space", "ways", "make"), SAME, ids=lambda x: repr(x) if dataclasses.is_dataclass(x) else "")
+@pytest.mark.parametrize(
+    ("space", "ways", "make"), SAME, ids=lambda x: repr(x) if dataclasses.is_dataclass(x) else ""
+)
 def test_whatever_numbers_are_written_the_space_is_the_same_and_plain(space, ways, make):
     for way in ways:
         made = make(way)
         assert made == space and hash(made) == hash(space) and repr(made) == repr(space)
         assert _space_from_json(json.loads(json.dumps(_space_to_json(made)))) == space
-        flat = [x for value in vars(made).values() for x in (value if isinstance(value, tuple) else (value,))]
+        flat = [
+            x
+            for value in vars(made).values()
+            for x in (value if isinstance(value, tuple) else (value,))
+        ]
         assert {type(x) for x in flat} <= {int, float}
         assert type(made.shape) is tuple and all(type(n) is int for n in made.shape)
     assert dataclasses.replace(space) == space
@@ -121,14 +127,38 @@ def test_spaces_of_other_meaning_differ():
 
 NAN = float("nan")
 WRONG = [
-    *[(lambda n=n: Discrete(n), "Discrete.n = ") for n in (0, -1, 2.5, True, np.True_, NAN, INF, 2**31, 10**30)],
-    *[(lambda n=n: Discrete(n), "Discrete.n = ") for n in ("3", None, 3j, [3], np.timedelta64(3, "s"), np.zeros(2))],
-    *[(lambda x=x: MultiDiscrete(x), "MultiDiscrete.sizes = ") for x in ([], (), 3, [[3, 2]], [3, 0], [3, 2.5], "32")],
-    *[(lambda x=x: MultiDiscrete(x), "MultiDiscrete.sizes = ") for x in ([[1], [2, 3]], {3, 2}, [True], None)],
-    *[(lambda x=x: Box(x, 0, 1), "Box.shape = ") for x in (0, (0,), (2, 0), (-1,), (2.5,), "ab", None, [[2]], True)],
-    *[(lambda x=x: Box((2,), x, 1), "Box.low = ") for x in (NAN, [0, NAN], "a", None, [None, 0], 1j, [[0], [0, 0]])],
-    *[(lambda x=x: Box((2,), 0, x), "Box.high = ") for x in (NAN, [NAN, 1], "a", 10**400, {}, False)],
-    *[(lambda x=x: Box((2,), x, 1), "Box.low has the shape ") for x in ([0], [0, 0, 0], [[0, 0]], np.zeros((2, 2)))],
+    *[
+        (lambda n=n: Discrete(n), "Discrete.n = ")
+        for n in (0, -1, 2.5, True, np.True_, NAN, INF, 2**31, 10**30)
+    ],
+    *[
+        (lambda n=n: Discrete(n), "Discrete.n = ")
+        for n in ("3", None, 3j, [3], np.timedelta64(3, "s"), np.zeros(2))
+    ],
+    *[
+        (lambda x=x: MultiDiscrete(x), "MultiDiscrete.sizes = ")
+        for x in ([], (), 3, [[3, 2]], [3, 0], [3, 2.5], "32")
+    ],
+    *[
+        (lambda x=x: MultiDiscrete(x), "MultiDiscrete.sizes = ")
+        for x in ([[1], [2, 3]], {3, 2}, [True], None)
+    ],
+    *[
+        (lambda x=x: Box(x, 0, 1), "Box.shape = ")
+        for x in (0, (0,), (2, 0), (-1,), (2.5,), "ab", None, [[2]], True)
+    ],
+    *[
+        (lambda x=x: Box((2,), x, 1), "Box.low = ")
+        for x in (NAN, [0, NAN], "a", None, [None, 0], 1j, [[0], [0, 0]])
+    ],
+    *[
+        (lambda x=x: Box((2,), 0, x), "Box.high = ")
+        for x in (NAN, [NAN, 1], "a", 10**400, {}, False)
+    ],
+    *[
+        (lambda x=x: Box((2,), x, 1), "Box.low has the shape ")
+        for x in ([0], [0, 0, 0], [[0, 0]], np.zeros((2, 2)))
+    ],
     (lambda: Box((2, 2), 0, [1, 1]), "Box.high has the shape (2,): "),
     (lambda: Box((2,), 1, 0), "Box has an element with low = 1.0 and high = 0.0: "),
     (lambda: Box((2,), [0, 3], [1, 2]), "Box has an element with low = 3.0 and high = 2.0: "),

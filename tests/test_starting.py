@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 from small_envs import MULTI, counter, linear_model
 
-from purejaxppo import Config, ConfigError, Policy, fit, load_policy, make_train, make_trainer, save_policy
+from purejaxppo import (
+    Config,
+    ConfigError,
+    Policy,
+    fit,
+    load_policy,
+    make_train,
+    make_trainer,
+    save_policy,
+)
 from purejaxppo.normalize import Moments, Normalizer, ReturnScale, no_moments
 from purejaxppo.runs.session import Best
 from purejaxppo.types import Box, Discrete, Env, Step
 
-TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,))
+TINY = Config(
+    num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,)
+)
 NORMALISED = TINY.replace(normalize_obs=True)
 MOMENTS = Moments(jnp.asarray(50.0), jnp.asarray([150.0]), jnp.asarray([5000.0]))  # 150 ± 10
 KEY = jax.random.key(0)
@@ -47,7 +58,10 @@ def sides(low=-np.inf, name="sides") -> Env:
 
 ENV, MODEL = sides(), linear_model(actions=2)
 RIGHT = {
-    "policy": {"w": jnp.asarray([[-50.0, 50.0]]), "b": jnp.zeros(2)},  # of an observation in standard deviations
+    "policy": {
+        "w": jnp.asarray([[-50.0, 50.0]]),
+        "b": jnp.zeros(2),
+    },  # of an observation in standard deviations
     "value": {"w": jnp.zeros(1), "b": jnp.zeros(())},
 }
 
@@ -92,7 +106,12 @@ def test_a_saved_policy_goes_on_too(policy, tmp_path):
     loaded = load_policy(save_policy(tmp_path / "policy", policy), model=MODEL)
     train = jax.jit(make_train(NORMALISED, ENV, MODEL))
     assert train(KEY, loaded).metrics.episode_return.tolist() == [4.0]
-    assert train(KEY, dataclasses.replace(loaded, obs_moments=no_moments((1,)))).metrics.episode_return[0] < 3.5
+    assert (
+        train(
+            KEY, dataclasses.replace(loaded, obs_moments=no_moments((1,)))
+        ).metrics.episode_return[0]
+        < 3.5
+    )
 
 
 def test_a_policy_a_state_and_the_best_so_far_bring_their_parameters_and_moments(policy):
@@ -138,10 +157,15 @@ def test_it_vmaps_over_seeds_from_one_policy_and_over_states(policy):
 def test_a_normaliser_on_one_side_only_is_refused(policy):
     """The policy would see another world, after the first rollout at the latest."""
     without = dataclasses.replace(policy, config=TINY, obs_moments=None)
-    for given, config, had, instead in ((policy, TINY, "with", True), (without, NORMALISED, "without", False)):
+    for given, config, had, instead in (
+        (policy, TINY, "with", True),
+        (without, NORMALISED, "without", False),
+    ):
         for one in (given, state_of(config, given)):
             init = make_trainer(config, ENV, MODEL).init
-            assert sentence_of(lambda one=one, init=init: jax.eval_shape(lambda key: init(key, one), KEY)) == (
+            assert sentence_of(
+                lambda one=one, init=init: jax.eval_shape(lambda key: init(key, one), KEY)
+            ) == (
                 f"the policy to start from was trained {had} normalised observations: set normalize_obs={instead}, or "
                 "give its parameters alone, for which normalisation starts anew"
             )
@@ -150,10 +174,26 @@ def test_a_normaliser_on_one_side_only_is_refused(policy):
 @pytest.mark.parametrize(
     ("env", "change", "message"),
     [
-        (sides(), {"activation": "relu"}, "has activation = 'relu', and this configuration has 'tanh'"),
-        (sides(), {"hidden_sizes": (5,)}, "has hidden_sizes = (5,), and this configuration has (4,)"),
-        (sides(), {"shared_trunk": True}, "has shared_trunk = True, and this configuration has False"),
-        (sides(), {"squash_actions": True}, "has squash_actions = True, and this configuration has False"),
+        (
+            sides(),
+            {"activation": "relu"},
+            "has activation = 'relu', and this configuration has 'tanh'",
+        ),
+        (
+            sides(),
+            {"hidden_sizes": (5,)},
+            "has hidden_sizes = (5,), and this configuration has (4,)",
+        ),
+        (
+            sides(),
+            {"shared_trunk": True},
+            "has shared_trunk = True, and this configuration has False",
+        ),
+        (
+            sides(),
+            {"squash_actions": True},
+            "has squash_actions = True, and this configuration has False",
+        ),
         (
             sides()._replace(action_space=Discrete(3)),
             {},
@@ -173,7 +213,10 @@ def test_a_policy_that_does_not_fit_is_refused(env, change, message):
     shapes = jax.eval_shape(model.init, KEY)
     before = Policy.from_state(config, shapes._replace(iteration=np.zeros(())), env=sides())
     before = dataclasses.replace(
-        before, config=config, observation_space=env.observation_space, action_space=env.action_space
+        before,
+        config=config,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
     )
     init = make_trainer(TINY, ENV).init
     told = sentence_of(lambda: jax.eval_shape(lambda key: init(key, before), KEY))
@@ -186,16 +229,22 @@ def test_other_bounds_and_another_name_are_no_hindrance(policy):
     assert state.params["policy"]["w"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("given", [3, "policy", {"policy": jnp.ones(3)}, linear_model(), {}, jnp.ones(3)])
+@pytest.mark.parametrize(
+    "given", [3, "policy", {"policy": jnp.ones(3)}, linear_model(), {}, jnp.ones(3)]
+)
 def test_what_are_no_parameters_of_the_model_is_refused(given, tmp_path):
-    told = sentence_of(lambda: fit(TINY, env=ENV, model=MODEL, params=given, directory=tmp_path / "run"))
+    told = sentence_of(
+        lambda: fit(TINY, env=ENV, model=MODEL, params=given, directory=tmp_path / "run")
+    )
     assert told.startswith("params do not fit the model: ")
     assert any(name in told for name in ("'policy/w'", "'policy/b'"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_state_of_several_agents_is_refused(policy):
-    agents = jax.tree.map(lambda x: jnp.stack([x, x, x]), Best(RIGHT, policy.normalizer, jnp.int32(3), jnp.float32(4)))
+    agents = jax.tree.map(
+        lambda x: jnp.stack([x, x, x]), Best(RIGHT, policy.normalizer, jnp.int32(3), jnp.float32(4))
+    )
     assert sentence_of(lambda: fit(NORMALISED, env=ENV, model=MODEL, params=agents)) == (
         "this state holds 3 agents: start from one, Policy.from_state(config, state, index)"
     )
@@ -203,7 +252,11 @@ def test_a_state_of_several_agents_is_refused(policy):
 
 def test_a_policy_for_actions_of_another_kind_is_refused():
     before = Policy.from_state(
-        TINY, jax.eval_shape(make_trainer(TINY, counter()).init, KEY)._replace(iteration=0), env=counter()
+        TINY,
+        jax.eval_shape(make_trainer(TINY, counter()).init, KEY)._replace(iteration=0),
+        env=counter(),
     )
     told = sentence_of(lambda: fit(TINY, env=counter(MULTI), params=before))
-    assert told.startswith("the policy to start from was trained in counter, whose observations are Box(shape=(3,)")
+    assert told.startswith(
+        "the policy to start from was trained in counter, whose observations are Box(shape=(3,)"
+    )

@@ -27,7 +27,17 @@ ORDER = (
         "losses",
         "shards",
     ),
-    *("normalize", "metrics", "iterations", "networks", "starting", "rollout", "updates", "train", "population"),
+    *(
+        "normalize",
+        "metrics",
+        "iterations",
+        "networks",
+        "starting",
+        "rollout",
+        "updates",
+        "train",
+        "population",
+    ),
     *("analysis", "policies", "runs", "sweeps", "cli", "__main__"),
 )
 
@@ -48,10 +58,15 @@ ONLY = {
 
 def modules():
     """Every module of the library by its name without `purejaxppo.`; a folder is named by its `__init__`."""
-    paths = [path for path in PACKAGE.rglob("*.py") if "envs" not in path.relative_to(PACKAGE).parts]
+    paths = [
+        path for path in PACKAGE.rglob("*.py") if "envs" not in path.relative_to(PACKAGE).parts
+    ]
     named = {path.relative_to(PACKAGE): path for path in paths}
     named |= {path.relative_to(ROOT): path for path in (ROOT / "envs").rglob("*.py")}
-    found = {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for name, path in named.items()}
+    found = {
+        ".".join(name.with_suffix("").parts).removesuffix(".__init__"): path
+        for name, path in named.items()
+    }
     assert found.pop("__init__") == PACKAGE / "__init__.py"
     return found
 
@@ -70,7 +85,9 @@ def imported_modules(path):
                 names.add(full if full.removeprefix("purejaxppo.") in MODULES else node.module)
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.removeprefix("purejaxppo.") for name in names if name.split(".")[0] == "purejaxppo"}
+    return {
+        name.removeprefix("purejaxppo.") for name in names if name.split(".")[0] == "purejaxppo"
+    }
 
 
 def layer(module):
@@ -103,11 +120,15 @@ def test_the_table_has_every_module_and_no_folder_is_small():
     assert {layer(module) for module in MODULES} == set(ORDER) and len(set(ORDER)) == len(ORDER)
     folders = [path.parent for path in MODULES.values() if path.name == "__init__.py"]
     for folder in folders:
-        assert len(list(folder.glob("*.py"))) > 3, f"{folder} has fewer than three files besides its __init__"
+        assert len(list(folder.glob("*.py"))) > 3, (
+            f"{folder} has fewer than three files besides its __init__"
+        )
 
 
 def run(code, cwd=None):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False
+    )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
@@ -137,7 +158,10 @@ print(sorted({"gymnax", "matplotlib", "pandas", "seaborn"} & set(sys.modules)))
 def test_envs_as_a_top_level_name_says_its_right_name():
     code, _, error = run("import envs", cwd=ROOT)
     assert code == 1
-    assert error.splitlines()[-1].startswith("ImportError") and "purejaxppo.envs" in error.splitlines()[-1]
+    assert (
+        error.splitlines()[-1].startswith("ImportError")
+        and "purejaxppo.envs" in error.splitlines()[-1]
+    )
 
 
 @pytest.mark.checkout
@@ -147,5 +171,7 @@ def test_no_class_in_the_library_inherits_but_from_the_kinds_that_hold_data():
     for path in [PACKAGE / "__init__.py", *MODULES.values()]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                bases = {base.attr if isinstance(base, ast.Attribute) else base.id for base in node.bases}
+                bases = {
+                    base.attr if isinstance(base, ast.Attribute) else base.id for base in node.bases
+                }
                 assert bases <= kinds, f"{path.name}: {node.name}"

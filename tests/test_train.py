@@ -17,14 +17,23 @@ from purejaxppo.types import Model, Reward
 
 ENV = counter()
 CONFIG = Config(
-    num_envs=4, num_steps=8, total_timesteps=128, num_epochs=2, num_minibatches=2, hidden_sizes=(8,), normalize_obs=True
+    num_envs=4,
+    num_steps=8,
+    total_timesteps=128,
+    num_epochs=2,
+    num_minibatches=2,
+    hidden_sizes=(8,),
+    normalize_obs=True,
 )
 KEY = jax.random.key(3)
 
 
 def without_keys(tree):
     """Typed keys as the numbers in them, for comparisons."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        tree,
+    )
 
 
 def assert_identical(a, b):
@@ -75,19 +84,32 @@ def test_a_run_in_chunks_equals_the_one_shot_run(single):
 
 def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
     keys, result = seeds
-    assert_identical(in_chunks(make_trainer(CONFIG, ENV, LINEAR), keys, batched=True), tuple(result))
+    assert_identical(
+        in_chunks(make_trainer(CONFIG, ENV, LINEAR), keys, batched=True), tuple(result)
+    )
 
 
 def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     """One key, three learning rates: of the state, only what depends on the rate would be batched by itself."""
     batch, axes = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2])), (CONFIG.axes("lr"), None)
-    one_shot = jax.jit(jax.vmap(lambda config, key: make_train(config, ENV, LINEAR)(key), in_axes=axes))(batch, KEY)
-    init = jax.jit(jax.vmap(lambda config, key: make_trainer(config, ENV, LINEAR).init(key), in_axes=axes))
-    step = jax.jit(jax.vmap(lambda config, state: make_trainer(config, ENV, LINEAR).step(state), in_axes=(axes[0], 0)))
+    one_shot = jax.jit(
+        jax.vmap(lambda config, key: make_train(config, ENV, LINEAR)(key), in_axes=axes)
+    )(batch, KEY)
+    init = jax.jit(
+        jax.vmap(lambda config, key: make_trainer(config, ENV, LINEAR).init(key), in_axes=axes)
+    )
+    step = jax.jit(
+        jax.vmap(
+            lambda config, state: make_trainer(config, ENV, LINEAR).step(state),
+            in_axes=(axes[0], 0),
+        )
+    )
     state = init(batch, KEY)
     for _ in range(CONFIG.num_iterations):
         state, metrics = step(batch, state)
-    assert_identical((state, metrics), (one_shot.state, jax.tree.map(lambda x: x[:, -1], one_shot.metrics)))
+    assert_identical(
+        (state, metrics), (one_shot.state, jax.tree.map(lambda x: x[:, -1], one_shot.metrics))
+    )
     losses = one_shot.metrics.value_loss
     assert len(np.unique(losses[:, 1])) == 3  # the traced rate has an effect
 
@@ -126,7 +148,9 @@ def test_the_number_of_steps_is_the_announced_one_rounded_up(single):
         assert (config.num_iterations, config.actual_timesteps) == (iterations, 32 * iterations)
         timesteps = jax.eval_shape(make_train(config, ENV, LINEAR), KEY).metrics.timesteps
         assert timesteps.shape == (iterations,)
-    np.testing.assert_array_equal(single[1].metrics.timesteps, [32, 64, 96, CONFIG.actual_timesteps])
+    np.testing.assert_array_equal(
+        single[1].metrics.timesteps, [32, 64, 96, CONFIG.actual_timesteps]
+    )
     assert single[1].state.iteration == 4
 
 
@@ -134,12 +158,20 @@ def test_memory_of_the_metrics_depends_neither_on_steps_nor_on_environments():
     """PureJaxRL issues 13, 22 and 38: the per-step info of the whole run was returned."""
 
     def shapes(num_envs, num_steps):
-        config = CONFIG.replace(num_envs=num_envs, num_steps=num_steps, total_timesteps=4 * num_envs * num_steps)
-        return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(make_train(config, ENV, LINEAR), KEY).metrics)
+        config = CONFIG.replace(
+            num_envs=num_envs, num_steps=num_steps, total_timesteps=4 * num_envs * num_steps
+        )
+        return jax.tree.map(
+            lambda x: (x.shape, x.dtype),
+            jax.eval_shape(make_train(config, ENV, LINEAR), KEY).metrics,
+        )
 
     small = shapes(4, 8)
     assert shapes(256, 8) == shapes(4, 512) == small
-    assert all(x.shape == (4,) for x in jax.tree.leaves(jax.eval_shape(make_train(CONFIG, ENV, LINEAR), KEY).metrics))
+    assert all(
+        x.shape == (4,)
+        for x in jax.tree.leaves(jax.eval_shape(make_train(CONFIG, ENV, LINEAR), KEY).metrics)
+    )
 
 
 def test_the_run_learns_something_and_its_numbers_are_finite(single):
@@ -155,7 +187,11 @@ def test_the_run_learns_something_and_its_numbers_are_finite(single):
 
 def test_one_compilation_for_all_seeds_and_all_traced_hyper_parameters():
     chex.clear_trace_counter()
-    run = jax.jit(chex.assert_max_traces(lambda config, key: make_train(config, ENV, LINEAR)(key).state.params, n=1))
+    run = jax.jit(
+        chex.assert_max_traces(
+            lambda config, key: make_train(config, ENV, LINEAR)(key).state.params, n=1
+        )
+    )
     first = run(CONFIG, KEY)
     changes = (
         {"lr": 1e-2},
@@ -163,9 +199,14 @@ def test_one_compilation_for_all_seeds_and_all_traced_hyper_parameters():
         {"clip_eps": 0.01, "ent_coef": 0.5},
         {"vf_coef": 2.0, "max_grad_norm": 1e-3},
     )
-    results = [run(CONFIG.replace(**change), KEY) for change in changes] + [run(CONFIG, jax.random.key(9))]
+    results = [run(CONFIG.replace(**change), KEY) for change in changes] + [
+        run(CONFIG, jax.random.key(9))
+    ]
     for other in results:
-        assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+        assert any(
+            (a != b).any()
+            for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+        )
     with pytest.raises(AssertionError, match="traced"):
         run(CONFIG.replace(num_steps=16), KEY)
 
@@ -193,7 +234,9 @@ def test_purejaxrls_config_runs_and_is_not_changed():
 
     result = jax.jit(make_train(PPO | {"TOTAL_TIMESTEPS": 1e3}))(KEY)
     assert result.metrics.timesteps[-1] == 1024
-    assert np.isfinite(result.metrics.value_loss).all() and 5 < result.metrics.episode_return[0] < 60
+    assert (
+        np.isfinite(result.metrics.value_loss).all() and 5 < result.metrics.episode_return[0] < 60
+    )
 
 
 def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
@@ -206,9 +249,9 @@ def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
     config = CONFIG.replace(gae_lambda=0.0, normalize_obs=False, total_timesteps=32, lr=0.0)
     state = jax.jit(make_trainer(config, ENV, LINEAR, reward_fn).init)(KEY)
     step = jax.jit(
-        lambda state, gamma, frozen: make_trainer(config.replace(gamma=gamma), ENV, LINEAR, reward_fn).step(
-            state, frozen
-        )[1]
+        lambda state, gamma, frozen: make_trainer(
+            config.replace(gamma=gamma), ENV, LINEAR, reward_fn
+        ).step(state, frozen)[1]
     )
     loss = {(g, s): step(state, g, {"scale": s}) for g, s in ((0.5, 1.0), (0.5, 0.0), (0.0, 1.0))}
     # L_VF = ½ E[(100 γ scale + γ V' − V)²]: 50²/2 but for values of the order 1.

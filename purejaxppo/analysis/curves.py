@@ -27,19 +27,30 @@ def windowed(metrics: Metrics, num_windows: int = 60, config: Config | None = No
     """
     returns, episodes, finite, steps = (
         np.atleast_2d(np.asarray(x))
-        for x in (metrics.episode_return, metrics.episodes, finite_so_far(metrics), metrics.timesteps)
+        for x in (
+            metrics.episode_return,
+            metrics.episodes,
+            finite_so_far(metrics),
+            metrics.timesteps,
+        )
     )
     steps = steps.astype(np.int64)
     # No window is shorter than an iteration, so that each has one of every agent that got as far.
     agent = np.arange(len(steps))[:, None]
     if config is None:
-        num_windows = max(1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max()))
+        num_windows = max(
+            1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max())
+        )
         window, ends = (steps * num_windows - 1) // steps.max(), np.zeros(num_windows)
         np.maximum.at(ends, window, steps)
     else:
-        length = config.batch_size * math.ceil(config.actual_timesteps / config.batch_size / num_windows)
+        length = config.batch_size * math.ceil(
+            config.actual_timesteps / config.batch_size / num_windows
+        )
         num_windows, window = math.ceil(config.actual_timesteps / length), (steps - 1) // length
-        ends = np.minimum(np.arange(1, num_windows + 1) * length, config.actual_timesteps).astype(float)
+        ends = np.minimum(np.arange(1, num_windows + 1) * length, config.actual_timesteps).astype(
+            float
+        )
 
     def in_windows(x: NDArray[Any]) -> NDArray[Any]:
         total = np.zeros((len(steps), num_windows))
@@ -52,7 +63,7 @@ def windowed(metrics: Metrics, num_windows: int = 60, config: Config | None = No
         return Curve(ends, total / count)
 
 
-def seen(curve: Curve) -> Curve:
+def non_empty(curve: Curve) -> Curve:
     """The windows in which an episode of any agent finished."""
     finished = np.isfinite(curve.returns).any(axis=0)
     return Curve(curve.timesteps[finished], curve.returns[:, finished])

@@ -8,12 +8,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from purejaxppo.analysis.curves import Curve, seen, windowed
+from purejaxppo.analysis.curves import Curve, non_empty, windowed
 from purejaxppo.analysis.statistics import Estimate, estimate
 from purejaxppo.types import Metrics
 
 BLUE = "#1f6fb4"
-COLOURS = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e", "#555555")  # after Okabe and Ito
+COLOURS = (
+    BLUE,
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7a5c3e",
+    "#555555",
+)  # after Okabe and Ito
 
 
 def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> Figure:
@@ -25,9 +34,11 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
     agents = len(curve.returns)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    curve = seen(curve)
+    curve = non_empty(curve)
     if agents > 1 and curve.returns.size:
-        axes.plot(curve.timesteps, curve.returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6)
+        axes.plot(
+            curve.timesteps, curve.returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6
+        )
         plot_middle(axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval")
     else:
         label = "one seed, mean over finished episodes"
@@ -49,7 +60,7 @@ def comparison_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     grid = figure.subplots(len(curves), 2, squeeze=False)
     for (env, row), (left, right) in zip(curves.items(), grid, strict=True):
         for name, curve in row.items():
-            curve = seen(curve)
+            curve = non_empty(curve)
             if curve.returns.size:
                 plot_middle(left, curve, colours[name], name)
                 low, high = np.nanpercentile(curve.returns, [25, 75], axis=0)

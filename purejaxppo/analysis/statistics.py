@@ -33,7 +33,9 @@ def interquartile_mean(x: ArrayLike, axis: int = 0) -> Values:
     if not size:
         raise ConfigError("an interquartile mean needs at least one value, got none")
     middle = np.take(ordered, range(size // 4, size - size // 4), axis=axis).mean(axis=axis)
-    return np.where(np.isnan(np.take(ordered, -1, axis=axis)), np.nan, middle)[()]  # NaNs are sorted to the end
+    return np.where(np.isnan(np.take(ordered, -1, axis=axis)), np.nan, middle)[
+        ()
+    ]  # NaNs are sorted to the end
 
 
 def estimate(x: ArrayLike, resamples: int = 2000, strata: ArrayLike | None = None) -> Estimate:
@@ -44,7 +46,11 @@ def estimate(x: ArrayLike, resamples: int = 2000, strata: ArrayLike | None = Non
     """
     x = np.asarray(x, float)
     point = interquartile_mean(x)
-    stratum = np.zeros(len(x), int) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
+    stratum = (
+        np.zeros(len(x), int)
+        if strata is None
+        else np.unique(np.asarray(strata), return_inverse=True)[1]
+    )
     order, size = np.argsort(stratum, kind="stable"), np.bincount(stratum)
     drawn = np.random.default_rng(0).integers(0, size[stratum[order]], (resamples, len(x)))
     rows = order[drawn + (np.cumsum(size) - size)[stratum[order]]]
@@ -66,11 +72,17 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike, resamples: int = 2000
         beats = (a[:, None] > b) + 0.5 * (a[:, None] == b)
         beats[np.isnan(a)[:, None] | np.isnan(b)] = np.nan
         points.append(beats.mean())
-        samples.append(((_shares(rng, len(a), resamples) @ beats) * _shares(rng, len(b), resamples)).sum(axis=1))
+        samples.append(
+            ((_shares(rng, len(a), resamples) @ beats) * _shares(rng, len(b), resamples)).sum(
+                axis=1
+            )
+        )
     return _interval(np.mean(points), np.mean(samples, axis=0))
 
 
-def performance_profile(scores: ArrayLike, thresholds: ArrayLike, resamples: int = 2000) -> Estimate:
+def performance_profile(
+    scores: ArrayLike, thresholds: ArrayLike, resamples: int = 2000
+) -> Estimate:
     """For each threshold τ the share of all runs and tasks with a score > τ, with pointwise intervals: arrays [τ].
 
     The run-score distribution of section 4.2, the runs of every task resampled by themselves. A NaN, the score of a run
@@ -78,7 +90,9 @@ def performance_profile(scores: ArrayLike, thresholds: ArrayLike, resamples: int
     """
     scores, thresholds = _matrix("scores", scores), np.asarray(thresholds, float)
     if thresholds.ndim != 1 or not thresholds.size or np.isnan(thresholds).any():
-        raise ConfigError(f"thresholds must be a list of at least one number and no NaN, got {thresholds}")
+        raise ConfigError(
+            f"thresholds must be a list of at least one number and no NaN, got {thresholds}"
+        )
     rng = np.random.default_rng(0)
     above = [(task[:, None] > thresholds).astype(float) for task in scores.T]
     samples = [_shares(rng, len(scores), resamples) @ task for task in above]
@@ -98,5 +112,7 @@ def _interval(point: Values, samples: Values) -> Estimate:
 def _matrix(name: str, x: ArrayLike) -> NDArray[np.floating]:
     x = np.asarray(x, float)
     if x.ndim not in (1, 2) or not x.size:
-        raise ConfigError(f"{name} must be [runs] or [runs, tasks] with at least one of each, got the shape {x.shape}")
+        raise ConfigError(
+            f"{name} must be [runs] or [runs, tasks] with at least one of each, got the shape {x.shape}"
+        )
     return x.reshape(len(x), -1)

@@ -19,10 +19,24 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
-from purejaxppo.analysis.curves import Curve, seen
+from purejaxppo.analysis.curves import Curve, non_empty
 from purejaxppo.analysis.plots import COLOURS, dress, dress_curve, plot_estimate, plot_middle
-from purejaxppo.analysis.statistics import Estimate, estimate, interquartile_mean, performance_profile
-from purejaxppo.analysis.tidy import best, by_setting, by_task, is_number, name, positions, swept, text
+from purejaxppo.analysis.statistics import (
+    Estimate,
+    estimate,
+    interquartile_mean,
+    performance_profile,
+)
+from purejaxppo.analysis.tidy import (
+    best,
+    by_setting,
+    by_task,
+    is_number,
+    name,
+    positions,
+    swept,
+    text,
+)
 from purejaxppo.types import ConfigError
 
 MOST = len(COLOURS)  # lines that can be told apart
@@ -43,9 +57,15 @@ def sensitivity(scores: pd.DataFrame, field: str) -> Figure:
     numbers, places = is_number(scores[field]), positions(scores[field])
     figure, axes = _figure()
     for i, (setting, rows) in enumerate(lines.items()):
-        shifted = {value: x + (0 if numbers else 0.7 * ((i + 0.5) / len(lines) - 0.5)) for value, x in places.items()}
+        shifted = {
+            value: x + (0 if numbers else 0.7 * ((i + 0.5) / len(lines) - 0.5))
+            for value, x in places.items()
+        }
         finite = by_setting(rows.dropna(subset="score"), [field])
-        parts = {shifted[value]: part for (value,), part in sorted(finite.items(), key=lambda part: places[part[0][0]])}
+        parts = {
+            shifted[value]: part
+            for (value,), part in sorted(finite.items(), key=lambda part: places[part[0][0]])
+        }
         label = "interquartile mean, 95 % interval" if len(lines) == 1 else name(others, setting)
         if parts:
             _plot_runs(axes, parts, COLOURS[i], min(0.5, max(0.1, 20 * len(places) / len(scores))))
@@ -69,7 +89,10 @@ def heat_map(scores: pd.DataFrame, x: str, y: str) -> Figure:
     others = [other for other in swept(scores, x, y) if other not in (x, y)]
     columns, rows = list(positions(scores[x])), list(positions(scores[y]))
     cells = np.full((len(rows), len(columns)), np.nan)
-    runs = {(rows.index(b), columns.index(a)): part["score"] for (a, b), part in by_setting(scores, [x, y]).items()}
+    runs = {
+        (rows.index(b), columns.index(a)): part["score"]
+        for (a, b), part in by_setting(scores, [x, y]).items()
+    }
     for at, part in runs.items():
         cells[at] = interquartile_mean(part.dropna()) if part.notna().any() else np.nan
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
@@ -117,17 +140,24 @@ def curves(curves: pd.DataFrame, scores: pd.DataFrame, most: int = MOST) -> Figu
     The best are those of the highest interquartile mean of ``scores``.
     """
     if not 1 <= most <= MOST:
-        raise ConfigError(f"most must be from 1 to {MOST}, as many lines as can be told apart, got {most}")
+        raise ConfigError(
+            f"most must be from 1 to {MOST}, as many lines as can be told apart, got {most}"
+        )
     fields = swept(scores)
     chosen, tables = best(scores, fields, most), by_setting(curves, fields)
     figure, axes = _figure()
-    run = "member" if "member" in curves else "seed"  # of a population several members may have the same of both
+    run = (
+        "member" if "member" in curves else "seed"
+    )  # of a population several members may have the same of both
     for setting, colour in zip(chosen, COLOURS, strict=False):
         returns = tables[setting].pivot(index=run, columns="timesteps", values="episode_return")
-        curve = seen(Curve(returns.columns.to_numpy(float), returns.to_numpy(float)))
+        curve = non_empty(Curve(returns.columns.to_numpy(float), returns.to_numpy(float)))
         if curve.returns.size:
             plot_middle(axes, curve, colour, name(fields, setting), _alpha(chosen))
-    dress_curve(axes, "interquartile mean over the seeds, 95 % interval" + _left_out(len(chosen), scores, fields))
+    dress_curve(
+        axes,
+        "interquartile mean over the seeds, 95 % interval" + _left_out(len(chosen), scores, fields),
+    )
     _legend(figure, axes)
     return figure
 
@@ -140,7 +170,9 @@ def schedules(schedules: pd.DataFrame, scores: pd.DataFrame) -> Figure:
 
     ``schedules`` is as `SweepResult` has it: a row for each member and part between exchanges.
     """
-    fields = [str(name) for name in schedules.columns if name not in ("member", "timesteps", "had_by")]
+    fields = [
+        str(name) for name in schedules.columns if name not in ("member", "timesteps", "held_by")
+    ]
     known = scores.dropna(subset="score")
     best = known["member"].iloc[int(known["score"].to_numpy().argmax())] if len(known) else None
     figure = Figure(figsize=(6.4, 2.6 * len(fields) + 1.0), dpi=150, layout="constrained")
@@ -148,7 +180,9 @@ def schedules(schedules: pd.DataFrame, scores: pd.DataFrame) -> Figure:
         for member, rows in schedules.groupby("member"):
             chosen = member == best
             look = (
-                {"color": COLOURS[1], "linewidth": 2.0, "zorder": 3} if chosen else {"color": "0.55", "linewidth": 0.7}
+                {"color": COLOURS[1], "linewidth": 2.0, "zorder": 3}
+                if chosen
+                else {"color": "0.55", "linewidth": 0.7}
             )
             label = f"member {member}, the best: {known['score'].max():.4g}" if chosen else None
             steps, values = rows["timesteps"].to_numpy(float), rows[field].to_numpy(float)
@@ -239,13 +273,31 @@ def _mark_diverged(axes: Axes, scores: pd.DataFrame, field: str, places: dict[An
         return
     at = axes.get_xaxis_transform()
     label = f"{sum(diverged.values())} of {len(scores)} runs diverged"
-    axes.plot(list(diverged), [0.025] * len(diverged), "x", color="black", markersize=5, transform=at, label=label)
+    axes.plot(
+        list(diverged),
+        [0.025] * len(diverged),
+        "x",
+        color="black",
+        markersize=5,
+        transform=at,
+        label=label,
+    )
     if _apart(axes.transData.transform([(x, 0) for x in places.values()])[:, 0]):
         for x, number in diverged.items():
-            axes.text(x, 0.05, f"{number}/{len(runs[x])}", transform=at, ha="center", va="bottom", fontsize="x-small")
+            axes.text(
+                x,
+                0.05,
+                f"{number}/{len(runs[x])}",
+                transform=at,
+                ha="center",
+                va="bottom",
+                fontsize="x-small",
+            )
 
 
-def _write_cell(axes: Axes, at: tuple[int, int], cells: np.ndarray, light: bool, runs: pd.Series) -> None:
+def _write_cell(
+    axes: Axes, at: tuple[int, int], cells: np.ndarray, light: bool, runs: pd.Series
+) -> None:
     row, column = at
     diverged = int(runs.isna().sum())
     if diverged == len(runs):
@@ -270,4 +322,11 @@ def _legend(figure: Figure, axes: Axes) -> None:
     if handles:
         columns = max(1, min(4, 100 // (max(map(len, labels)) + 8)))
         figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize="small",
+        )

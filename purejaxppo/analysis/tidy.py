@@ -15,7 +15,7 @@ from purejaxppo.analysis.statistics import interquartile_mean
 from purejaxppo.types import ConfigError
 
 NOT_FIELDS = {"member", "seed", "score", "timesteps", "diverged_at", "episode_return"}
-Setting = tuple[Any, ...]  # a value for each of the fields
+SettingValues = tuple[Any, ...]  # a value for each of the fields
 
 
 def swept(table: pd.DataFrame, *asked: str) -> list[str]:
@@ -27,18 +27,26 @@ def swept(table: pd.DataFrame, *asked: str) -> list[str]:
     return fields
 
 
-def by_setting(table: pd.DataFrame, fields: Sequence[str]) -> dict[Setting, pd.DataFrame]:
+def by_setting(table: pd.DataFrame, fields: Sequence[str]) -> dict[SettingValues, pd.DataFrame]:
     """The rows of each setting of some fields, in the order of the table."""
     if not fields:
         return {(): table}
     groups = table.groupby(list(fields), sort=False, dropna=False)
-    return {tuple(None if pd.api.types.is_scalar(x) and pd.isna(x) else x for x in key): rows for key, rows in groups}
+    return {
+        tuple(None if pd.api.types.is_scalar(x) and pd.isna(x) else x for x in key): rows
+        for key, rows in groups
+    }
 
 
-def best(scores: pd.DataFrame, fields: Sequence[str], most: int) -> dict[Setting, pd.DataFrame]:
+def best(
+    scores: pd.DataFrame, fields: Sequence[str], most: int
+) -> dict[SettingValues, pd.DataFrame]:
     """The settings of the highest interquartile mean, the best first; a run that diverged is worse than any other."""
     settings = by_setting(scores, fields)
-    middle = {setting: interquartile_mean(rows["score"].fillna(-np.inf)) for setting, rows in settings.items()}
+    middle = {
+        setting: interquartile_mean(rows["score"].fillna(-np.inf))
+        for setting, rows in settings.items()
+    }
     ranked = sorted(settings, key=lambda setting: -middle[setting])
     return {setting: settings[setting] for setting in ranked[:most]}
 
@@ -46,12 +54,18 @@ def best(scores: pd.DataFrame, fields: Sequence[str], most: int) -> dict[Setting
 def by_task(scores: pd.DataFrame, fields: Sequence[str]) -> NDArray[np.floating]:
     """The scores [runs, settings of the fields]; [runs] of all where some settings have more runs than others."""
     columns = [rows["score"].to_numpy(float) for rows in by_setting(scores, fields).values()]
-    return np.stack(columns, axis=1) if len(set(map(len, columns))) == 1 else np.concatenate(columns)
+    return (
+        np.stack(columns, axis=1) if len(set(map(len, columns))) == 1 else np.concatenate(columns)
+    )
 
 
 def is_number(column: pd.Series) -> bool:
     """Whether a field's values have a place on an axis: numbers, and no switches."""
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and not column.isna().any()
+    return (
+        pd.api.types.is_numeric_dtype(column)
+        and not pd.api.types.is_bool_dtype(column)
+        and not column.isna().any()
+    )
 
 
 def positions(column: pd.Series) -> dict[Any, float]:
@@ -67,6 +81,9 @@ def text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
-def name(fields: Sequence[str], setting: Setting) -> str:
+def name(fields: Sequence[str], setting: SettingValues) -> str:
     """A setting as a legend says it."""
-    return ", ".join(f"{field} {text(value)}" for field, value in zip(fields, setting, strict=True)) or "all runs"
+    return (
+        ", ".join(f"{field} {text(value)}" for field, value in zip(fields, setting, strict=True))
+        or "all runs"
+    )

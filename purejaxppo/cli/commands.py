@@ -16,7 +16,15 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from purejaxppo.cli.options import OF_SWEEP, OF_TRAIN, OfARun, number, of_a_run, options_of, split_cpu
+from purejaxppo.cli.options import (
+    SWEEP_OPTIONS,
+    TRAIN_OPTIONS,
+    RunOptions,
+    number,
+    options_of,
+    run_options,
+    split_cpu,
+)
 from purejaxppo.cli.options import env_settings as parsed_settings
 from purejaxppo.cli.options import grid as parsed_grid
 from purejaxppo.cli.terminal import allow_any_character
@@ -68,26 +76,44 @@ def _abandon_others(code: int) -> None:
         if code == WRONG_INPUT:
             time.sleep(3)
         else:
-            print("purejaxppo: all processes end; the same commands with --resume go on", file=sys.stderr)
-        sys.modules["purejaxppo.runs.processes"].abandon(code)
+            print(
+                "purejaxppo: all processes end; the same commands with --resume go on",
+                file=sys.stderr,
+            )
+        sys.modules["purejaxppo.runs.processes"].exit_immediately(code)
 
 
 def _run(arguments: list[str]) -> None:
     options = {
-        "train": options_of("train", "Train agents; without options, PPO on CartPole-v1.", OF_TRAIN, arguments),
-        "sweep": options_of("sweep", "Train every setting of a grid with many seeds.", OF_SWEEP, arguments),
+        "train": options_of(
+            "train", "Train agents; without options, PPO on CartPole-v1.", TRAIN_OPTIONS, arguments
+        ),
+        "sweep": options_of(
+            "sweep", "Train every setting of a grid with many seeds.", SWEEP_OPTIONS, arguments
+        ),
     }
-    commands: dict[str, Any] = {**options, "evaluate": evaluate, "render": render, "envs": envs, "compare": compare}
+    commands: dict[str, Any] = {
+        **options,
+        "evaluate": evaluate,
+        "render": render,
+        "envs": envs,
+        "compare": compare,
+    }
     chosen = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="purejaxppo", description="Reinforcement learning as one JAX function.", args=arguments
+        commands,
+        prog="purejaxppo",
+        description="Reinforcement learning as one JAX function.",
+        args=arguments,
     )
     for name, command in (("train", train), ("sweep", sweep)):
         if isinstance(chosen, options[name]):
             given = dict(vars(chosen))
             if name == "sweep":
                 devices = given.pop("devices")
-                split_cpu(None if devices is None else integer("devices", devices, 1))  # before JAX starts
-            run = of_a_run(given)
+                split_cpu(
+                    None if devices is None else integer("devices", devices, 1)
+                )  # before JAX starts
+            run = run_options(given)
             console.quiet = not run.first
             command(run, **given)
 
@@ -96,7 +122,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def train(
-    of: OfARun,
+    of: RunOptions,
     seeds: Any,
     eval_episodes: Any,
     eval_every: Any,
@@ -106,11 +132,16 @@ def train(
     import purejaxppo.envs as environments
     from purejaxppo.cli import console as show
     from purejaxppo.runs import processes
-    from purejaxppo.runs.fit import asked_of, fit
+    from purejaxppo.runs.fit import fingerprint, fit
 
-    config = Config.from_dict(settings | {"env_settings": parsed_settings(settings["env_settings"])})
+    config = Config.from_dict(
+        settings | {"env_settings": parsed_settings(settings["env_settings"])}
+    )
     num_episodes = integer("eval_episodes", eval_episodes, 0)
-    how: dict[str, Any] = {"seeds": integer("seeds", seeds, 1), "eval_every": integer("eval_every", eval_every, 0)}
+    how: dict[str, Any] = {
+        "seeds": integer("seeds", seeds, 1),
+        "eval_every": integer("eval_every", eval_every, 0),
+    }
     if how["eval_every"] and not num_episodes:
         raise ConfigError("eval_every needs eval_episodes of at least 1")
     how["eval_episodes"] = num_episodes or 1
@@ -121,7 +152,7 @@ def train(
             f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated "
             "at the end: set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
         )
-    directory = of.directory or _directory(config, asked_of(config, **how), of)
+    directory = of.directory or _directory(config, fingerprint(config, **how), of)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
         run = fit(
@@ -140,9 +171,12 @@ def train(
     alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
     if num_episodes and alive and not run.interrupted:
         policies = [run.policy(seed) for seed in alive]
-        processes.by_first(lambda: show.show_evaluation(console, policies, num_episodes))
+        processes.on_main_process(lambda: show.show_evaluation(console, policies, num_episodes))
     best = ", best_policy/" if (directory / "best_policy").exists() else ""
-    show.say(console, f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}")
+    show.say(
+        console,
+        f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}",
+    )
     if run.interrupted:
         console.print("The same command with --resume goes on from here.")
     if not alive or run.interrupted:
@@ -150,7 +184,7 @@ def train(
 
 
 def sweep(
-    of: OfARun,
+    of: RunOptions,
     grid: tuple[str, ...],
     seeds: Any,
     samples: Any,
@@ -163,19 +197,23 @@ def sweep(
     """Train every setting of a grid with many seeds, and say which is best."""
     from purejaxppo.cli import console as show
     from purejaxppo.population import Exchange
-    from purejaxppo.sweeps.sweep import asked_of
+    from purejaxppo.sweeps.sweep import fingerprint
     from purejaxppo.sweeps.sweep import sweep as run_sweep
 
-    config = Config.from_dict(settings | {"env_settings": parsed_settings(settings["env_settings"])})
+    config = Config.from_dict(
+        settings | {"env_settings": parsed_settings(settings["env_settings"])}
+    )
     how: dict[str, Any] = {
         "seeds": integer("seeds", seeds, 1),
         "grid": parsed_grid(grid),
         "samples": integer("samples", samples, 0),
-        "exchange": Exchange(every) if (every := integer("exchange_every", exchange_every, 0)) else None,
+        "exchange": Exchange(every)
+        if (every := integer("exchange_every", exchange_every, 0))
+        else None,
         "eval_episodes": integer("eval_episodes", eval_episodes, 0),
         "at_once": None if at_once is None else integer("at_once", at_once, 1),
     }
-    directory = of.directory or _directory(config, asked_of(config, **how), of, "sweep-")
+    directory = of.directory or _directory(config, fingerprint(config, **how), of, "sweep-")
     screen = show.Screen(console)
     with screen.live():
         result = run_sweep(
@@ -183,7 +221,9 @@ def sweep(
             **how,
             key=of.key,
             directory=directory,
-            memory_limit=None if memory_limit is None else integer("memory_limit", memory_limit, 1, bits=62),
+            memory_limit=None
+            if memory_limit is None
+            else integer("memory_limit", memory_limit, 1, bits=62),
             resume=of.resume,
             checkpoint_seconds=of.checkpoint_seconds,
             loggers=of.loggers,
@@ -192,7 +232,10 @@ def sweep(
             on_progress=screen.on_progress,
         )
     show.show_sweep(console, result)
-    show.say(console, f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/")
+    show.say(
+        console,
+        f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/",
+    )
     if result.interrupted:
         console.print("The same command with --resume goes on from here.")
         raise SystemExit(INTERRUPTED)
@@ -200,7 +243,9 @@ def sweep(
         raise SystemExit(DIVERGED)
 
 
-def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0, max_steps: int | None = None) -> None:
+def evaluate(
+    run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0, max_steps: int | None = None
+) -> None:
     """Play fresh episodes with the policies of a run.
 
     Args:
@@ -217,7 +262,11 @@ def evaluate(run: tyro.conf.Positional[Path], episodes: int = 128, key: int = 0,
 
 
 def render(
-    run: tyro.conf.Positional[Path], out: Path | None = None, seed: int = 0, key: int = 0, max_steps: int = 500
+    run: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    seed: int = 0,
+    key: int = 0,
+    max_steps: int = 500,
 ) -> None:
     """Make a GIF of one episode of a trained policy.
 
@@ -303,14 +352,17 @@ def compare(
         )
     if entries:
         show.show_comparison(console, comparison.rows(entries))
-        show.say(console, f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png")
+        show.say(
+            console,
+            f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png",
+        )
     if len(entries) < len(envs) * len(algorithms) or entries[-1].interrupted:
         raise SystemExit(INTERRUPTED)
 
 
-def _directory(config: Config, asked: dict[str, Any], of: OfARun, kind: str = "") -> Path:
+def _directory(config: Config, asked: dict[str, Any], of: RunOptions, kind: str = "") -> Path:
     """A new one in ``runs/``; to resume, the newest there of the same command that has not come to its end."""
-    from purejaxppo.runs.processes import by_first
+    from purejaxppo.runs.processes import on_main_process
     from purejaxppo.runs.run_directory import unfinished
 
     name = f"{kind}{config.env.replace('/', '_')}"
@@ -323,4 +375,4 @@ def _directory(config: Config, asked: dict[str, Any], of: OfARun, kind: str = ""
             console.print("Nothing of this command is left to resume in runs/: a new one begins.")
         return str(Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
 
-    return Path(by_first(choose))
+    return Path(on_main_process(choose))

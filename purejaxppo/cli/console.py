@@ -31,7 +31,7 @@ from purejaxppo.config import Config
 from purejaxppo.policies.evaluate import EpisodeStatistics, evaluate
 from purejaxppo.policies.policy import Policy
 from purejaxppo.runs import session
-from purejaxppo.runs.run import Plan, Run
+from purejaxppo.runs.run import Run, RunPlan
 from purejaxppo.sweeps.portions import GroupPlan
 from purejaxppo.sweeps.results import SweepResult
 from purejaxppo.sweeps.sweep import SweepPlan, SweepProgress
@@ -98,7 +98,7 @@ class Screen:
         with self.bar:
             yield
 
-    def on_run_start(self, plan: Plan) -> None:
+    def on_run_start(self, plan: RunPlan) -> None:
         """What exactly will run, and what it took to get here."""
         table = Table.grid(padding=(0, 2))
         for name, text in _plan_rows(plan, self.import_seconds).items():
@@ -109,7 +109,9 @@ class Screen:
 
     def on_sweep_plan(self, plan: SweepPlan) -> None:
         """What will run, before the first compilation."""
-        programs = "one compilation" if plan.compilations == 1 else f"{plan.compilations} compilations"
+        programs = (
+            "one compilation" if plan.compilations == 1 else f"{plan.compilations} compilations"
+        )
         say(
             self.console,
             f"{plan.members:,} members: {len(plan.settings):,} settings × {plan.seeds} seeds, "
@@ -145,7 +147,7 @@ class Screen:
         self.task = self.bar.add_task("", total=total, text="")
 
 
-def _plan_rows(plan: Plan, import_seconds: float) -> dict[str, str]:
+def _plan_rows(plan: RunPlan, import_seconds: float) -> dict[str, str]:
     """The plan of a run, line by line."""
     config = plan.config
     rounded = config.actual_timesteps != config.total_timesteps
@@ -173,26 +175,40 @@ def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
     if not result.parts:
         return
     table = _sweep_table(console, result, most)
-    console.print(table if fits(console, table) else _sweep_table(console, result, most, in_one_column=True))
+    console.print(
+        table if fits(console, table) else _sweep_table(console, result, most, in_one_column=True)
+    )
     if len(result.summary) > most:
         console.print(f"({len(result.summary) - most} more settings in summary.csv)")
 
 
 def environment_title(config: Config) -> str:
     """The environment, and in brackets its settings."""
-    settings = ", ".join(f"{name}={value}" for name, value in dict(config.env_settings or ()).items())
+    settings = ", ".join(
+        f"{name}={value}" for name, value in dict(config.env_settings or ()).items()
+    )
     return config.env + (f" ({settings})" if settings else "")
 
 
-def _sweep_table(console: Console, result: SweepResult, most: int, in_one_column: bool = False) -> Table:
+def _sweep_table(
+    console: Console, result: SweepResult, most: int, in_one_column: bool = False
+) -> Table:
     """A row for each setting, its fields in columns of their own or all of them in one."""
     title = "score of the final policies: interquartile mean over the seeds, 95 % interval"
     table = Table(title=title, show_lines=in_one_column)
-    add_columns(table, ["setting"] if in_one_column else result.fields, ["score", "median", "seeds"])
+    add_columns(
+        table, ["setting"] if in_one_column else result.fields, ["score", "median", "seeds"]
+    )
     for row in result.summary.head(most).to_dict("records"):
         values = {field: tidy.text(row[field]) for field in result.fields}
-        setting = [" ".join(f"{name}={x}" for name, x in values.items())] if in_one_column else values.values()
-        score = "{:.1f} [{:.1f}, {:.1f}]".format(*(row[name] for name in ("interquartile_mean", "low", "high")))
+        setting = (
+            [" ".join(f"{name}={x}" for name, x in values.items())]
+            if in_one_column
+            else values.values()
+        )
+        score = "{:.1f} [{:.1f}, {:.1f}]".format(
+            *(row[name] for name in ("interquartile_mean", "low", "high"))
+        )
         score = score.replace(" [", "\n[") if in_one_column else score
         lost = f", {row['diverged']} diverged" if row["diverged"] else ""
         add_row(console, table, *setting, score, _number(row["median"]), f"{row['seeds']}{lost}")
@@ -214,7 +230,11 @@ def show_result(console: Console, run: Run) -> None:
         console,
         f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
         + (" (interrupted)" if run.interrupted else "")
-        + (f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}" if before else ""),
+        + (
+            f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}"
+            if before
+            else ""
+        ),
     )
     for seed, iteration in enumerate(run.diverged_at):
         if iteration is not None:
@@ -226,7 +246,11 @@ def show_result(console: Console, run: Run) -> None:
 
 
 def show_evaluation(
-    console: Console, policies: list[Policy], num_episodes: int, key: int = 0, max_steps: int | None = None
+    console: Console,
+    policies: list[Policy],
+    num_episodes: int,
+    key: int = 0,
+    max_steps: int | None = None,
 ) -> None:
     """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
     played = f"return over {num_episodes} fresh episodes of the final policy"
@@ -267,7 +291,13 @@ def show_comparison(console: Console, rows: list[dict[str, str]]) -> None:
 
 def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -> Table:
     """The entries of one environment, each in two lines: a number, and below it what belongs to it."""
-    table = Table(title=escape(env), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=escape(env),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     below = ["final return\n[95 %]", "spread\n(worst … best)", "largest\nfall", "steps\nper second"]
     add_columns(table, ["algorithm"], [terminal.shown(name, console.encoding) for name in below])
     table.columns[0].max_width = len("leave_one_out")
@@ -275,7 +305,15 @@ def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -
         algorithm = row["algorithm"].replace("/", "/\n", 1).replace(" (", "\n(")
         final = row["final return [95 %]"].replace(" [", "\n[")
         spread = row["spread (worst … best)"].replace(" (", "\n(")
-        add_row(console, table, algorithm, final, spread, row["largest fall"], f"{row['steps']}\n{row['steps/s']}")
+        add_row(
+            console,
+            table,
+            algorithm,
+            final,
+            spread,
+            row["largest fall"],
+            f"{row['steps']}\n{row['steps/s']}",
+        )
     return table
 
 

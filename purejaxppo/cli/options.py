@@ -17,7 +17,7 @@ from purejaxppo.config import FIELDS, Config
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer, seconds_of
 
-OF_A_RUN = {
+RUN_OPTIONS = {
     "key": (0, "number that the random key is made of"),
     "directory": (None, "where the results go; must be new"),
     "resume": (False, "go on with what was killed or interrupted: the same command, and this"),
@@ -31,29 +31,46 @@ OF_A_RUN = {
     "num_processes": (None, "how many there are"),
     "process_index": (None, "which of them this one is: 0, 1, …"),
 }
-OF_TRAIN = {
+TRAIN_OPTIONS = {
     "seeds": (1, "agents to train at once"),
-    "eval_episodes": (128, "episodes of an evaluation of the policies; 0: no evaluation at the end"),
-    "eval_every": (0, "iterations between two evaluations during training, which keep the best policy; 0: none"),
-    **OF_A_RUN,
+    "eval_episodes": (
+        128,
+        "episodes of an evaluation of the policies; 0: no evaluation at the end",
+    ),
+    "eval_every": (
+        0,
+        "iterations between two evaluations during training, which keep the best policy; 0: none",
+    ),
+    **RUN_OPTIONS,
 }
-OF_SWEEP = {
-    "grid": ((), "what is swept: lr=1e-4,3e-4 num_envs=4,8 hidden_sizes=64x64,128x128 or lr=loguniform(1e-5,1e-2)"),
+SWEEP_OPTIONS = {
+    "grid": (
+        (),
+        "what is swept: lr=1e-4,3e-4 num_envs=4,8 hidden_sizes=64x64,128x128 or lr=loguniform(1e-5,1e-2)",
+    ),
     "seeds": (8, "seeds of each setting"),
     "samples": (0, "draws from the distributions in the grid"),
     "exchange_every": (
         0,
         "iterations after which members copy better ones (population-based training); 0: they do not",
     ),
-    "eval_episodes": (128, "episodes that each final policy is scored in; 0: the last returns of training"),
+    "eval_episodes": (
+        128,
+        "episodes that each final policy is scored in; 0: the last returns of training",
+    ),
     "at_once": (None, "members that train at once; if not given, as many as the memory holds"),
-    "memory_limit": (None, "bytes on each device that they may take; if not given, most of what is free"),
+    "memory_limit": (
+        None,
+        "bytes on each device that they may take; if not given, most of what is free",
+    ),
     "devices": (None, "parts that the CPU is used as; if not given, one for each core"),
-    **OF_A_RUN,
+    **RUN_OPTIONS,
 }
 
 
-def options_of(command: str, doc: str, own: dict[str, tuple[Any, str]], arguments: Sequence[str]) -> type:
+def options_of(
+    command: str, doc: str, own: dict[str, tuple[Any, str]], arguments: Sequence[str]
+) -> type:
     """A dataclass with an option for each field of `Config`; the defaults are those tuned for the environment."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", nargs="?", default=Config.env, const=Config.env)
@@ -74,7 +91,7 @@ def options_of(command: str, doc: str, own: dict[str, tuple[Any, str]], argument
     return dataclasses.make_dataclass(command, options, namespace={"__doc__": doc}, frozen=True)
 
 
-class OfARun(NamedTuple):
+class RunOptions(NamedTuple):
     """The options that `train` and `sweep` share, and whether this is the process that shows what happens."""
 
     key: int
@@ -85,9 +102,9 @@ class OfARun(NamedTuple):
     first: bool
 
 
-def of_a_run(options: dict[str, Any]) -> OfARun:
+def run_options(options: dict[str, Any]) -> RunOptions:
     """Take these out of the options of a command; with a coordinator, join the other processes."""
-    own = {name: options.pop(name) for name in OF_A_RUN}
+    own = {name: options.pop(name) for name in RUN_OPTIONS}
     coordinator = own["coordinator"]
     given = {name: own[name] for name in ("num_processes", "process_index")}
     counts = {name: None if x is None else integer(name, x, 0) for name, x in given.items()}
@@ -98,12 +115,12 @@ def of_a_run(options: dict[str, Any]) -> OfARun:
         from purejaxppo.runs import processes
 
         processes.connect(coordinator, **counts)
-        first = processes.first()
+        first = processes.is_main_process()
     elif any(x is not None for x in counts.values()):
         raise ConfigError(
             "num_processes and process_index need the address of the first process: coordinator=HOST:PORT"
         )
-    return OfARun(key, own["directory"], own["resume"], seconds, own["log"], first)
+    return RunOptions(key, own["directory"], own["resume"], seconds, own["log"], first)
 
 
 def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
@@ -127,7 +144,11 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
         kind = _one("INT" if check is None else "FLOAT", number)
     elif kind in (int, float):
         kind = _one(kind.__name__.upper(), number)
-    return name, Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)], dataclasses.field(default=default)
+    return (
+        name,
+        Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar)],
+        dataclasses.field(default=default),
+    )
 
 
 def _one(metavar: str, parse: Callable[[str], Any]) -> Any:
@@ -197,7 +218,9 @@ def grid(items: Sequence[str]) -> dict[str, Any]:
         name, equals, values = item.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not values or name in found:
-            raise ConfigError(f"grid: {item!r} must be a field and its values, once each, such as lr=1e-4,3e-4")
+            raise ConfigError(
+                f"grid: {item!r} must be a field and its values, once each, such as lr=1e-4,3e-4"
+            )
         drawn = re.fullmatch(r"(loguniform|uniform)\(([^,]+),([^,]+)\)", values.replace(" ", ""))
         if drawn:
             kind = LogUniform if drawn[1] == "loguniform" else Uniform

@@ -43,7 +43,9 @@ def allow_any_character() -> None:
     """Let stdout and stderr show what their encoding lacks by `PLAIN`, and by a question mark where it has none."""
     codecs.register_error(HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what tests or notebooks put in their place may be something else
+        if hasattr(
+            stream, "reconfigure"
+        ):  # what tests or notebooks put in their place may be something else
             stream.reconfigure(errors=HANDLER)
 
 
@@ -56,4 +58,6 @@ def shown(text: str, encoding: str) -> str:
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
+    return "".join(
+        PLAIN.get(character, "?") for character in error.object[error.start : error.end]
+    ), error.end

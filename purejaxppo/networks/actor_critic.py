@@ -19,7 +19,11 @@ def make_model(config: Config, action_space: Space) -> Model:
     Asked twice it is the same object, so that what was compiled for one policy serves the next.
     """
     return mlp_actor_critic(
-        action_space, tuple(config.hidden_sizes), config.activation, config.shared_trunk, config.squash_actions
+        action_space,
+        tuple(config.hidden_sizes),
+        config.activation,
+        config.shared_trunk,
+        config.squash_actions,
     )
 
 
@@ -36,7 +40,11 @@ def mlp_actor_critic(
     Policy and value have hidden layers of their own, or one ``trunk`` where ``shared_trunk`` is set, in which case
     the two losses meet in it and c1 weighs them (Schulman et al. 2017, eq. 9).
     """
-    trunk, policy, value = MLP(hidden_sizes, activation), PolicyHead(action_space, squash), ValueHead()
+    trunk, policy, value = (
+        MLP(hidden_sizes, activation),
+        PolicyHead(action_space, squash),
+        ValueHead(),
+    )
 
     def init(key: PRNGKey, obs: Array) -> PyTree:
         key_trunk, key_policy, key_value = jax.random.split(key, 3)
@@ -48,7 +56,10 @@ def mlp_actor_critic(
         heads = policy.init(key_policy, features), value.init(key_value, features)
         if shared_trunk:
             return {"trunk": first, "policy": {"head": heads[0]}, "value": {"head": heads[1]}}
-        return {"policy": {"trunk": first, "head": heads[0]}, "value": {"trunk": last, "head": heads[1]}}
+        return {
+            "policy": {"trunk": first, "head": heads[0]},
+            "value": {"trunk": last, "head": heads[1]},
+        }
 
     def forward(params: PyTree, obs: Array) -> tuple[Distribution, Array]:
         if shared_trunk:
@@ -63,17 +74,22 @@ def mlp_actor_critic(
 
 
 def feed_forward(
-    init: Callable[[PRNGKey, Array], PyTree], forward: Callable[[PyTree, Array], tuple[Distribution, Array]]
+    init: Callable[[PRNGKey, Array], PyTree],
+    forward: Callable[[PyTree, Array], tuple[Distribution, Array]],
 ) -> Model:
     """The `Model` of a network without memory, from ``forward(params, obs) -> (distribution, value)``."""
 
     def initial_carry(batch_size: int) -> PyTree:
         return ()
 
-    def step(params: PyTree, carry: PyTree, obs: Array, reset: Array) -> tuple[PyTree, Distribution, Array]:
+    def step(
+        params: PyTree, carry: PyTree, obs: Array, reset: Array
+    ) -> tuple[PyTree, Distribution, Array]:
         return carry, *forward(params, obs)
 
-    def unroll(params: PyTree, carry: PyTree, obs: Array, reset: Array) -> tuple[Distribution, Array]:
+    def unroll(
+        params: PyTree, carry: PyTree, obs: Array, reset: Array
+    ) -> tuple[Distribution, Array]:
         # One matrix product over all N rows: XLA's CPU back end is half as fast on the gradient of a [T, B, ...] one.
         outputs = forward(params, obs.reshape((-1, *obs.shape[2:])))
         return jax.tree.map(lambda x: x.reshape(obs.shape[:2] + x.shape[1:]), outputs)

@@ -29,7 +29,9 @@ class Categorical:
 
     @classmethod
     def tree_unflatten(cls, _: None, leaves: tuple[Array]) -> "Categorical":
-        distribution = object.__new__(cls)  # what JAX hands over may be no array, and is normalised already
+        distribution = object.__new__(
+            cls
+        )  # what JAX hands over may be no array, and is normalised already
         (distribution.logits,) = leaves
         return distribution
 
@@ -66,7 +68,9 @@ class MultiCategorical(NamedTuple):
 
     def sample(self, key: jax.Array) -> Int[Array, "*batch k"]:
         keys = jax.random.split(key, len(self.parts))
-        return jnp.stack([part.sample(k) for part, k in zip(self.parts, keys, strict=True)], axis=-1)
+        return jnp.stack(
+            [part.sample(k) for part, k in zip(self.parts, keys, strict=True)], axis=-1
+        )
 
     def mode(self) -> Int[Array, "*batch k"]:
         return jnp.stack([part.mode() for part in self.parts], axis=-1)
@@ -88,7 +92,9 @@ class DiagonalGaussian(NamedTuple):
     log_std: Float[Array, "*batch k"]
 
     def sample(self, key: jax.Array) -> Float[Array, "*batch k"]:
-        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(
+            key, self.mean.shape, self.mean.dtype
+        )
 
     def mode(self) -> Float[Array, "*batch k"]:
         return self.mean
@@ -143,8 +149,13 @@ class TanhGaussian(NamedTuple):
         standard deviations up to 2.
         """
         points, mass = np.polynomial.hermite_e.hermegauss(32)
-        nodes, weights = jnp.asarray(points, self.mean.dtype), jnp.asarray(mass / mass.sum(), self.mean.dtype)
-        u = self.mean[..., None] + jnp.tensordot(jnp.exp(self.log_std), nodes, axes=0)  # [..., k, nodes]
+        nodes, weights = (
+            jnp.asarray(points, self.mean.dtype),
+            jnp.asarray(mass / mass.sum(), self.mean.dtype),
+        )
+        u = self.mean[..., None] + jnp.tensordot(
+            jnp.exp(self.log_std), nodes, axes=0
+        )  # [..., k, nodes]
         return self.gaussian.entropy() + (_log_tanh_derivative(u) @ weights).sum(-1)
 
     def kl(self, other: "TanhGaussian") -> Float[Array, "*batch"]:

@@ -20,7 +20,9 @@ HIDDEN_GAIN = float(np.sqrt(2))
 def dense(width: int, gain: float) -> nn.Dense:
     """A layer with orthogonal weights of this gain and zero bias (Andrychowicz et al. 2021, section 3.2)."""
     # jnp.result_type(float) is float64 where jax_enable_x64 is set, and float32 otherwise.
-    return nn.Dense(width, kernel_init=nn.initializers.orthogonal(gain), param_dtype=jnp.result_type(float))
+    return nn.Dense(
+        width, kernel_init=nn.initializers.orthogonal(gain), param_dtype=jnp.result_type(float)
+    )
 
 
 class MLP(nn.Module):

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from purejaxppo.networks.distributions import Categorical, DiagonalGaussian, MultiCategorical, TanhGaussian
+from purejaxppo.networks.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    MultiCategorical,
+    TanhGaussian,
+)
 from purejaxppo.networks.encoders import dense
 from purejaxppo.types import Box, ConfigError, Discrete, Distribution, MultiDiscrete, Space
 
@@ -29,7 +34,9 @@ class PolicyHead(nn.Module):
             case Discrete(n):
                 return Categorical(dense(n, POLICY_GAIN)(x))
             case MultiDiscrete(sizes):
-                logits = jnp.split(dense(sum(sizes), POLICY_GAIN)(x), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+                logits = jnp.split(
+                    dense(sum(sizes), POLICY_GAIN)(x), np.cumsum(sizes)[:-1].tolist(), axis=-1
+                )
                 return MultiCategorical(tuple(map(Categorical, logits)))
             case Box():
                 size = int(np.prod(self.action_space.shape))

@@ -61,7 +61,9 @@ def evaluate(
     env = envs.of_config(policy.config) if env is None else env
     require_consistent(env)
     if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
-        raise ConfigError(f"this policy was trained in {policy.config.env}, and {env.name} has other spaces")
+        raise ConfigError(
+            f"this policy was trained in {policy.config.env}, and {env.name} has other spaces"
+        )
     if env.max_episode_steps is None and max_steps is None:
         raise ConfigError(
             f"{env.name} has no bound on the length of an episode, and a policy may never end one: "
@@ -72,22 +74,40 @@ def evaluate(
 
 @partial(jax.jit, static_argnames=("env", "num_episodes", "deterministic"))
 def _evaluate(
-    policy: Policy, env: Env, key: PRNGKey, num_episodes: int, deterministic: bool, max_steps: int | Array | None
+    policy: Policy,
+    env: Env,
+    key: PRNGKey,
+    num_episodes: int,
+    deterministic: bool,
+    max_steps: int | Array | None,
 ) -> EpisodeStatistics:
     def step(now: _Episodes) -> _Episodes:
         key_action, key_env, key_next = jax.random.split(now.key, 3)
         first = now.statistics.lengths == 0
-        carry, action = policy.step(now.carry, now.obs, first, None if deterministic else key_action)
+        carry, action = policy.step(
+            now.carry, now.obs, first, None if deterministic else key_action
+        )
         out = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
         returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
         lengths = now.statistics.lengths + now.running
         running = now.running & ~(out.terminated | out.truncated)
         if max_steps is not None:
             running &= lengths < max_steps
-        return _Episodes(key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths))
+        return _Episodes(
+            key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths)
+        )
 
     key_reset, key_run = jax.random.split(key)
     state, obs = fresh_starts(env, key_reset, num_episodes)
-    nothing = EpisodeStatistics(jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32))
-    start = _Episodes(key_run, state, obs, policy.initial_carry(num_episodes), jnp.ones(num_episodes, bool), nothing)
+    nothing = EpisodeStatistics(
+        jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)
+    )
+    start = _Episodes(
+        key_run,
+        state,
+        obs,
+        policy.initial_carry(num_episodes),
+        jnp.ones(num_episodes, bool),
+        nothing,
+    )
     return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics

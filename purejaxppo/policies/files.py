@@ -73,7 +73,9 @@ def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
     return directory
 
 
-def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Model | None = None) -> Policy:
+def load_policy(
+    directory: str | os.PathLike, env: Env | None = None, model: Model | None = None
+) -> Policy:
     """The policy that `save_policy` wrote. A policy with a model of the caller's own needs that ``model`` again.
 
     Nothing in the files is run. Raises `ConfigError` for a directory that is no policy, is damaged, comes from a newer
@@ -84,10 +86,15 @@ def load_policy(directory: str | os.PathLike, env: Env | None = None, model: Mod
     config = Config.from_dict(description["config"])
     observation_space = _space_from_json(description["observation_space"])
     action_space = _space_from_json(description["action_space"])
-    if env is not None and (env.observation_space, env.action_space) != (observation_space, action_space):
+    if env is not None and (env.observation_space, env.action_space) != (
+        observation_space,
+        action_space,
+    ):
         raise ConfigError(f"the policy in {directory} was not trained for the spaces of {env.name}")
     if description["own_model"] and model is None:
-        raise ConfigError(f"the policy in {directory} has a model of its own: load_policy(directory, model=...)")
+        raise ConfigError(
+            f"the policy in {directory} has a model of its own: load_policy(directory, model=...)"
+        )
 
     model, flatten = (make_model(config, action_space), True) if model is None else (model, False)
     params, moments = _in_place(directory, arrays, config, model, observation_space, flatten)
@@ -111,16 +118,28 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{directory} has format version {description.get('format_version')}, and this version of purejaxppo reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}: load it with the version that wrote it"
         )
-    missing = {"config", "observation_space", "action_space", "own_model", "params_sha256"} - description.keys()
+    missing = {
+        "config",
+        "observation_space",
+        "action_space",
+        "own_model",
+        "params_sha256",
+    } - description.keys()
     if missing:
-        raise ConfigError(f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise ConfigError(
+            f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}"
+        )
     if hashlib.sha256(packed).hexdigest() != description["params_sha256"]:
-        raise ConfigError(f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved")
+        raise ConfigError(
+            f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved"
+        )
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as file:
             arrays = dict(file)
     except ValueError:  # pickled objects, which are never loaded
-        raise ConfigError(f"{directory / 'params.npz'} is damaged: it holds something else than numbers") from None
+        raise ConfigError(
+            f"{directory / 'params.npz'} is damaged: it holds something else than numbers"
+        ) from None
     try:
         dtypes = {name: jnp.dtype(dtype) for name, dtype in description.get("dtypes", {}).items()}
         extended = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
@@ -131,18 +150,29 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _in_place(
-    directory: Path, arrays: dict[str, np.ndarray], config: Config, model: Model, space: Space, flatten: bool
+    directory: Path,
+    arrays: dict[str, np.ndarray],
+    config: Config,
+    model: Model,
+    space: Space,
+    flatten: bool,
 ) -> tuple[PyTree, Moments | None]:
     """The arrays as the parameters and the observation moments, each with the shape that this model needs."""
-    obs = jax.ShapeDtypeStruct((1, *space.shape), jnp.result_type(float) if isinstance(space, Box) else jnp.int32)
+    obs = jax.ShapeDtypeStruct(
+        (1, *space.shape), jnp.result_type(float) if isinstance(space, Box) else jnp.int32
+    )
     if flatten:
         obs = jax.eval_shape(lambda x: into_features(x, space), obs)
     moments = no_moments(obs.shape[1:]) if config.normalize_obs else None
     tree = _named_parts(jax.eval_shape(model.init, jax.random.key(0), obs), moments)
     expected = named_leaves(tree)
     arrays = {name: _as_format_1_meant(x, expected.get(name)) for name, x in arrays.items()}
-    shapes, expected_shapes = ({name: x.shape for name, x in named.items()} for named in (arrays, expected))
-    if shapes != expected_shapes or not all(jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()):
+    shapes, expected_shapes = (
+        {name: x.shape for name, x in named.items()} for named in (arrays, expected)
+    )
+    if shapes != expected_shapes or not all(
+        jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()
+    ):
         raise ConfigError(
             f"the parameters in {directory} do not fit the model: other sizes or another network made them"
         )

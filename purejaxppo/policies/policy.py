@@ -55,11 +55,15 @@ class Policy:
         config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
         agents = np.shape(state.iteration)
         if agents and index is None:
-            raise ConfigError(f"this state holds {agents[0]} agents: say which one by index=0 … {agents[0] - 1}")
+            raise ConfigError(
+                f"this state holds {agents[0]} agents: say which one by index=0 … {agents[0] - 1}"
+            )
         if index is not None and not agents:
             raise ConfigError("this state holds one agent: leave index out")
         if index is not None and not 0 <= index < agents[0]:
-            raise ConfigError(f"index = {index}: this state holds {agents[0]} agents, 0 … {agents[0] - 1}")
+            raise ConfigError(
+                f"index = {index}: this state holds {agents[0]} agents, 0 … {agents[0] - 1}"
+            )
         params, moments = state.params, state.normalizer.obs
         if index is not None:
             params, moments = jax.tree.map(lambda x: x[index], (params, moments))
@@ -76,7 +80,9 @@ class Policy:
         """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
         return self.model.initial_carry(batch_size)
 
-    def step(self, carry: PyTree, obs: ArrayLike, reset: ArrayLike, key: PRNGKey | None = None) -> tuple[PyTree, Array]:
+    def step(
+        self, carry: PyTree, obs: ArrayLike, reset: ArrayLike, key: PRNGKey | None = None
+    ) -> tuple[PyTree, Array]:
         """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
         sample."""
         obs, reset = jnp.asarray(obs), jnp.asarray(reset)
@@ -104,13 +110,17 @@ class Policy:
         obs, shape = jnp.asarray(obs), self.observation_space.shape
         batch = obs.shape[: obs.ndim - len(shape)]
         if obs.shape[len(batch) :] != shape:
-            raise ConfigError(f"an observation has shape {shape} after any batch axes; this one has {obs.shape}")
+            raise ConfigError(
+                f"an observation has shape {shape} after any batch axes; this one has {obs.shape}"
+            )
         rows = obs.reshape((math.prod(batch), *shape))
         _, action = self.step((), rows, jnp.zeros(rows.shape[0], bool), key)
         return action.reshape(batch + action.shape[1:])
 
 
-@partial(jax.jit, static_argnames=("model", "observation_space", "action_space", "flatten", "squash"))
+@partial(
+    jax.jit, static_argnames=("model", "observation_space", "action_space", "flatten", "squash")
+)
 def _step(
     params: PyTree,
     moments: Moments | None,
@@ -129,7 +139,9 @@ def _step(
     obs = into_features(obs, observation_space) if flatten else obs
     carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
     action = distribution.mode() if key is None else distribution.sample(key)
-    return carry, into_box(action, action_space, squash) if isinstance(action_space, Box) else action
+    return carry, into_box(action, action_space, squash) if isinstance(
+        action_space, Box
+    ) else action
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -12,7 +12,9 @@ from purejaxppo.policies.policy import Policy
 from purejaxppo.types import ConfigError, Env, PyTree
 
 
-def animate(policy: Policy, path: str | os.PathLike, key: int = 0, max_steps: int = 500) -> tuple[Path, float]:
+def animate(
+    policy: Policy, path: str | os.PathLike, key: int = 0, max_steps: int = 500
+) -> tuple[Path, float]:
     """Write a GIF of one episode under the most probable actions; returns its path and the episode's return.
 
     Raises `ConfigError` where the suite cannot draw the environment, or the file cannot be written.

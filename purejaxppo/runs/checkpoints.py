@@ -21,17 +21,18 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from purejaxppo.runs.disk import to_disk
-from purejaxppo.runs.disk import whole as write_whole
-from purejaxppo.runs.processes import by_first, put, whole
+from purejaxppo.runs.disk import atomic_write, to_disk
+from purejaxppo.runs.processes import device_put_global, gather_to_host, on_main_process
 from purejaxppo.runs.tables import Table
-from purejaxppo.trees import from_named, named_leaves
+from purejaxppo.trees import named_leaves
 from purejaxppo.types import ConfigError, PyTree
+
+OLD_NAMES = {"0.agent_index": "0.number"}  # of a population: files keep their names
 
 FORMAT_VERSION = 2  # 1 had a pool of fresh starts in the environments' state
 
 
-class Saved(NamedTuple):
+class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
 
     iteration: int
@@ -44,7 +45,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.parts: dict[str, str] = {}  # files of rows up to the last checkpoint, and their SHA-256
+        self.parts: dict[
+            str, str
+        ] = {}  # files of rows up to the last checkpoint, and their SHA-256
         self.last = 0  # its iteration
 
     def save(self, iteration: int, arrays: PyTree, rows: Mapping[str, Table]) -> None:
@@ -54,8 +57,8 @@ class Checkpoints:
         """
         named = _named(arrays)
         if jax.process_count() > 1:
-            named = {name: np.asarray(whole(x)) for name, x in named.items()}
-        by_first(lambda: self._write(iteration, named, rows))
+            named = {name: np.asarray(gather_to_host(x)) for name, x in named.items()}
+        on_main_process(lambda: self._write(iteration, named, rows))
 
     def _write(self, iteration: int, named: dict[str, Any], rows: Mapping[str, Table]) -> None:
         import orbax.checkpoint as ocp
@@ -65,7 +68,9 @@ class Checkpoints:
         self._remove(self.directory / name)  # a damaged one, which the run has gone back from
         with _checkpointer() as checkpointer:
             checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(named))
-        flat = {f"{kind}/{column}": x for kind, table in rows.items() for column, x in table.items()}
+        flat = {
+            f"{kind}/{column}": x for kind, table in rows.items() for column, x in table.items()
+        }
         written = self.directory / f".{part}"
         with written.open("wb") as file:
             np.savez(file, **flat)  # type: ignore[arg-type]
@@ -75,19 +80,25 @@ class Checkpoints:
             to_disk(path)
         parts = self.parts | {part: _sha256(self.directory / part)}
         of_arrays = {str(path.relative_to(self.directory)): _sha256(path) for path in files}
-        manifest = {"format_version": FORMAT_VERSION, "iteration": iteration, "rows": parts, "arrays": of_arrays}
-        write_whole(
-            self.directory / f"{name}.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "iteration": iteration,
+            "rows": parts,
+            "arrays": of_arrays,
+        }
+        atomic_write(
+            self.directory / f"{name}.json",
+            lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"),
         )
         self._remove_all_but({name, f"iteration_{self.last:08d}"}, set(parts))
         self.parts, self.last = parts, iteration
 
-    def restore(self, like: PyTree) -> Saved | None:
+    def restore(self, like: PyTree) -> Checkpoint | None:
         """The newest checkpoint that is whole, as a tree like this one and on its devices; None without one.
 
         Each that is passed over is told by a warning.
         """
-        newest = by_first(self._newest)
+        newest = on_main_process(self._newest)
         return None if newest is None else self._read(newest, like)
 
     def _newest(self) -> int | None:
@@ -98,7 +109,9 @@ class Checkpoints:
                 self.parts, self.last = self._checked(name), iteration
                 return iteration
             except _DamagedError as error:
-                warnings.warn(f"the checkpoint {self.directory / name} is damaged: {error}", stacklevel=4)
+                warnings.warn(
+                    f"the checkpoint {self.directory / name} is damaged: {error}", stacklevel=4
+                )
         return None
 
     def _checked(self, name: str) -> dict[str, str]:
@@ -123,7 +136,7 @@ class Checkpoints:
             _numbers(self.directory / part)
         return parts
 
-    def _read(self, iteration: int, like: PyTree) -> Saved:
+    def _read(self, iteration: int, like: PyTree) -> Checkpoint:
         import orbax.checkpoint as ocp
 
         name = f"iteration_{iteration:08d}"
@@ -133,22 +146,34 @@ class Checkpoints:
             target = {key: np.zeros(x.shape, x.dtype) for key, x in named.items()}
         with _checkpointer() as checkpointer:
             stored = dict(checkpointer.metadata(self.directory.resolve() / name).item_metadata)
-            kinds = [{key: (tuple(x.shape), np.dtype(x.dtype)) for key, x in tree.items()} for tree in (stored, target)]
+            kinds = [
+                {key: (tuple(x.shape), np.dtype(x.dtype)) for key, x in tree.items()}
+                for tree in (stored, target)
+            ]
             if kinds[0] != kinds[1]:
-                raise ConfigError(f"{self.directory / name} was not written by this configuration: its arrays differ")
-            arrays = checkpointer.restore(self.directory.resolve() / name, args=ocp.args.StandardRestore(target))
+                raise ConfigError(
+                    f"{self.directory / name} was not written by this configuration: its arrays differ"
+                )
+            arrays = checkpointer.restore(
+                self.directory.resolve() / name, args=ocp.args.StandardRestore(target)
+            )
         if jax.process_count() > 1:
-            arrays = {key: put(x, named[key].sharding) for key, x in arrays.items()}
+            arrays = {key: device_put_global(x, named[key].sharding) for key, x in arrays.items()}
         tables: dict[str, dict[str, list[NDArray[Any]]]] = {}
         for part in parts:
             for key, x in _numbers(self.directory / part).items():
                 kind, column = key.split("/", 1)
                 tables.setdefault(kind, {}).setdefault(column, []).append(x)
-        joined = {kind: {c: np.concatenate(x, axis=1) for c, x in table.items()} for kind, table in tables.items()}
-        return Saved(iteration, _in_place(arrays, like), joined)
+        joined = {
+            kind: {c: np.concatenate(x, axis=1) for c, x in table.items()}
+            for kind, table in tables.items()
+        }
+        return Checkpoint(iteration, _in_place(arrays, like), joined)
 
     def _iterations(self) -> list[int]:
-        numbers = (path.stem.removeprefix("iteration_") for path in self.directory.glob("iteration_*.json"))
+        numbers = (
+            path.stem.removeprefix("iteration_") for path in self.directory.glob("iteration_*.json")
+        )
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _remove_all_but(self, names: set[str], parts: set[str]) -> None:
@@ -162,7 +187,9 @@ class Checkpoints:
 
     @staticmethod
     def _remove(path: Path) -> None:
-        path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # first: without it the rest does not count
+        path.with_name(f"{path.name}.json").unlink(
+            missing_ok=True
+        )  # first: without it the rest does not count
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -171,7 +198,11 @@ def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
     own = jax.process_index()
-    alone = {"primary_host": own, "active_processes": {own}, "barrier_sync_key_prefix": f"process_{own}"}
+    alone = {
+        "primary_host": own,
+        "active_processes": {own},
+        "barrier_sync_key_prefix": f"process_{own}",
+    }
     options = ocp.options.MultiprocessingOptions(**alone if jax.process_count() > 1 else {})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
@@ -198,8 +229,8 @@ def _sha256(path: Path) -> str:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, without empty ones; random keys as the integers that they are made of."""
-    return {name: _plain(x) for name, x in named_leaves(tree, ".").items() if x.size}
+    """The leaves by their paths, without empty ones; random keys as the integers that they hold."""
+    return {name: _plain(x) for name, x in _leaves(tree).items() if x.size}
 
 
 def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
@@ -209,8 +240,14 @@ def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
         x = arrays.get(name, leaf)  # an empty one has nothing to restore
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else x
 
-    values = {name: value(name, leaf) for name, leaf in named_leaves(like, ".").items()}
-    return from_named(values, like, ".")
+    values = [value(name, leaf) for name, leaf in _leaves(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by the names that they have on disk."""
+    leaves = named_leaves(tree, ".").items()
+    return {OLD_NAMES.get(name, name): leaf for name, leaf in leaves}
 
 
 def _plain(x: Any) -> Any:

@@ -36,10 +36,14 @@ def telling_nan(compiled: Callable[..., T]) -> Callable[..., T]:
         try:
             return compiled(*inputs)
         except Exception as error:
-            if type(error).__name__ != "InternalFloatingPointError":  # JAX has no public name for it
+            if (
+                type(error).__name__ != "InternalFloatingPointError"
+            ):  # JAX has no public name for it
                 raise
             found = "jax_debug_nans or jax_debug_infs found a value that is not finite in the results of training"
-            raise FloatingPointError(f"{found}; with jax.disable_jit too it names the operation") from error
+            raise FloatingPointError(
+                f"{found}; with jax.disable_jit too it names the operation"
+            ) from error
 
     return call
 
@@ -50,7 +54,9 @@ def memory_of(compiled: Any) -> int:
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
 
-def mesh_of(config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh_of(
+    config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """As many devices as divide the agents evenly, or the shards of one; a single one under `jax.disable_jit`.
 
     Raises `ConfigError` where there is not as much for each process.
@@ -67,6 +73,10 @@ def device_name(placed: NamedSharding | None) -> str:
     """The kind of the devices that are used, and how many."""
     devices = jax.devices()[:1] if placed is None else list(placed.mesh.devices.flat)
     first = devices[0]
-    name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
+    name = (
+        first.platform
+        if first.device_kind == first.platform
+        else f"{first.platform} ({first.device_kind})"
+    )
     several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return name if len(devices) == 1 else f"{len(devices)} × {name}{several}"

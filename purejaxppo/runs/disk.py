@@ -9,7 +9,7 @@ from typing import Any
 from purejaxppo.types import ConfigError
 
 
-def whole(path: Path, write: Callable[[Path], Any]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make the file so that it appears whole or not at all, also when the power fails."""
     temporary = path.with_name(f".{path.name}.part")
     write(temporary)
@@ -37,7 +37,9 @@ def locked(directory: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"another process is training in {directory}: wait, or choose another directory") from None
+        raise ConfigError(
+            f"another process is training in {directory}: wait, or choose another directory"
+        ) from None
     try:
         yield
     finally:

@@ -15,8 +15,8 @@ from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.runs.compilation import device_name, mesh_of
 from purejaxppo.runs.loggers.open import checked_names, open_loggers
 from purejaxppo.runs.programs import compile_programs, require_storable
-from purejaxppo.runs.run import Plan, Run, write
-from purejaxppo.runs.session import Evaluation, Keeping, Progress, run_session
+from purejaxppo.runs.run import Run, RunPlan, write
+from purejaxppo.runs.session import CheckpointPolicy, Evaluation, Progress, run_session
 from purejaxppo.starting import starting_point
 from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
 from purejaxppo.validation import integer, seconds_of
@@ -39,7 +39,7 @@ def fit(
     eval_episodes: int = 128,
     eval_deterministic: bool = True,
     loggers: Sequence[str] = (),
-    on_start: Callable[[Plan], None] | None = None,
+    on_start: Callable[[RunPlan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train ``seeds`` agents at once, in chunks between which ``on_progress`` is called.
@@ -71,45 +71,70 @@ def fit(
     key, named_key = random_key(key)
     env = envs.of_config(config) if env is None else env
     if evaluation and env.max_episode_steps is None:
-        raise ConfigError(f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated")
+        raise ConfigError(
+            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated"
+        )
     config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
     require_storable(config, env, model, reward_fn, params, frozen)  # before a directory is made
     params = None if params is None else starting_point(params)
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
-    asked = asked_of(config, seeds, eval_every, eval_episodes, eval_deterministic)
-    with run_directory.opened(directory, asked, named_key, resume) as home:
-        keeping = None
+    asked = fingerprint(config, seeds, eval_every, eval_episodes, eval_deterministic)
+    with run_directory.open_run_directory(directory, asked, named_key, resume) as home:
+        checkpointing = None
         if home is not None:
-            log = partial(open_loggers, loggers, home, [f"seed_{seed}" for seed in range(seeds)], asked)
-            keeping = Keeping(Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, log)
-        programs = compile_programs(config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen)
-        plan = Plan(config, seeds, device_name(programs.placed), programs.memory_bytes, programs.compile_seconds)
+            log = partial(
+                open_loggers, loggers, home, [f"seed_{seed}" for seed in range(seeds)], asked
+            )
+            checkpointing = CheckpointPolicy(
+                Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, log
+            )
+        programs = compile_programs(
+            config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen
+        )
+        plan = RunPlan(
+            config,
+            seeds,
+            device_name(programs.sharding),
+            programs.memory_bytes,
+            programs.compile_seconds,
+        )
         if on_start:
             on_start(plan)
         keys = programs.keys(key)
-        ended = run_session(programs, keys, {}, evaluation=evaluation, keeping=keeping, on_progress=on_progress)
+        result = run_session(
+            programs,
+            keys,
+            {},
+            evaluation=evaluation,
+            checkpointing=checkpointing,
+            on_progress=on_progress,
+        )
         run = Run(
             config,
             seeds,
-            processes.whole(ended.state),
-            ended.metrics,
+            processes.gather_to_host(result.state),
+            result.metrics,
             plan,
-            ended.seconds,
-            ended.interrupted,
+            result.seconds,
+            result.interrupted,
             env,
             model,
-            processes.whole(ended.best),
-            ended.evaluations,
-            ended.resumed_at,
+            processes.gather_to_host(result.best),
+            result.evaluations,
+            result.resumed_at,
         )
         if home is not None:
-            processes.by_first(partial(write, home, run))
+            processes.on_main_process(partial(write, home, run))
     return run
 
 
-def asked_of(
-    config: Config, seeds: int, eval_every: int = 0, eval_episodes: int = 128, eval_deterministic: bool = True
+def fingerprint(
+    config: Config,
+    seeds: int,
+    eval_every: int = 0,
+    eval_episodes: int = 128,
+    eval_deterministic: bool = True,
 ) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with, as ``config.json`` has it."""
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)

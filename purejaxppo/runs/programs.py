@@ -11,21 +11,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from purejaxppo.config import Config
-from purejaxppo.iterations import empty_rows, run_iterations
+from purejaxppo.iterations import metrics_buffer, run_iterations
 from purejaxppo.policies.evaluate import EpisodeStatistics, evaluate
 from purejaxppo.policies.policy import Policy
 from purejaxppo.population import Bounds, Exchange, Population, make_population, own_metrics
 from purejaxppo.runs.compilation import AGENTS, compile_all, memory_of, mesh_of, telling_nan
-from purejaxppo.runs.processes import agreed, put
+from purejaxppo.runs.processes import broadcast_from_main, device_put_global
 from purejaxppo.shards import replicated, state_sharding
 from purejaxppo.starting import starting_point
 from purejaxppo.train import make_trainer
 from purejaxppo.trees import require_trainable
-from purejaxppo.types import ConfigError, Env, Metrics, Model, PRNGKey, PyTree, Reward, Trainer, TrainState
+from purejaxppo.types import (
+    ConfigError,
+    Env,
+    Metrics,
+    Model,
+    PRNGKey,
+    PyTree,
+    Reward,
+    Trainer,
+    TrainState,
+)
 
 CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
 
-State = TrainState | Population  # of agents on their own, or of those that copy one another
+AgentState = TrainState | Population  # of agents on their own, or of those that copy one another
 Swept = Mapping[str, Array]  # hyper-parameters in which the agents differ, each [agents]
 
 
@@ -36,23 +46,27 @@ class Programs(NamedTuple):
     env: Env
     model: Model | None
     agents: int | None
-    placed: NamedSharding | None  # where keys, hyper-parameters and metrics are, if on more than one device
-    state_placed: PyTree  # likewise the state: a sharding for each of its leaves, or one for all
-    init: Callable[[PRNGKey, Swept], State]  # keys [agents]
-    chunk: Callable[[Swept, State, Metrics, int], tuple[State, Metrics]]  # uses up state and rows
-    shapes: State
-    rows: Metrics  # shapes [agents, capacity] of the metrics of a chunk
+    sharding: (
+        NamedSharding | None
+    )  # where keys, hyper-parameters and metrics are, if on more than one device
+    state_sharding: PyTree  # likewise the state: a sharding for each of its leaves, or one for all
+    init: Callable[[PRNGKey, Swept], AgentState]  # keys [agents]
+    chunk: Callable[
+        [Swept, AgentState, Metrics, int], tuple[AgentState, Metrics]
+    ]  # uses up state and rows
+    shapes: AgentState
+    buffer: Metrics  # shapes [agents, capacity] of the metrics of a chunk
     memory_bytes: int  # what a chunk needs for its state and temporaries, on each device
     compile_seconds: float
 
     @property
-    def ahead(self) -> tuple[slice, ...]:
+    def agent_index(self) -> tuple[slice, ...]:
         """The index of all agents; of one without an axis, nothing."""
         return () if self.agents is None else (slice(None),)
 
     def put(self, tree: PyTree) -> PyTree:
         """Arrays [agents, ...] on the devices whose agents they belong to; those of one agent on all of its devices."""
-        return put(tree, self.placed)
+        return device_put_global(tree, self.sharding)
 
     def keys(self, key: PRNGKey) -> PRNGKey:
         """A key for each agent: the key itself for one, else it is split."""
@@ -82,35 +96,56 @@ def compile_programs(
     """
     started = time.perf_counter()
     trainer_of = partial(make_trainer, env=env, model=model, reward_fn=reward_fn)
-    mesh, nowhere = mesh_of(config, agents, devices), PartitionSpec()
-    inputs, rows = _shapes(config, trainer_of, agents, swept, params, frozen, exchange is not None)
+    mesh = mesh_of(config, agents, devices)
+    is_population = exchange is not None
+    inputs, buffer = _shapes(config, trainer_of, agents, swept, params, frozen, is_population)
     init, chunk = _of_one(config, trainer_of, params)
     if exchange:
         axis = mesh.axis_names[0] if mesh.size > 1 else None
-        init, chunk = _of_population(config, *make_population(config, trainer_of, *exchange, axis), params)
+        population = make_population(config, trainer_of, *exchange, axis)
+        init, chunk = _of_population(config, *population, params)
     elif agents is not None:
-        init, chunk = jax.vmap(init), jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
+        init = jax.vmap(init)
+        chunk = jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
     if agents is not None and mesh.size > 1:
-        over = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
-        init, chunk = over(init, in_specs=AGENTS), over(chunk, in_specs=(nowhere, AGENTS, AGENTS, AGENTS, nowhere))
+        everywhere = PartitionSpec()
+        sharded = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
+        init = sharded(init, in_specs=AGENTS)
+        chunk = sharded(chunk, in_specs=(everywhere, AGENTS, AGENTS, AGENTS, everywhere))
     shapes = jax.eval_shape(init, *inputs)
-    placed, where = None, None
-    of_init: dict[str, Any] = {}
-    of_chunk: dict[str, Any] = {}
+    sharding, state_placement = None, None
+    init_shardings: dict[str, Any] = {}
+    chunk_shardings: dict[str, Any] = {}
     if mesh.size > 1:
-        everywhere = replicated(mesh)
-        placed, where = _placed(mesh, agents, shapes)
-        of_init = {"in_shardings": placed, "out_shardings": where}
-        of_chunk = {"in_shardings": (everywhere, placed, where, placed, everywhere), "out_shardings": (where, placed)}
-        frozen = put(frozen, everywhere)
-    compiled_init, compiled = compile_all(
-        (jax.jit(init, **of_init), inputs),
-        (jax.jit(chunk, donate_argnums=(2, 3), **of_chunk), (frozen, inputs[1], shapes, rows, 1)),
+        sharding, state_placement = _shardings(mesh, agents, shapes)
+        frozen = device_put_global(frozen, replicated(mesh))
+        inputs_of_chunk = (replicated(mesh), sharding, state_placement, sharding, replicated(mesh))
+        init_shardings = {"in_shardings": sharding, "out_shardings": state_placement}
+        chunk_shardings = {
+            "in_shardings": inputs_of_chunk,
+            "out_shardings": (state_placement, sharding),
+        }
+    jitted_init = jax.jit(init, **init_shardings)
+    jitted_chunk = jax.jit(chunk, donate_argnums=(2, 3), **chunk_shardings)
+    compiled_init, compiled_chunk = compile_all(
+        (jitted_init, inputs), (jitted_chunk, (frozen, inputs[1], shapes, buffer, 1))
     )
-    agreed(None)  # all are ready: to begin with, the devices wait half a minute for one another
-    seconds, run = time.perf_counter() - started, partial(telling_nan(compiled), frozen)
-    memory = memory_of(compiled)
-    return Programs(config, env, model, agents, placed, where, compiled_init, run, shapes, rows, memory, seconds)
+    # At first the devices wait half a minute for one another: all must be ready.
+    broadcast_from_main(None)
+    return Programs(
+        config=config,
+        env=env,
+        model=model,
+        agents=agents,
+        sharding=sharding,
+        state_sharding=state_placement,
+        init=compiled_init,
+        chunk=partial(telling_nan(compiled_chunk), frozen),
+        shapes=shapes,
+        buffer=buffer,
+        memory_bytes=memory_of(compiled_chunk),
+        compile_seconds=time.perf_counter() - started,
+    )
 
 
 TrainerOf = Callable[[Config], Trainer]
@@ -123,24 +158,28 @@ def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Call
         return trainer_of(config.replace(**swept)).init(key, params)
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: TrainState, rows: Metrics, count: Array | int
+        frozen: PyTree, swept: Swept, state: TrainState, buffer: Metrics, count: Array | int
     ) -> tuple[TrainState, Metrics]:
         """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
         step = partial(trainer_of(config.replace(**swept)).step, frozen=frozen)
-        return run_iterations(config, step, state, rows, count)
+        return run_iterations(config, step, state, buffer, count)
 
     return init, chunk
 
 
-def _of_population(config: Config, init: Callable, step: Callable, params: PyTree) -> tuple[Callable, Callable]:
+def _of_population(
+    config: Config, init: Callable, step: Callable, params: PyTree
+) -> tuple[Callable, Callable]:
     """The two functions that are compiled, of agents that copy one another."""
 
     def chunk(
-        frozen: PyTree, swept: Swept, state: Population, rows: Metrics, count: Array | int
+        frozen: PyTree, swept: Swept, state: Population, buffer: Metrics, count: Array | int
     ) -> tuple[Population, Metrics]:
-        rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)  # an iteration's metrics are a row
-        state, rows = run_iterations(config, partial(step, frozen=frozen), state, rows, count)
-        return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)
+        buffer = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 0, 1), buffer
+        )  # an iteration's metrics are a row
+        state, buffer = run_iterations(config, partial(step, frozen=frozen), state, buffer, count)
+        return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), buffer)
 
     return partial(init, params=params), chunk
 
@@ -164,10 +203,14 @@ def _shapes(
     _require_scalar_metrics(row)
     if population:
         row = row._replace(extra=row.extra | own_metrics(inputs[1], jnp.zeros((), jnp.int32)))
-    rows = jax.eval_shape(lambda: empty_rows(row, min(CHUNK_ITERATIONS, config.num_iterations)))
+    buffer = jax.eval_shape(
+        lambda: metrics_buffer(row, min(CHUNK_ITERATIONS, config.num_iterations))
+    )
     if agents is None:
-        return inputs, rows
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, rows))
+        return inputs, buffer
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((agents, *x.shape), x.dtype), (inputs, buffer)
+    )
 
 
 def require_storable(
@@ -210,23 +253,25 @@ def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Eva
     """
     config, env, model, agents = programs.config, programs.env, programs.model, programs.agents
 
-    def one(swept: Swept, state: State, key: PRNGKey) -> EpisodeStatistics:
+    def one(swept: Swept, state: AgentState, key: PRNGKey) -> EpisodeStatistics:
         policy = Policy.from_state(config.replace(**swept), state, None, env, model)
         played = evaluate(policy, env, key, episodes, deterministic)
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
         return played._replace(returns=jnp.where(finite, played.returns, jnp.nan))
 
     play = one if agents is None else jax.vmap(one)
-    if programs.placed is None:
+    if programs.sharding is None:
         return jax.jit(play)
-    mesh = programs.placed.mesh
+    mesh = programs.sharding.mesh
     if agents is not None:
         play = jax.shard_map(play, mesh=mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
-    placed = programs.placed
-    return jax.jit(play, in_shardings=(placed, programs.state_placed, placed), out_shardings=placed)
+    sharding = programs.sharding
+    return jax.jit(
+        play, in_shardings=(sharding, programs.state_sharding, sharding), out_shardings=sharding
+    )
 
 
-def _placed(mesh: Mesh, agents: int | None, shapes: State) -> tuple[NamedSharding, PyTree]:
+def _shardings(mesh: Mesh, agents: int | None, shapes: AgentState) -> tuple[NamedSharding, PyTree]:
     """Where keys, hyper-parameters and metrics are, and where the state is."""
     if isinstance(shapes, TrainState) and agents is None:
         return replicated(mesh), state_sharding(mesh, shapes)
@@ -236,4 +281,6 @@ def _placed(mesh: Mesh, agents: int | None, shapes: State) -> tuple[NamedShardin
 def _require_scalar_metrics(row: Metrics) -> None:
     for name, x in row.extra.items():
         if x.shape:
-            raise ConfigError(f"the metric {name!r} of reward_fn has the shape {x.shape}: it must be one number")
+            raise ConfigError(
+                f"the metric {name!r} of reward_fn has the shape {x.shape}: it must be one number"
+            )

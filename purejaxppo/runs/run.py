@@ -13,13 +13,13 @@ from purejaxppo.metrics import finite_so_far
 from purejaxppo.policies.files import load_policy, save_policy
 from purejaxppo.policies.policy import Policy
 from purejaxppo.runs import run_directory
-from purejaxppo.runs.disk import whole
+from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.session import Best
 from purejaxppo.runs.tables import Table
 from purejaxppo.types import ConfigError, Env, Metrics, Model, TrainState
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """What is about to run, known once it is compiled."""
 
     config: Config
@@ -37,13 +37,15 @@ class Run:
     seeds: int
     state: TrainState
     metrics: Metrics
-    plan: Plan
+    plan: RunPlan
     train_seconds: float
     interrupted: bool  # stopped by the user before all iterations were run
     env: Env
     model: Model | None
     best: Best | None = None  # by the evaluations during training; None without any
-    evaluations: Table | None = None  # columns iteration, timesteps, return_mean, …, each [seeds, evaluations]
+    evaluations: Table | None = (
+        None  # columns iteration, timesteps, return_mean, …, each [seeds, evaluations]
+    )
     resumed_at: int = 0  # the iteration of the checkpoint that the run went on from
 
     def policy(self, seed: int = 0) -> Policy:
@@ -58,7 +60,9 @@ class Run:
         """
         index = seed if self.seeds > 1 else None
         if self.best is None or not self.best.iteration.reshape(-1)[seed]:
-            raise ConfigError("no policy was evaluated during training: fit(..., eval_every=iterations)")
+            raise ConfigError(
+                "no policy was evaluated during training: fit(..., eval_every=iterations)"
+            )
         return Policy.from_state(self.config, self.best, index, self.env, self.model)
 
     @property
@@ -76,13 +80,19 @@ def write(directory: Path, run: Run) -> None:
     from purejaxppo.analysis.plots import learning_curve
 
     title = f"{run.config.algorithm.upper()} on {run.config.env}"
-    whole(directory / "learning_curve.png", lambda path: learning_curve(run.metrics, title).savefig(path, format="png"))
+    atomic_write(
+        directory / "learning_curve.png",
+        lambda path: learning_curve(run.metrics, title).savefig(path, format="png"),
+    )
     best = np.zeros(run.seeds) if run.best is None else np.reshape(run.best.iteration, -1)
     seeds = {"policy": range(run.seeds), "best_policy": np.flatnonzero(best).tolist()}
     for name, policy in (("policy", run.policy), ("best_policy", run.best_policy)):
         shutil.rmtree(directory / name, ignore_errors=True)  # of before a resume
         for seed in seeds[name]:
-            save_policy(directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name, policy(seed))
+            save_policy(
+                directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name,
+                policy(seed),
+            )
     if not run.interrupted:
         run_directory.end(directory)
 
@@ -94,5 +104,7 @@ def load_policies(directory: str | os.PathLike) -> list[Policy]:
         raise ConfigError(f"{directory} is not a run: there is no such directory")
     home = directory / "policy" if (directory / "policy").is_dir() else directory
     number = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
-    seeds = sorted((path for path in number if number[path].isdecimal()), key=lambda path: int(number[path]))
+    seeds = sorted(
+        (path for path in number if number[path].isdecimal()), key=lambda path: int(number[path])
+    )
     return [load_policy(path) for path in seeds or [home]]

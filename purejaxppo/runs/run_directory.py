@@ -25,14 +25,16 @@ import jax
 from purejaxppo.config import Config
 from purejaxppo.keys import default_prng_impl
 from purejaxppo.runs import processes
-from purejaxppo.runs.disk import locked, whole
+from purejaxppo.runs.disk import atomic_write, locked
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import jit_is_disabled
 from purejaxppo.version import __version__
 
 
 @contextlib.contextmanager
-def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any, resume: bool) -> Iterator[Path | None]:
+def open_run_directory(
+    directory: str | os.PathLike | None, asked: dict[str, Any], key: Any, resume: bool
+) -> Iterator[Path | None]:
     """The directory of a run, which no other run may use meanwhile: a new one, or one to go on with; None without one.
 
     A mistake shows before hours of training: a directory that exists and is not to be resumed, a run that has ended,
@@ -40,7 +42,9 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
     processes was asked for something else.
     """
     if processes.connected() and jit_is_disabled():
-        raise ConfigError("jax.disable_jit works with one process only: compile, or train in a process by itself")
+        raise ConfigError(
+            "jax.disable_jit works with one process only: compile, or train in a process by itself"
+        )
     described = _with_key(asked, key)
     processes.require_same({**described, "resume": resume, "directory": directory is not None})
     if directory is None:
@@ -58,9 +62,11 @@ def opened(directory: str | os.PathLike | None, asked: dict[str, Any], key: Any,
             if resume:
                 _require_same(directory, described)
 
-        processes.by_first(take)
-        if not all(processes.everyones((directory / "config.json").exists())):
-            raise ConfigError(f"{directory} is not there for all processes: give a directory that all of them share")
+        processes.on_main_process(take)
+        if not all(processes.all_gather_objects((directory / "config.json").exists())):
+            raise ConfigError(
+                f"{directory} is not there for all processes: give a directory that all of them share"
+            )
         yield directory
 
 
@@ -76,13 +82,15 @@ def reserve(directory: str | os.PathLike, described: dict[str, Any], *inside: st
     text = json.dumps(description, indent=2) + "\n"
     try:
         if directory.exists():
-            raise ConfigError(f"{directory} exists already, and a run never overwrites: choose another directory")
+            raise ConfigError(
+                f"{directory} exists already, and a run never overwrites: choose another directory"
+            )
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         temporary.chmod(0o755)
         for name in inside:
             (temporary / name).mkdir()
-        whole(temporary / "config.json", lambda path: path.write_text(text))
+        atomic_write(temporary / "config.json", lambda path: path.write_text(text))
         temporary.rename(directory)
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}") from None
@@ -105,13 +113,17 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
     try:
         begun = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
-        raise ConfigError(f"{directory} is not a run that could go on: it has no config.json of ours") from None
+        raise ConfigError(
+            f"{directory} is not a run that could go on: it has no config.json of ours"
+        ) from None
     if not (directory / "checkpoints").is_dir():
         raise ConfigError(f"the run in {directory} has come to its end: there is nothing to resume")
     then, now = _flat(begun), _flat(json.loads(json.dumps(asked)))
     differing = [name for name in now if then.get(name) != now[name]]
     if differing:
-        words = ", ".join(f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing)
+        words = ", ".join(
+            f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing
+        )
         raise ConfigError(f"the run in {directory} was begun with other settings: {words}")
     if begun["jax"] != jax.__version__:
         warnings.warn(
@@ -124,7 +136,9 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
 def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Path | None:
     """The newest run in a directory of which this was asked and that has not come to its end."""
     wanted = _flat(json.loads(json.dumps(_with_key(asked, key))))
-    for directory in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+    for directory in sorted(
+        root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True
+    ):
         with contextlib.suppress(OSError, ValueError):
             begun = _flat(json.loads((directory / "config.json").read_text()))
             if (directory / "checkpoints").is_dir() and wanted.items() <= begun.items():

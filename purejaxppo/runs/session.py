@@ -19,7 +19,7 @@ from purejaxppo.runs import processes, tables
 from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.runs.chunks import Chunk, run_chunks
 from purejaxppo.runs.loggers.base import Logger
-from purejaxppo.runs.programs import Evaluate, Programs, State, Swept, make_evaluate
+from purejaxppo.runs.programs import AgentState, Evaluate, Programs, Swept, make_evaluate
 from purejaxppo.runs.tables import Table
 from purejaxppo.types import Metrics, PRNGKey, PyTree
 
@@ -49,14 +49,16 @@ class Progress(NamedTuple):
     iterations: int
     timesteps: int  # of one agent, with whole episodes of the one that is furthest behind
     timesteps_of_all: int  # agents together
-    episode_return: float  # of the episodes that finished in the chunk, all agents; NaN where none did
+    episode_return: (
+        float  # of the episodes that finished in the chunk, all agents; NaN where none did
+    )
     steps_per_second: float  # of all agents together
 
 
-class Ended(NamedTuple):
+class SessionResult(NamedTuple):
     """What a session leaves."""
 
-    state: State
+    state: AgentState
     best: Best | None  # None without evaluations
     metrics: Metrics  # [agents, iterations]
     evaluations: Table | None  # [agents, evaluations]
@@ -65,7 +67,7 @@ class Ended(NamedTuple):
     seconds: float
 
 
-class Keeping(NamedTuple):
+class CheckpointPolicy(NamedTuple):
     """Where a session's checkpoints and rows go."""
 
     checkpoints: Checkpoints
@@ -74,7 +76,7 @@ class Keeping(NamedTuple):
     open_log: Callable[[Mapping[str, Table] | None], Logger]  # given the rows before a resume
 
 
-class Rows:
+class TableLog:
     """The rows of a session: all of them, and those that no checkpoint has yet."""
 
     def __init__(self, before: Mapping[str, Table], log: Logger | None):
@@ -98,10 +100,10 @@ def run_session(
     swept: Swept,
     *,
     evaluation: Evaluation | None = None,
-    keeping: Keeping | None = None,
+    checkpointing: CheckpointPolicy | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     counted: int | None = None,
-) -> Ended:
+) -> SessionResult:
     """Train the agents to their end, chunk by chunk: log, evaluate, save a checkpoint now and then, tell the progress.
 
     A checkpoint that cannot be written is told by a warning, and training goes on. The progress is that of the first
@@ -110,18 +112,31 @@ def run_session(
     """
     state = programs.init(keys, swept)
     best = None if evaluation is None else _no_best(state)
-    saved = keeping.checkpoints.restore((state, best)) if keeping and keeping.resume else None
+    saved = (
+        checkpointing.checkpoints.restore((state, best))
+        if checkpointing and checkpointing.resume
+        else None
+    )
     if saved:
         state, best = saved.arrays
     known = saved.tables if saved else {}
-    log = keeping.open_log(known if keeping.resume else None) if keeping and processes.first() else None
-    rows = Rows(known, log)
+    log = (
+        checkpointing.open_log(known if checkpointing.resume else None)
+        if checkpointing and processes.is_main_process()
+        else None
+    )
+    rows = TableLog(known, log)
     before = tables.to_metrics(known["metrics"]) if saved else None
     evaluate = _evaluator(programs, keys, swept, evaluation) if evaluation else None
     stop = False
     started = saved_at = time.perf_counter()
-    with contextlib.closing(log) if log else contextlib.nullcontext(), interruptible() as interrupted:
-        for chunk in run_chunks(programs, swept, state, before, evaluation.every if evaluation else None):
+    with (
+        contextlib.closing(log) if log else contextlib.nullcontext(),
+        interruptible() as interrupted,
+    ):
+        for chunk in run_chunks(
+            programs, swept, state, before, evaluation.every if evaluation else None
+        ):
             state = chunk.state
             rows.add("metrics", tables.of_metrics(chunk.metrics, chunk.done, chunk.steps_before))
             if evaluation and evaluate and chunk.done % evaluation.every == 0:
@@ -129,18 +144,22 @@ def run_session(
                 rows.add("evaluation", table)
             if on_progress:
                 on_progress(_progress(chunk, counted))
-            due = keeping is not None and time.perf_counter() - saved_at > keeping.seconds
-            wishes = processes.everyones((interrupted(), due))
+            due = (
+                checkpointing is not None and time.perf_counter() - saved_at > checkpointing.seconds
+            )
+            wishes = processes.all_gather_objects((interrupted(), due))
             stop = any(pressed for pressed, _ in wishes)
-            if keeping and (stop or wishes[0][1]):
-                _save(keeping.checkpoints, chunk.done, (state, best), rows)
+            if checkpointing and (stop or wishes[0][1]):
+                _save(checkpointing.checkpoints, chunk.done, (state, best), rows)
                 saved_at = time.perf_counter()
-                stop = any(processes.everyones(interrupted()))  # while it was saved, perhaps
+                stop = any(
+                    processes.all_gather_objects(interrupted())
+                )  # while it was saved, perhaps
             if stop:
                 break
     metrics = rows.joined("metrics")
     assert metrics is not None
-    return Ended(
+    return SessionResult(
         state,
         best,
         tables.to_metrics(metrics),
@@ -166,32 +185,45 @@ def _evaluator(
     keys_of = jax.jit(key_of if programs.agents is None else jax.vmap(key_of, in_axes=(0, None)))
 
     @jax.jit
-    def better(best: Best, state: State, statistics: EpisodeStatistics) -> tuple[Best, dict[str, Array]]:
+    def better(
+        best: Best, state: AgentState, statistics: EpisodeStatistics
+    ) -> tuple[Best, dict[str, Array]]:
         row = {
             "return_mean": statistics.returns.mean(axis=-1),
             "return_std": statistics.returns.std(axis=-1),
             "length_mean": statistics.lengths.mean(axis=-1),
         }
         higher = row["return_mean"] > best.score
-        new = Best(state.params, Normalizer(state.normalizer.obs, None), state.iteration, row["return_mean"])
+        new = Best(
+            state.params,
+            Normalizer(state.normalizer.obs, None),
+            state.iteration,
+            row["return_mean"],
+        )
 
         def choose(new: Array, old: Array) -> Array:
-            return jnp.where(higher.reshape(higher.shape + (1,) * (new.ndim - higher.ndim)), new, old)
+            return jnp.where(
+                higher.reshape(higher.shape + (1,) * (new.ndim - higher.ndim)), new, old
+            )
 
         return jax.tree.map(choose, new, best), row
 
     def step(best: Best | None, chunk: Chunk) -> tuple[Best, Table]:
         statistics = evaluate(swept, chunk.state, keys_of(keys, chunk.done))
         best, row = better(best, chunk.state, statistics)
-        row = processes.whole(row)
+        row = processes.gather_to_host(row)
         timesteps = np.asarray(chunk.metrics.timesteps[:, -1:])
         columns = {name: np.asarray(x).reshape(-1, 1) for name, x in row.items()}
-        return best, {"iteration": np.full(timesteps.shape, chunk.done), "timesteps": timesteps, **columns}
+        return best, {
+            "iteration": np.full(timesteps.shape, chunk.done),
+            "timesteps": timesteps,
+            **columns,
+        }
 
     return step
 
 
-def _no_best(state: State) -> Best:
+def _no_best(state: AgentState) -> Best:
     """Before the first evaluation; copies, because the state is used up."""
     params, moments = jax.tree.map(jnp.copy, (state.params, state.normalizer.obs))
     # Made of the state, so that they are on its devices, where a checkpoint puts them back.
@@ -199,10 +231,12 @@ def _no_best(state: State) -> Best:
     return Best(params, Normalizer(moments, None), state.iteration * 0, nothing)
 
 
-def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, rows: Rows) -> None:
+def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, rows: TableLog) -> None:
     """A checkpoint, or a warning: a full disk should not end a run, which may find room the next time."""
     try:
-        checkpoints.save(done, arrays, {kind: tables.joined(parts) for kind, parts in rows.pending.items()})
+        checkpoints.save(
+            done, arrays, {kind: tables.joined(parts) for kind, parts in rows.pending.items()}
+        )
     except Exception as error:
         told = f"no checkpoint was saved after iteration {done}, training goes on: {type(error).__name__}: {error}"
         warnings.warn(told, stacklevel=2)
@@ -217,7 +251,13 @@ def _progress(chunk: Chunk, counted: int | None) -> Progress:
     mean = total / episodes if episodes else float("nan")
     played = float((new.timesteps[:, -1] - before).sum(dtype=float))
     steps = new.timesteps[:, -1]
-    return Progress(chunk.done, int(steps.min()), int(steps.sum(dtype=float)), float(mean), played / chunk.seconds)
+    return Progress(
+        chunk.done,
+        int(steps.min()),
+        int(steps.sum(dtype=float)),
+        float(mean),
+        played / chunk.seconds,
+    )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ _GROUPS = {
     **dict.fromkeys(("episode_return", "episode_length", "episodes"), "train"),
     **dict.fromkeys(("policy_loss", "value_loss", "entropy"), "loss"),
     **dict.fromkeys(
-        ("approx_kl", "clip_fraction", "explained_variance", "grad_norm", "first_ratio_deviation"), "update"
+        ("approx_kl", "clip_fraction", "explained_variance", "grad_norm", "first_ratio_deviation"),
+        "update",
     ),
 }
 
@@ -46,7 +47,13 @@ def lines(table: Table, numbers: Sequence[int]) -> Iterator[str]:
     exists = existing(table)
     member = np.broadcast_to(np.asarray(numbers)[:, None], exists.shape)
     data = [member, *(np.asarray(table[name]) for name in columns(table))]
-    line = ",".join("%d" if x.dtype.kind in "biu" else "%.9g" if x.dtype.itemsize <= 4 else "%r" for x in data) + "\n"
+    line = (
+        ",".join(
+            "%d" if x.dtype.kind in "biu" else "%.9g" if x.dtype.itemsize <= 4 else "%r"
+            for x in data
+        )
+        + "\n"
+    )
     block = max(1, BLOCK_ROWS // len(exists))
     for part in (slice(start, start + block) for start in range(0, exists.shape[1], block)):
         cells = [x[:, part].T[exists[:, part].T].tolist() for x in data]
@@ -61,7 +68,9 @@ def points(kind: str, table: Table) -> Iterator[list[tuple[int, dict[str, float]
     names = [name for name in table if name not in _NO_MEASUREMENT]
     tags = [f"{_GROUPS.get(name, 'extra') if kind == 'metrics' else kind}/{name}" for name in names]
     values = np.stack([np.asarray(table[name], float) for name in names], axis=-1)
-    for rows, steps, exists in zip(values, np.asarray(table["timesteps"]), existing(table), strict=True):
+    for rows, steps, exists in zip(
+        values, np.asarray(table["timesteps"]), existing(table), strict=True
+    ):
         yield [
             (int(step), {tag: x for tag, x in zip(tags, row, strict=True) if x == x})
             for step, row in zip(steps[exists].tolist(), rows[exists].tolist(), strict=True)
@@ -79,7 +88,9 @@ def averaged(table: Table) -> Table:
         if name == PARENT:  # a number of an agent
             result[name] = np.asarray(table[name])[last][:, None]
             continue
-        weight = np.where(exists, table["episodes"] if name in ("episode_return", "episode_length") else 1, 0)
+        weight = np.where(
+            exists, table["episodes"] if name in ("episode_return", "episode_length") else 1, 0
+        )
         x = np.asarray(table[name], float)
         weight = np.where(np.isnan(x), 0, weight)
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as it should be
@@ -92,7 +103,9 @@ def next_steps(before: Mapping[str, Table], num_members: int) -> list[int]:
     """For each member the first environment step after those of all its rows."""
     last = np.full(num_members, -1.0)
     for table in before.values():
-        last = np.maximum(last, np.where(existing(table), table["timesteps"], -1).max(axis=1, initial=-1))
+        last = np.maximum(
+            last, np.where(existing(table), table["timesteps"], -1).max(axis=1, initial=-1)
+        )
     return [int(step) + 1 for step in last]
 
 
@@ -112,7 +125,9 @@ def of_metrics(metrics: Metrics, last: int, steps: NDArray[Any]) -> Table:
 def to_metrics(table: Table) -> Metrics:
     """The metrics that a table was made of."""
     fields: dict[str, Any] = {name: table[name] for name in Metrics._fields if name != "extra"}
-    extra: dict[str, Any] = {name: x for name, x in table.items() if name not in {*fields, "iteration", "valid"}}
+    extra: dict[str, Any] = {
+        name: x for name, x in table.items() if name not in {*fields, "iteration", "valid"}
+    }
     return Metrics(**fields, extra=extra)
 
 

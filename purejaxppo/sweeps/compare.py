@@ -18,9 +18,9 @@ from purejaxppo.analysis.statistics import estimate
 from purejaxppo.config import BASELINES, OBJECTIVES, Config
 from purejaxppo.policies.evaluate import evaluate
 from purejaxppo.runs import run_directory
-from purejaxppo.runs.disk import whole
+from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.fit import fit
-from purejaxppo.runs.run import Plan, Run
+from purejaxppo.runs.run import Run, RunPlan
 from purejaxppo.runs.session import Progress
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError
@@ -36,7 +36,9 @@ class Entry(NamedTuple):
     name: str  # likewise: ppo, ppo/unclipped, reinforce/none, …
     config: Config
     curve: Curve  # returns during training, [seeds, windows]
-    scores: NDArray[np.floating]  # [seeds] mean return of the final policy in fresh episodes; NaN of a diverged one
+    scores: NDArray[
+        np.floating
+    ]  # [seeds] mean return of the final policy in fresh episodes; NaN of a diverged one
     timesteps: float  # that one agent took, mean over the seeds
     steps_per_second: float  # of all agents together, without compilation
     interrupted: bool  # by Ctrl-C, before the end of the training
@@ -58,11 +60,15 @@ def variant(env: str, name: str, **changes: Any) -> Config:
     algorithm, stroke, kind = name.partition("/")
     field, kinds = VARIANTS.get(algorithm, ("", ()))
     if stroke and kind not in kinds:
-        known = [f"{algorithm}/{kind}" for algorithm, (_, kinds) in VARIANTS.items() for kind in kinds]
+        known = [
+            f"{algorithm}/{kind}" for algorithm, (_, kinds) in VARIANTS.items() for kind in kinds
+        ]
         raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {', '.join(known)}")
     said = {"algorithm": algorithm} | ({field: kind} if stroke else {})
     if twice := sorted({"env", *said} & changes.keys()):
-        raise ConfigError(f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is")
+        raise ConfigError(
+            f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is"
+        )
     return Config.for_env(env, **said, **changes)
 
 
@@ -76,7 +82,7 @@ def compare(
     deterministic: bool = True,
     changes: Mapping[str, Any] | None = None,
     directory: str | os.PathLike | None = None,
-    on_start: Callable[[Plan], None] | None = None,
+    on_start: Callable[[RunPlan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Entry]:
     """Train each algorithm in each environment, ``seeds`` agents at once, and score the final policies.
@@ -86,21 +92,36 @@ def compare(
     is trained. ``directory``, which must be new, gets ``comparison.md``, ``scores.csv``, ``curves.csv``,
     ``comparison.png`` and ``config.json``, written anew after every entry. Ctrl-C ends it with the entries so far.
     """
-    if not envs or not algorithms or len(set(envs)) < len(envs) or len(set(algorithms)) < len(algorithms):
-        raise ConfigError("compare needs at least one environment and one algorithm, and each of them once")
+    if (
+        not envs
+        or not algorithms
+        or len(set(envs)) < len(envs)
+        or len(set(algorithms)) < len(algorithms)
+    ):
+        raise ConfigError(
+            "compare needs at least one environment and one algorithm, and each of them once"
+        )
     seeds, key = integer("seeds", seeds, 1), integer("key", key, 0)
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
     planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
     for env, _, config in planned:
         made = environments.of_config(config)
         if made.max_episode_steps is None:
-            raise ConfigError(f"{env} has no bound on the length of an episode, so its policies cannot be scored")
+            raise ConfigError(
+                f"{env} has no bound on the length of an episode, so its policies cannot be scored"
+            )
         make_trainer(config, made)
     if directory is not None:
-        described = [{"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned]
-        directory = run_directory.reserve(directory, {"configs": described, "seeds": seeds, "key": key})
+        described = [
+            {"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned
+        ]
+        directory = run_directory.reserve(
+            directory, {"configs": described, "seeds": seeds, "key": key}
+        )
     entries: list[Entry] = []
-    with contextlib.suppress(KeyboardInterrupt):  # while it compiles or writes; `fit` sees to it while it trains
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # while it compiles or writes; `fit` sees to it while it trains
         for env, name, config in planned:
             run = fit(config, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
             entries.append(_entry(env, name, run, key, eval_episodes, deterministic))
@@ -111,19 +132,29 @@ def compare(
     return entries
 
 
-def _planned(env: str, algorithms: Sequence[str], changes: Mapping[str, Any]) -> list[tuple[str, str, Config]]:
+def _planned(
+    env: str, algorithms: Sequence[str], changes: Mapping[str, Any]
+) -> list[tuple[str, str, Config]]:
     """The environment, the name and the settings of each algorithm, all with one number of steps."""
     configs = [variant(env, name, **changes) for name in algorithms]
     if "total_timesteps" not in changes:
-        configs = [x.replace(total_timesteps=max(y.total_timesteps for y in configs)) for x in configs]
+        configs = [
+            x.replace(total_timesteps=max(y.total_timesteps for y in configs)) for x in configs
+        ]
     return [(env, name, config) for name, config in zip(algorithms, configs, strict=True)]
 
 
-def _entry(env: str, name: str, run: Run, key: int, eval_episodes: int, deterministic: bool) -> Entry:
+def _entry(
+    env: str, name: str, run: Run, key: int, eval_episodes: int, deterministic: bool
+) -> Entry:
     scores = np.full(run.seeds, np.nan)
-    for seed, one in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(key), 1), run.seeds)):
+    for seed, one in enumerate(
+        jax.random.split(jax.random.fold_in(jax.random.key(key), 1), run.seeds)
+    ):
         if run.diverged_at[seed] is None:
-            scores[seed] = evaluate(run.policy(seed), run.env, one, eval_episodes, deterministic).returns.mean()
+            scores[seed] = evaluate(
+                run.policy(seed), run.env, one, eval_episodes, deterministic
+            ).returns.mean()
     steps = run.metrics.timesteps[:, -1].astype(float)
     return Entry(
         env,
@@ -146,11 +177,18 @@ def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
     curves: dict[str, dict[str, Curve]] = {}
     for entry in entries:
         curves.setdefault(entry.env, {})[entry.name] = entry.curve
-    whole(directory / "comparison.md", lambda path: path.write_text(markdown(entries), encoding="utf-8"))
-    whole(directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False))
-    whole(directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False))
+    atomic_write(
+        directory / "comparison.md",
+        lambda path: path.write_text(markdown(entries), encoding="utf-8"),
+    )
+    atomic_write(
+        directory / "scores.csv", lambda path: scores_table(entries).to_csv(path, index=False)
+    )
+    atomic_write(
+        directory / "curves.csv", lambda path: curves_table(entries).to_csv(path, index=False)
+    )
     figure = comparison_figure(curves)
-    whole(directory / "comparison.png", lambda path: figure.savefig(path, format="png"))
+    atomic_write(directory / "comparison.png", lambda path: figure.savefig(path, format="png"))
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
@@ -169,7 +207,9 @@ def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
             + (f" ({lost} of {len(entry.scores)} seeds diverged)" if lost else "")
             + (" (interrupted)" if entry.interrupted else ""),
             "steps": f"{entry.timesteps:,.0f}",
-            "final return [95 %]": "{:.1f} [{:.1f}, {:.1f}]".format(*estimate(scores)) if len(scores) else "–",
+            "final return [95 %]": "{:.1f} [{:.1f}, {:.1f}]".format(*estimate(scores))
+            if len(scores)
+            else "–",
             "spread (worst … best)": spread,
             "largest fall": "–" if np.isnan(entry.largest_fall) else f"{entry.largest_fall:.1f}",
             "steps/s": f"{entry.steps_per_second:,.0f}",
@@ -206,7 +246,13 @@ def curves_table(entries: Sequence[Entry]) -> pd.DataFrame:
     """One row for each environment, algorithm, seed and window of steps."""
     return pd.DataFrame(
         [
-            {"env": entry.env, "algorithm": entry.name, "seed": seed, "timesteps": steps, "episode_return": mean}
+            {
+                "env": entry.env,
+                "algorithm": entry.name,
+                "seed": seed,
+                "timesteps": steps,
+                "episode_return": mean,
+            }
             for entry in entries
             for seed, returns in enumerate(entry.curve.returns)
             for steps, mean in zip(entry.curve.timesteps, returns, strict=True)

@@ -16,8 +16,15 @@ from purejaxppo.runs import processes, run_directory
 from purejaxppo.runs.loggers.open import checked_names
 from purejaxppo.runs.programs import require_storable
 from purejaxppo.runs.session import Progress
-from purejaxppo.sweeps.grid import DRAWN, Group, Setting, bounds_of, groups_of, settings_of
-from purejaxppo.sweeps.portions import GroupPlan, Work, run_group
+from purejaxppo.sweeps.grid import (
+    DRAWN,
+    CompilationGroup,
+    Setting,
+    bounds_of,
+    groups_of,
+    settings_of,
+)
+from purejaxppo.sweeps.portions import GroupPlan, SweepSpec, run_group
 from purejaxppo.sweeps.results import SweepResult, write_figures, write_tables
 from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
 from purejaxppo.validation import integer, seconds_of
@@ -87,9 +94,13 @@ def sweep(
     if env is not None and (named := {"env", "env_settings"} & grid.keys()):
         raise ConfigError(f"{min(named)} is swept over: leave the environment object out")
     config = config if env is None else config.replace(env=env.name, env_settings=env.settings)
-    seeds, key, samples = integer("seeds", seeds, 1), integer("key", key, 0), integer("samples", samples, 0)
+    seeds, key, samples = (
+        integer("seeds", seeds, 1),
+        integer("key", key, 0),
+        integer("samples", samples, 0),
+    )
     settings = settings_of(config, grid, samples, np.random.default_rng(key))
-    work = Work(
+    spec = SweepSpec(
         settings,
         seeds,
         key,
@@ -107,20 +118,28 @@ def sweep(
     )
     groups = groups_of(config, settings)
     if exchange is not None:
-        work = work._replace(exchange=_population(exchange, grid, work, groups))
+        spec = spec._replace(exchange=_population(exchange, grid, spec, groups))
     for group in groups:
-        _require_sense(work, group)
-    asked = asked_of(config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange)
+        _require_sense(spec, group)
+    asked = fingerprint(
+        config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange
+    )
     checked_names(loggers, None if directory is None else Path(directory), len(settings) * seeds)
-    with run_directory.opened(directory, asked, key, resume) as home:
-        work = work._replace(directory=home)
+    with run_directory.open_run_directory(directory, asked, key, resume) as home:
+        spec = spec._replace(directory=home)
         if on_plan:
-            steps = sum(group.config.actual_timesteps * len(group.settings) * seeds for group in groups)
+            steps = sum(
+                group.config.actual_timesteps * len(group.settings) * seeds for group in groups
+            )
             on_plan(SweepPlan(len(settings) * seeds, settings, seeds, len(groups), steps))
         result = SweepResult(config, settings, seeds, [], False, 0.0, env, model)
         progress = _counted(on_progress)
-        for part, seconds in (pair for group in groups for pair in run_group(work, group, on_start, progress)):
-            result = dataclasses.replace(result, seconds=result.seconds + seconds, interrupted=part is None)
+        for part, seconds in (
+            pair for group in groups for pair in run_group(spec, group, on_start, progress)
+        ):
+            result = dataclasses.replace(
+                result, seconds=result.seconds + seconds, interrupted=part is None
+            )
             if part is None:  # its members are not at their end, and have no scores
                 break
             result = dataclasses.replace(result, parts=[*result.parts, part])
@@ -129,9 +148,9 @@ def sweep(
                 final = [{name: ends[name][i] for name in grid} for i in range(len(part.members))]
                 result = dataclasses.replace(result, settings=final, seeds=1)
             if home is not None:
-                processes.by_first(partial(write_tables, home, result))
+                processes.on_main_process(partial(write_tables, home, result))
         if home is not None:
-            processes.by_first(partial(_write_end, home, result))
+            processes.on_main_process(partial(_write_end, home, result))
     return result
 
 
@@ -142,7 +161,7 @@ def _write_end(directory: Path, result: SweepResult) -> None:
         run_directory.end(directory)
 
 
-def asked_of(
+def fingerprint(
     config: Config,
     seeds: int,
     grid: Mapping[str, Any],
@@ -167,12 +186,18 @@ def asked_of(
 
 
 def _population(
-    exchange: Any, grid: Mapping[str, Any], work: Work, groups: Sequence[Group]
+    exchange: Any, grid: Mapping[str, Any], spec: SweepSpec, groups: Sequence[CompilationGroup]
 ) -> tuple[Exchange, dict[str, tuple[float, float]]]:
     """The exchange and the bounds of the hyper-parameters; what cannot be a population is refused."""
-    config, count, fields = groups[0].config, len(work.settings) * work.seeds, list(work.settings[0])
+    config, count, fields = (
+        groups[0].config,
+        len(spec.settings) * spec.seeds,
+        list(spec.settings[0]),
+    )
     if not isinstance(exchange, Exchange):
-        raise ConfigError(f"exchange = {exchange!r}: it must be an Exchange, such as Exchange(every=20)")
+        raise ConfigError(
+            f"exchange = {exchange!r}: it must be an Exchange, such as Exchange(every=20)"
+        )
     static = [name for name in fields if any(name not in group.traced for group in groups)]
     if config.objective == "adaptive_kl" and "kl_coef" in fields:
         static.append("kl_coef")  # it is where the coefficient begins, and nothing later
@@ -182,39 +207,57 @@ def _population(
     bounds = bounds_of(grid)
     for end in zip(*bounds.values(), strict=True):
         validate(config.replace(**dict(zip(bounds, end, strict=True))))
-    if count < 2 or work.at_once not in (None, count):
-        raise ConfigError(f"a population of {count} with at_once = {work.at_once}: all train at once, two at least")
+    if count < 2 or spec.at_once not in (None, count):
+        raise ConfigError(
+            f"a population of {count} with at_once = {spec.at_once}: all train at once, two at least"
+        )
     if all(low == high for low, high in bounds.values()):
-        raise ConfigError("no hyper-parameter in the grid has two values, so that there is nothing to explore")
+        raise ConfigError(
+            "no hyper-parameter in the grid has two values, so that there is nothing to explore"
+        )
     if config.whole_episodes:
-        raise ConfigError(f"{config.algorithm} counts whole episodes, so that members do not keep step: no exchange")
+        raise ConfigError(
+            f"{config.algorithm} counts whole episodes, so that members do not keep step: no exchange"
+        )
     if exchange.every >= config.num_iterations:
-        raise ConfigError(f"every = {exchange.every}: there are {config.num_iterations} iterations, and no exchange")
-    if not work.eval_episodes:
-        raise ConfigError("a population is scored in fresh episodes: eval_episodes must be at least 1")
+        raise ConfigError(
+            f"every = {exchange.every}: there are {config.num_iterations} iterations, and no exchange"
+        )
+    if not spec.eval_episodes:
+        raise ConfigError(
+            "a population is scored in fresh episodes: eval_episodes must be at least 1"
+        )
     return exchange, bounds
 
 
-def _require_sense(work: Work, group: Group) -> None:
+def _require_sense(spec: SweepSpec, group: CompilationGroup) -> None:
     """What cannot run is refused before anything is trained."""
-    env = work.env_of(group)
-    if work.at_once is not None and work.at_once < jax.process_count():
-        raise ConfigError(f"at_once = {work.at_once}: each of the {jax.process_count()} processes needs a member")
-    if work.eval_episodes and env.max_episode_steps is None:
+    env = spec.env_of(group)
+    if spec.at_once is not None and spec.at_once < jax.process_count():
+        raise ConfigError(
+            f"at_once = {spec.at_once}: each of the {jax.process_count()} processes needs a member"
+        )
+    if spec.eval_episodes and env.max_episode_steps is None:
         raise ConfigError(
             f"{env.name} has no bound on the length of an episode, so its policies cannot be scored by whole ones: "
             "set eval_episodes=0, and they are by their last returns in training"
         )
-    require_storable(group.config, env, **work.made_of)
+    require_storable(group.config, env, **spec.components)
 
 
-def _counted(on_progress: Callable[[SweepProgress], None] | None) -> Callable[[int, Progress | None], None]:
+def _counted(
+    on_progress: Callable[[SweepProgress], None] | None,
+) -> Callable[[int, Progress | None], None]:
     """Adds up what the parts took: the steps of one that is done, with None, or 0 and the progress of one that runs."""
     done = [0]
 
     def note(steps: int, now: Progress | None) -> None:
         done[0] += steps
         if on_progress and now is not None:
-            on_progress(SweepProgress(done[0] + now.timesteps_of_all, now.episode_return, now.steps_per_second))
+            on_progress(
+                SweepProgress(
+                    done[0] + now.timesteps_of_all, now.episode_return, now.steps_per_second
+                )
+            )
 
     return note

@@ -16,7 +16,9 @@ def as_sequences(batch: Batch, num_shards: int = 1) -> Batch:
     """
     if jax.tree.leaves(batch.carry):
         return batch
-    shards = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split_shards(batch, num_shards, axis=1))  # [S, T, B / S]
+    shards = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), split_shards(batch, num_shards, axis=1)
+    )  # [S, T, B / S]
     return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[3:])), shards)
 
 
@@ -28,23 +30,29 @@ def shuffled_minibatches(
     Every minibatch has equally many sequences of each shard, in a random order of that shard's own, so that none has
     to go to another device. ``beside`` holds further arrays [T, B, ...], which are cut in the same way.
     """
-    order = random_orders(key, batch.mask.shape[1], num_shards)
+    order = shard_permutations(key, batch.mask.shape[1], num_shards)
     rows = jnp.moveaxis(order.reshape(num_shards, num_minibatches, -1), 1, 0)  # [M, S, B / S / M]
-    return jax.vmap(lambda rows: sequences_at(rows, batch, beside))(rows)
+    return jax.vmap(lambda rows: take_sequences(rows, batch, beside))(rows)
 
 
-def sequences_at(rows: Int[Array, "S k"], batch: Batch, beside: PyTree = ()) -> tuple[Batch, PyTree]:
+def take_sequences(
+    rows: Int[Array, "S k"], batch: Batch, beside: PyTree = ()
+) -> tuple[Batch, PyTree]:
     """The sequences of each shard that its row of numbers names: [T, B, ...] becomes [T, S · k, ...]."""
 
     def along(axis: int, arrays: PyTree) -> PyTree:
-        each = jax.vmap(lambda x, row: x[(slice(None),) * axis + (row,)], in_axes=(axis, 0), out_axes=axis)
-        return join_shards(jax.tree.map(lambda x: each(x, rows), split_shards(arrays, rows.shape[0], axis)), axis)
+        each = jax.vmap(
+            lambda x, row: x[(slice(None),) * axis + (row,)], in_axes=(axis, 0), out_axes=axis
+        )
+        return join_shards(
+            jax.tree.map(lambda x: each(x, rows), split_shards(arrays, rows.shape[0], axis)), axis
+        )
 
     chosen, beside = along(1, (batch._replace(carry=()), beside))
     return chosen._replace(carry=along(0, batch.carry)), beside
 
 
-def random_orders(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S k"]:
+def shard_permutations(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S k"]:
     """For each shard a random order of its own of 0 … n / S − 1."""
     keys = key[None] if num_shards == 1 else jax.random.split(key, num_shards)
     return jax.vmap(lambda key: random_order(key, n // num_shards))(keys)

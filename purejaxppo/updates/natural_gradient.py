@@ -33,28 +33,30 @@ def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> PyTree:
     """
 
     def iteration(state: tuple, _: None) -> tuple[tuple, None]:
-        x, residual, direction, norm2 = state
-        image = product(direction)
-        curvature = optax.tree.vdot(direction, image)
-        going = (norm2 > 0) & (curvature > 0)
-        length = jnp.where(going, norm2 / jnp.where(going, curvature, 1), 0)
-        x = plus(x, length, direction)
-        residual = plus(residual, -length, image)
-        next_norm2 = optax.tree.vdot(residual, residual)
-        turn = jnp.where(going, next_norm2 / jnp.where(going, norm2, 1), 0)
-        return (x, residual, plus(residual, turn, direction), next_norm2), None
+        x, residual, direction, residual_norm_sq = state
+        Ap = product(direction)
+        curvature = optax.tree.vdot(direction, Ap)
+        not_done = (residual_norm_sq > 0) & (curvature > 0)
+        step_size = jnp.where(not_done, residual_norm_sq / jnp.where(not_done, curvature, 1), 0)
+        x = add_scaled(x, step_size, direction)
+        residual = add_scaled(residual, -step_size, Ap)
+        next_residual_norm_sq = optax.tree.vdot(residual, residual)
+        beta = jnp.where(
+            not_done, next_residual_norm_sq / jnp.where(not_done, residual_norm_sq, 1), 0
+        )
+        return (x, residual, add_scaled(residual, beta, direction), next_residual_norm_sq), None
 
     start = (jax.tree.map(jnp.zeros_like, b), b, b, optax.tree.vdot(b, b))
     (x, _, _, _), _ = jax.lax.scan(iteration, start, None, iterations)
     return x
 
 
-def plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
+def add_scaled(x: PyTree, scale: Array, y: PyTree) -> PyTree:
     """x + scale · y in the types of x."""
     return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), x, y)
 
 
-def relative_error(x: PyTree, b: PyTree) -> Array:
+def cg_residual(x: PyTree, b: PyTree) -> Array:
     """‖x − b‖ / ‖b‖; 0 where b is 0."""
     norm = optax.tree.norm(b)
     return optax.tree.norm(jax.tree.map(jnp.subtract, x, b)) / jnp.where(norm > 0, norm, 1)

@@ -27,7 +27,7 @@ class Loop(NamedTuple):
 
     params: PyTree
     optimizer: PyTree
-    going: Array  # false once early stopping has ended the iteration's updates
+    continues: Array  # false once early stopping has ended the iteration's updates
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
@@ -44,12 +44,18 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     but ``first_ratio_deviation``, of the first one before any step, ``largest_ratio_deviation``, and ``kl``, which is
     exact and of the whole batch after the last step.
     """
-    penalised, adaptive = config.objective in ("fixed_kl", "adaptive_kl"), config.objective == "adaptive_kl"
+    penalised, adaptive = (
+        config.objective in ("fixed_kl", "adaptive_kl"),
+        config.objective == "adaptive_kl",
+    )
 
     loss = make_loss(config, model)
 
     def init(params: PyTree) -> PPOState:
-        return PPOState(optimizer.init(params), jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else ())
+        return PPOState(
+            optimizer.init(params),
+            jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else (),
+        )
 
     def step(
         key: PRNGKey, params: PyTree, update_state: PPOState, batch: Batch
@@ -62,26 +68,35 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         old = policy(params) if penalised else None
 
-        def minibatch_step(loop: Loop, minibatch: tuple[Batch, Distribution | None]) -> tuple[Loop, dict[str, Array]]:
+        def minibatch_step(
+            loop: Loop, minibatch: tuple[Batch, Distribution | None]
+        ) -> tuple[Loop, dict[str, Array]]:
             gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, *minibatch, kl_coef)
             change, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
             metrics["grad_norm"] = optax.tree.norm(gradient)
-            after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.going)
+            after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.continues)
             if config.early_stop_kl is not None:
-                going = loop.going & (metrics["approx_kl"] <= config.early_stop_kl)
-                after = where_but_schedules(going, after, loop)._replace(going=going)
-                metrics["steps_taken"] = going.astype(metrics["approx_kl"].dtype)
+                continues = loop.continues & (metrics["approx_kl"] <= config.early_stop_kl)
+                after = where_except_schedules(continues, after, loop)._replace(continues=continues)
+                metrics["steps_taken"] = continues.astype(metrics["approx_kl"].dtype)
             return after, metrics
 
         def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
-            minibatches = shuffled_minibatches(key, sequences, config.num_minibatches, config.num_shards, old)
+            minibatches = shuffled_minibatches(
+                key, sequences, config.num_minibatches, config.num_shards, old
+            )
             return jax.lax.scan(minibatch_step, loop, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
-        loop, metrics = scan_keys(epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys)
+        loop, metrics = scan_keys(
+            epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys
+        )
         deviation = metrics.pop("ratio_deviation")  # [epochs, minibatches]
         measured = jax.tree.map(jnp.mean, metrics)
-        measured |= {"first_ratio_deviation": deviation[0, 0], "largest_ratio_deviation": deviation.max()}
+        measured |= {
+            "first_ratio_deviation": deviation[0, 0],
+            "largest_ratio_deviation": deviation.max(),
+        }
         if not adaptive or old is None:
             return loop.params, PPOState(loop.optimizer, ()), measured
         kl = losses.masked_mean(old.kl(policy(loop.params)), sequences.mask)
@@ -98,7 +113,9 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
     ) -> tuple[Array, dict[str, Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
-        log_ratio = losses.log_ratio(distribution.log_prob(batch.action), batch.log_prob, batch.mask)
+        log_ratio = losses.log_ratio(
+            distribution.log_prob(batch.action), batch.log_prob, batch.mask
+        )
         ratio = losses.probability_ratio(log_ratio)
         advantage = batch.advantage
         if config.normalize_advantage:
@@ -111,7 +128,9 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         if old is not None:
             surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
         if config.clip_value:
-            value_loss = losses.clipped_value_loss(value, batch.value, batch.target, batch.valid, config.clip_eps)
+            value_loss = losses.clipped_value_loss(
+                value, batch.value, batch.target, batch.valid, config.clip_eps
+            )
         else:
             value_loss = losses.value_loss(value, batch.target, batch.valid)
         entropy = losses.masked_mean(distribution.entropy(), batch.mask)
@@ -129,7 +148,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
     return loss
 
 
-def where_but_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+def where_except_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` where the condition holds, else ``old``; but the count of a schedule, which goes by time, goes on."""
 
     def is_schedule(x: Any) -> bool:
@@ -146,4 +165,8 @@ def adapted(kl_coef: Array, kl: Array, target: Array | float) -> Array:
 
     Within 1e-6 … 1e6, so that a β gone to 0 or infinity does not stay there.
     """
-    return jnp.clip(kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0)), 1e-6, 1e6)
+    return jnp.clip(
+        kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0)),
+        1e-6,
+        1e6,
+    )

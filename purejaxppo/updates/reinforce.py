@@ -24,7 +24,7 @@ class ReinforceState(NamedTuple):
     """What REINFORCE remembers between iterations."""
 
     optimizer: PyTree
-    past: RunningMean | None  # where the baseline is the running mean
+    running_mean: RunningMean | None  # where the baseline is the running mean
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
@@ -49,12 +49,17 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
     """
 
-    def loss(params: PyTree, batch: Batch, rows: int) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
+    def loss(
+        params: PyTree, batch: Batch, num_episodes: int
+    ) -> tuple[Array, tuple[dict[str, Array], Distribution]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         log_prob = distribution.log_prob(batch.action)
-        score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / rows
-        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / rows
-        metrics = {"policy_loss": -score, "entropy": losses.masked_mean(distribution.entropy(), batch.mask)}
+        score = jnp.where(batch.mask, log_prob * batch.advantage, 0).sum() / num_episodes
+        entropy = jnp.where(batch.mask, distribution.entropy(), 0).sum() / num_episodes
+        metrics = {
+            "policy_loss": -score,
+            "entropy": losses.masked_mean(distribution.entropy(), batch.mask),
+        }
         ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
         metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
         objective = score + config.ent_coef * entropy
@@ -66,17 +71,20 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     def init(params: PyTree) -> ReinforceState:
         zero = jnp.zeros((), jnp.result_type(float))
         return ReinforceState(
-            optimizer.init(params), RunningMean(zero, zero) if config.baseline == "running_mean" else None
+            optimizer.init(params),
+            RunningMean(zero, zero) if config.baseline == "running_mean" else None,
         )
 
     def step(
         key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
     ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
-        weight, past = off_baseline(config, update_state.past, batch)
-        batch, rows = batch._replace(advantage=weight), batch.mask.shape[1]
-        if config.num_shards > 1:  # [T, B] as N rows, which the network needs, would leave their devices
+        weight, running_mean = subtract_baseline(config, update_state.running_mean, batch)
+        batch, num_episodes = batch._replace(advantage=weight), batch.mask.shape[1]
+        if (
+            config.num_shards > 1
+        ):  # [T, B] as N rows, which the network needs, would leave their devices
             batch = as_sequences(batch, config.num_shards)
-        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, rows)
+        gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, num_episodes)
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
         new = optax.apply_updates(params, change)
 
@@ -89,30 +97,36 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
             "largest_ratio_deviation": jnp.abs(ratio - 1).max(),
         }
-        return new, ReinforceState(opt_state, past), metrics
+        return new, ReinforceState(opt_state, running_mean), metrics
 
     return Update(init, step)
 
 
-def off_baseline(
-    config: Config, past: RunningMean | None, batch: Batch
+def subtract_baseline(
+    config: Config, running_mean: RunningMean | None, batch: Batch
 ) -> tuple[Float[Array, "T B"], RunningMean | None]:
     """G − b, 0 outside of the mask, and what the running mean remembers."""
     if config.baseline == "value":
         weight = batch.advantage
     elif config.baseline == "leave_one_out":
-        weight = batch.target - mean_of_the_others(batch.target, batch.valid)
-    elif past is not None:
-        weight = batch.target - past.total / jnp.maximum(past.weight, 1)
+        weight = batch.target - leave_one_out_baseline(batch.target, batch.valid)
+    elif running_mean is not None:
+        weight = batch.target - running_mean.total / jnp.maximum(running_mean.weight, 1)
         decay, mean = config.baseline_decay, losses.masked_mean(batch.target, batch.valid)
-        past = RunningMean(decay * past.total + mean, decay * past.weight + 1)
+        running_mean = RunningMean(
+            decay * running_mean.total + mean, decay * running_mean.weight + 1
+        )
     else:
         weight = batch.target
     weight = jnp.where(batch.mask, weight, 0)
-    return losses.standardize(weight, batch.mask) if config.normalize_advantage else weight, past
+    return losses.standardize(
+        weight, batch.mask
+    ) if config.normalize_advantage else weight, running_mean
 
 
-def mean_of_the_others(x: Float[Array, "T B"], valid: Bool[Array, "T B"]) -> Float[Array, "T B"]:
+def leave_one_out_baseline(
+    x: Float[Array, "T B"], valid: Bool[Array, "T B"]
+) -> Float[Array, "T B"]:
     """At each step the mean over the other rows that are valid there; 0 where there are none."""
     x = jnp.where(valid, x, 0)
     total, count = x.sum(axis=1, keepdims=True) - x, valid.sum(axis=1, keepdims=True) - valid

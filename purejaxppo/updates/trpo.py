@@ -12,15 +12,26 @@ import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
-from purejaxppo.updates.minibatches import as_sequences, random_orders, sequences_at, shuffled_minibatches
-from purejaxppo.updates.natural_gradient import conjugate_gradient, damped, fisher_vector_product, plus, relative_error
+from purejaxppo.updates.minibatches import (
+    as_sequences,
+    shard_permutations,
+    shuffled_minibatches,
+    take_sequences,
+)
+from purejaxppo.updates.natural_gradient import (
+    add_scaled,
+    cg_residual,
+    conjugate_gradient,
+    damped,
+    fisher_vector_product,
+)
 
 
-class Attempt(NamedTuple):
+class LineSearchState(NamedTuple):
     """One length of the step that the line search tries."""
 
     theta: PyTree
-    tried: Array  # how many lengths before it
+    num_backtracks: Array  # how many lengths before it
     accepted: Array
     surrogate: Array
     kl: Array
@@ -41,12 +52,17 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     ``params["policy"]`` and ``params["value"]`` share nothing. ``optimizer`` fits the value function, in
     ``num_epochs`` of ``num_minibatches``, and ``update_state`` is its state.
     """
-    policy_step, value_steps = make_policy_step(config, model), make_value_steps(config, model, optimizer)
+    policy_step, value_steps = (
+        make_policy_step(config, model),
+        make_value_steps(config, model, optimizer),
+    )
 
     def init(params: PyTree) -> PyTree:
         if not isinstance(params, dict) or set(params) != {"policy", "value"}:
-            found = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
-            raise ConfigError(f"trpo needs params of 'policy' and 'value' alone; this model has {found}")
+            result = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
+            raise ConfigError(
+                f"trpo needs params of 'policy' and 'value' alone; this model has {result}"
+            )
         return optimizer.init(params["value"])
 
     def step(
@@ -56,12 +72,18 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         key_policy, key_value = jax.random.split(key)
         policy, measured = policy_step(key_policy, params, sequences)
         value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
-        return {"policy": policy, "value": value}, update_state, measured | {"value_loss": value_loss}
+        return (
+            {"policy": policy, "value": value},
+            update_state,
+            measured | {"value_loss": value_loss},
+        )
 
     return Update(init, step)
 
 
-def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
+def make_policy_step(
+    config: Config, model: Model
+) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
     """``(key, params, batch) -> (policy, metrics)``: the natural-gradient step and its line search."""
 
     def policy_step(key: PRNGKey, params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
@@ -71,7 +93,9 @@ def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree
             return model.unroll(params | {"policy": theta}, batch.carry, batch.obs, batch.reset)[0]
 
         def mean_kl(theta: PyTree) -> Array:
-            return losses.masked_mean(old_of_some.kl(policy(theta, some)), some.mask)
+            return losses.masked_mean(
+                fisher_old_policy.kl(policy(theta, fisher_batch)), fisher_batch.mask
+            )
 
         def surrogate(theta: PyTree) -> tuple[Array, tuple[Array, Distribution]]:
             distribution = policy(theta, batch)
@@ -79,43 +103,51 @@ def make_policy_step(config: Config, model: Model) -> Callable[..., tuple[PyTree
             ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
             return losses.surrogate(ratio, advantage, batch.mask), (ratio, distribution)
 
-        some = one_in(config.fisher_subsample, key, batch, config.num_shards)
-        old_of_some = policy(theta_old, some)
-        advantage = losses.standardize(batch.advantage, batch.mask) if config.normalize_advantage else batch.advantage
+        fisher_batch = subsample_sequences(config.fisher_subsample, key, batch, config.num_shards)
+        fisher_old_policy = policy(theta_old, fisher_batch)
+        advantage = (
+            losses.standardize(batch.advantage, batch.mask)
+            if config.normalize_advantage
+            else batch.advantage
+        )
         (before, (ratio, old)), gradient = jax.value_and_grad(surrogate, has_aux=True)(theta_old)
 
         fisher = damped(fisher_vector_product(mean_kl, theta_old), config.cg_damping)
         direction = conjugate_gradient(fisher, gradient, config.cg_iterations)
-        image = fisher(direction)
-        curvature = optax.tree.vdot(direction, image)
-        longest = jnp.where(curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
+        fisher_direction = fisher(direction)
+        curvature = optax.tree.vdot(direction, fisher_direction)
+        full_step = jnp.where(
+            curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0
+        )
 
-        def attempt(tried: Array) -> Attempt:
-            length = longest * config.line_search_shrink**tried
-            theta = plus(theta_old, length, direction)
+        def attempt(num_backtracks: Array) -> LineSearchState:
+            step_size = full_step * config.line_search_shrink**num_backtracks
+            theta = add_scaled(theta_old, step_size, direction)
             after, (ratio, distribution) = surrogate(theta)
             kl = losses.masked_mean(old.kl(distribution), batch.mask)
-            return Attempt(theta, tried, (kl <= config.max_kl) & (after > before), after, kl, ratio)
+            return LineSearchState(
+                theta, num_backtracks, (kl <= config.max_kl) & (after > before), after, kl, ratio
+            )
 
         # The first length that will do; vmapped, the loop ends when every member has one or has tried them all.
-        found = jax.lax.while_loop(
-            lambda last: ~last.accepted & (last.tried + 1 < config.line_search_steps),
-            lambda last: attempt(last.tried + 1),
+        result = jax.lax.while_loop(
+            lambda last: ~last.accepted & (last.num_backtracks + 1 < config.line_search_steps),
+            lambda last: attempt(last.num_backtracks + 1),
             attempt(jnp.zeros((), jnp.int32)),
         )
 
         def if_accepted(new: Any, otherwise: Any) -> Array:
-            return jnp.where(found.accepted, new, otherwise)
+            return jnp.where(result.accepted, new, otherwise)
 
-        return jax.tree.map(if_accepted, found.theta, theta_old), {
-            "policy_loss": -if_accepted(found.surrogate, before),
+        return jax.tree.map(if_accepted, result.theta, theta_old), {
+            "policy_loss": -if_accepted(result.surrogate, before),
             "entropy": losses.masked_mean(old.entropy(), batch.mask),
-            "approx_kl": if_accepted(found.kl, 0.0),
+            "approx_kl": if_accepted(result.kl, 0.0),
             "grad_norm": optax.tree.norm(gradient),
             "first_ratio_deviation": jnp.abs(ratio - 1).max(),
-            "largest_ratio_deviation": if_accepted(jnp.abs(found.ratio - 1).max(), 0.0),
-            "cg_residual": relative_error(image, gradient),
-            "step_fraction": if_accepted(config.line_search_shrink**found.tried, 0.0),
+            "largest_ratio_deviation": if_accepted(jnp.abs(result.ratio - 1).max(), 0.0),
+            "cg_residual": cg_residual(fisher_direction, gradient),
+            "step_fraction": if_accepted(config.line_search_shrink**result.num_backtracks, 0.0),
             "line_search_failed": if_accepted(0.0, 1.0),
         }
 
@@ -127,19 +159,27 @@ def make_value_steps(
 ) -> Callable[..., tuple[PyTree, PyTree, Array]]:
     """``(key, params, opt_state, batch) -> (value, opt_state, mean loss)``: epochs of minibatch steps on L_VF."""
 
-    def value_steps(key: PRNGKey, params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Array]:
+    def value_steps(
+        key: PRNGKey, params: PyTree, opt_state: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, Array]:
         def loss(theta: PyTree, batch: Batch) -> Array:
             _, value = model.unroll(params | {"value": theta}, batch.carry, batch.obs, batch.reset)
             return losses.value_loss(value, batch.target, batch.valid)
 
-        def minibatch_step(carry: tuple[PyTree, PyTree], batch: Batch) -> tuple[tuple[PyTree, PyTree], Array]:
+        def minibatch_step(
+            carry: tuple[PyTree, PyTree], batch: Batch
+        ) -> tuple[tuple[PyTree, PyTree], Array]:
             theta, opt_state = carry
             value_loss, gradient = jax.value_and_grad(loss)(theta, batch)
             change, opt_state = optimizer.update(gradient, opt_state, theta)
             return (optax.apply_updates(theta, change), opt_state), value_loss
 
-        def epoch(carry: tuple[PyTree, PyTree], key: PRNGKey) -> tuple[tuple[PyTree, PyTree], Array]:
-            minibatches, _ = shuffled_minibatches(key, batch, config.num_minibatches, config.num_shards)
+        def epoch(
+            carry: tuple[PyTree, PyTree], key: PRNGKey
+        ) -> tuple[tuple[PyTree, PyTree], Array]:
+            minibatches, _ = shuffled_minibatches(
+                key, batch, config.num_minibatches, config.num_shards
+            )
             return jax.lax.scan(minibatch_step, carry, minibatches)
 
         keys = jax.random.split(key, config.num_epochs)
@@ -149,9 +189,9 @@ def make_value_steps(
     return value_steps
 
 
-def one_in(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1) -> Batch:
+def subsample_sequences(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1) -> Batch:
     """A random k-th of the sequences of each shard, rounded up."""
     if k == 1:
         return batch
-    order = random_orders(key, batch.mask.shape[1], num_shards)
-    return sequences_at(order[:, : -(-order.shape[1] // k)], batch)[0]
+    order = shard_permutations(key, batch.mask.shape[1], num_shards)
+    return take_sequences(order[:, : -(-order.shape[1] // k)], batch)[0]

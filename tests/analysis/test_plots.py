@@ -29,7 +29,9 @@ def metrics(returns, episodes, loss=None):
 def test_windowed_means_weigh_by_the_number_of_episodes():
     curve = windowed(metrics([1.0, 5.0, NAN, 2.0, 8.0, 8.0], [3, 1, 0, 4, 0, 2]), num_windows=2)
     np.testing.assert_array_equal(curve.timesteps, [30, 60])
-    np.testing.assert_allclose(curve.returns, [[(3 * 1 + 1 * 5) / 4, (4 * 2 + 2 * 8) / 6]], rtol=1e-12)
+    np.testing.assert_allclose(
+        curve.returns, [[(3 * 1 + 1 * 5) / 4, (4 * 2 + 2 * 8) / 6]], rtol=1e-12
+    )
 
 
 def test_a_window_in_which_no_episode_finished_is_nan_and_never_0():
@@ -59,7 +61,9 @@ def test_agents_whose_iterations_differ_in_length_share_their_windows():
     both = metrics([[1.0, 2, 3, 4], [5, 6, 7, 8]], [[1, 1, 2, 1], [1, 3, 1, 1]])
     curve = windowed(both._replace(timesteps=np.asarray([[10, 30, 60, 100], [20, 40, 60, 80]])))
     np.testing.assert_array_equal(curve.timesteps, [40, 100])
-    np.testing.assert_allclose(curve.returns, [[(1 + 2) / 2, (2 * 3 + 4) / 3], [(5 + 3 * 6) / 4, (7 + 8) / 2]])
+    np.testing.assert_allclose(
+        curve.returns, [[(1 + 2) / 2, (2 * 3 + 4) / 3], [(5 + 3 * 6) / 4, (7 + 8) / 2]]
+    )
 
 
 def test_an_agent_that_stopped_early_does_not_cut_the_others():
@@ -74,14 +78,18 @@ def test_an_agent_that_stopped_early_does_not_cut_the_others():
 @pytest.mark.parametrize("bad", [NAN, np.inf])
 def test_an_agent_has_no_return_from_its_divergence_on(bad):
     loss = [[1.0, 1, 1, 1], [1, bad, 1, 1]]
-    curve = windowed(metrics([[1.0, 2, 3, 4], [5, 0, 0, 0]], np.ones((2, 4), int), loss), num_windows=4)
+    curve = windowed(
+        metrics([[1.0, 2, 3, 4], [5, 0, 0, 0]], np.ones((2, 4), int), loss), num_windows=4
+    )
     np.testing.assert_array_equal(curve.returns, [[1, 2, 3, 4], [5, NAN, NAN, NAN]])
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12)])
 def test_a_learning_curve_is_a_figure_with_labelled_axes(shape):
     rng = np.random.default_rng(0)
-    figure = learning_curve(metrics(rng.normal(size=shape), np.ones(shape, int)), "PPO on an environment")
+    figure = learning_curve(
+        metrics(rng.normal(size=shape), np.ones(shape, int)), "PPO on an environment"
+    )
     assert isinstance(figure, Figure)
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("environment steps", "episode return")
@@ -112,6 +120,9 @@ def test_a_learning_curve_without_a_finished_episode_can_be_drawn(shape):
 
 def test_a_seed_without_episodes_does_not_hide_the_others():
     """The mean over seeds that have a return is shown, or the run looks as if nothing had been learnt."""
-    returns, episodes = np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]), np.array([[1] * 3, [1] * 3, [0] * 3])
+    returns, episodes = (
+        np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]),
+        np.array([[1] * 3, [1] * 3, [0] * 3]),
+    )
     (axes,) = learning_curve(metrics(returns, episodes)).axes
     np.testing.assert_allclose(axes.lines[-1].get_ydata(), [2.0, 3.0, 4.0])

@@ -87,8 +87,12 @@ def test_strata_are_resampled_by_themselves_whatever_their_sizes():
 
 def test_one_axis_is_one_task():
     x = np.random.default_rng(2).normal(size=30)
-    assert probability_of_improvement(x, x[:7]) == probability_of_improvement(x[:, None], x[:7, None])
-    for one, two in zip(performance_profile(x, [0, 1]), performance_profile(x[:, None], [0, 1]), strict=True):
+    assert probability_of_improvement(x, x[:7]) == probability_of_improvement(
+        x[:, None], x[:7, None]
+    )
+    for one, two in zip(
+        performance_profile(x, [0, 1]), performance_profile(x[:, None], [0, 1]), strict=True
+    ):
         np.testing.assert_array_equal(one, two)
 
 
@@ -138,9 +142,15 @@ def test_a_nan_makes_every_number_nan_that_it_belongs_to():
     ("call", "message"),
     [
         (lambda: performance_profile([], [0]), "scores must be .* got the shape \\(0,\\)"),
-        (lambda: performance_profile(np.zeros((2, 3, 4)), [0]), "scores must be .* got the shape \\(2, 3, 4\\)"),
+        (
+            lambda: performance_profile(np.zeros((2, 3, 4)), [0]),
+            "scores must be .* got the shape \\(2, 3, 4\\)",
+        ),
         (lambda: estimate([]), "at least one value"),
-        (lambda: probability_of_improvement(np.ones((2, 3)), np.ones((2, 2))), "same tasks, got 3 and 2"),
+        (
+            lambda: probability_of_improvement(np.ones((2, 3)), np.ones((2, 2))),
+            "same tasks, got 3 and 2",
+        ),
         (lambda: probability_of_improvement([1.0], np.ones((0, 1))), "y must be"),
         (lambda: performance_profile([1.0], []), "thresholds must be"),
         (lambda: performance_profile([1.0], [NAN]), "thresholds must be"),
@@ -181,7 +191,9 @@ def matrices(tasks):
 def test_the_probability_of_improvement_is_scipys_mann_whitney_u(x, y):
     """rliable's probability_of_improvement is this call of each task."""
     pairs = zip(x.T, y.T, strict=True)
-    expected = np.mean([scipy.stats.mannwhitneyu(a, b, method="asymptotic").statistic for a, b in pairs])
+    expected = np.mean(
+        [scipy.stats.mannwhitneyu(a, b, method="asymptotic").statistic for a, b in pairs]
+    )
     got = probability_of_improvement(x, y, resamples=1).point
     assert got == pytest.approx(expected / (len(x) * len(y)), rel=1e-12, abs=1e-12)
 
@@ -272,7 +284,9 @@ def test_the_probability_of_improvement_and_its_interval_are_those_of_rliable(ca
     point, *interval = IMPROVEMENT[case]
     got = probability_of_improvement(x, y, 20_000)
     assert got.point == pytest.approx(point, rel=1e-12)
-    assert_same_interval(got, interval, factor=2**0.5, step=0.5 / (12 * 9 * x.shape[1]))  # both have 20,000 resamples
+    assert_same_interval(
+        got, interval, factor=2**0.5, step=0.5 / (12 * 9 * x.shape[1])
+    )  # both have 20,000 resamples
 
 
 def test_the_performance_profile_and_its_intervals_are_those_of_rliable():

@@ -24,9 +24,13 @@ def table(score, seeds=4, **grid):
     for values in itertools.product(*grid.values()):
         for seed in range(seeds):
             setting = dict(zip(grid, values, strict=True))
-            rows.append({"member": len(rows), **setting, "seed": seed, "score": score(seed, **setting)})
+            rows.append(
+                {"member": len(rows), **setting, "seed": seed, "score": score(seed, **setting)}
+            )
     scores = pd.DataFrame(rows).assign(timesteps=1000)
-    return scores.assign(diverged_at=pd.array([3 if np.isnan(x) else None for x in scores["score"]], dtype="Int64"))
+    return scores.assign(
+        diverged_at=pd.array([3 if np.isnan(x) else None for x in scores["score"]], dtype="Int64")
+    )
 
 
 def by_rate(seed, lr, **_):
@@ -85,7 +89,9 @@ def test_an_axis_is_logarithmic_for_positive_numbers_over_a_decade(values, scale
     np.testing.assert_array_equal(line.get_xdata(), values)
 
 
-@pytest.mark.parametrize("values", [[(64, 64), (32,)], ["tanh", "relu"], [True, False], [0.5, None]])
+@pytest.mark.parametrize(
+    "values", [[(64, 64), (32,)], ["tanh", "relu"], [True, False], [0.5, None]]
+)
 def test_values_that_are_no_numbers_stand_side_by_side_in_their_order(values):
     figure = sensitivity(table(lambda seed, x: float(seed + 10 * values.index(x)), x=values), "x")
     (axes,) = figure.axes
@@ -98,7 +104,12 @@ def test_values_that_are_no_numbers_stand_side_by_side_in_their_order(values):
 
 
 def test_up_to_eight_combinations_of_other_fields_have_a_line_each():
-    scores = table(lambda seed, lr, gamma, size: by_rate(seed, lr) + gamma, lr=RATES, gamma=[0.9, 0.99], size=SIZES)
+    scores = table(
+        lambda seed, lr, gamma, size: by_rate(seed, lr) + gamma,
+        lr=RATES,
+        gamma=[0.9, 0.99],
+        size=SIZES,
+    )
     figure = sensitivity(scores, "lr")
     lines = named(figure.axes[0])
     names = [f"gamma {gamma}, size {size}" for gamma in (0.9, 0.99) for size in SIZES]
@@ -135,7 +146,9 @@ def test_combinations_with_one_value_each_are_one_line():
 
 def test_a_heat_map_has_the_interquartile_means_and_says_what_diverged():
     scores = table(
-        lambda seed, lr, gamma, size: NAN if gamma == 0.5 and lr > 1e-4 else by_rate(seed, lr) + 10 * gamma,
+        lambda seed, lr, gamma, size: (
+            NAN if gamma == 0.5 and lr > 1e-4 else by_rate(seed, lr) + 10 * gamma
+        ),
         lr=RATES,
         gamma=[0.9, 0.5],
         size=SIZES,
@@ -149,16 +162,25 @@ def test_a_heat_map_has_the_interquartile_means_and_says_what_diverged():
     expected = [[60 + middle + 5, NAN, NAN], [60 + middle + 9, 70 + middle + 9, 80.5 + 9]]
     np.testing.assert_allclose(cells, expected)  # the smaller gamma below
     words = {text.get_position(): text.get_text() for text in axes.texts}
-    assert words == {(0, 0): "67.5", (1, 0): "× 8/8", (2, 0): "× 8/8", (0, 1): "71.5", (1, 1): "81.5"} | {
-        (2, 1): "89.5\n× 4/8"
-    }
+    assert words == {
+        (0, 0): "67.5",
+        (1, 0): "× 8/8",
+        (2, 0): "× 8/8",
+        (0, 1): "71.5",
+        (1, 1): "81.5",
+    } | {(2, 1): "89.5\n× 4/8"}
     assert sorted(patch.get_xy() for patch in axes.patches) == [(0.5, -0.5), (1.5, -0.5)]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.0001", "0.001", "0.01"]
     figure.canvas.draw()
 
 
 def test_a_large_heat_map_has_few_ticks_and_crosses_instead_of_text():
-    scores = table(lambda seed, lr, x: NAN if (lr, x) == (1e-3, 7) else 1.0, 1, lr=np.logspace(-5, -3, 30), x=range(25))
+    scores = table(
+        lambda seed, lr, x: NAN if (lr, x) == (1e-3, 7) else 1.0,
+        1,
+        lr=np.logspace(-5, -3, 30),
+        x=range(25),
+    )
     axes = heat_map(scores, "lr", "x").axes[0]
     assert not axes.texts
     assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == [(29, 7)]
@@ -181,7 +203,9 @@ def test_profiles_are_those_of_the_settings_the_best_first():
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("score τ", "share of runs with a score > τ")
     lines = named(axes)
-    assert list(lines) == legend(figure) == ["lr 0.001", "lr 0.0001", "lr 0.01"]  # half of the last diverged
+    assert (
+        list(lines) == legend(figure) == ["lr 0.001", "lr 0.0001", "lr 0.01"]
+    )  # half of the last diverged
     line = lines["lr 0.01"]
     share = performance_profile([80.0, 81, NAN, NAN], line.get_xdata())
     np.testing.assert_array_equal(line.get_ydata(), share.point)
@@ -193,7 +217,9 @@ def test_profiles_are_those_of_the_settings_the_best_first():
 def test_fields_that_a_profile_leaves_out_are_resampled_by_themselves():
     """Equal seeds: no interval, though the settings differ."""
     (axes,) = profile(table(lambda seed, lr, x: float(x), lr=RATES, x=[1, 2]), ["lr"]).axes
-    np.testing.assert_array_equal(np.unique(axes.collections[0].get_paths()[0].vertices[:, 1]), [0, 0.5, 1])
+    np.testing.assert_array_equal(
+        np.unique(axes.collections[0].get_paths()[0].vertices[:, 1]), [0, 0.5, 1]
+    )
     some = table(lambda seed, lr, x: float(x), lr=RATES, x=[1, 2]).iloc[1:]  # a run is missing
     line = named(profile(some, ["lr"]).axes[0])["lr 0.0001"]
     np.testing.assert_allclose(np.unique(line.get_ydata()), [0, 4 / 7, 1])
@@ -231,7 +257,9 @@ def test_seeds_alone_are_one_setting():
 
 
 def test_hundreds_of_settings_give_few_lines_in_seconds():
-    scores = table(lambda seed, lr, x: seed - (x - 3) ** 2.0, lr=np.logspace(-5, -3, 20), x=range(20))
+    scores = table(
+        lambda seed, lr, x: seed - (x - 3) ** 2.0, lr=np.logspace(-5, -3, 20), x=range(20)
+    )
     returns = learning(scores, windows=20)
     start = time.process_time()
     figures = [sensitivity(scores, "lr"), heat_map(scores, "lr", "x"), profile(scores, ["lr", "x"])]
@@ -246,7 +274,11 @@ def test_hundreds_of_settings_give_few_lines_in_seconds():
 
 def test_a_sweep_of_which_every_run_diverged_can_be_drawn():
     scores = table(lambda seed, lr, size: NAN, lr=RATES, size=SIZES)
-    figures = [sensitivity(scores, "lr"), sensitivity(scores, "size"), heat_map(scores, "lr", "size")]
+    figures = [
+        sensitivity(scores, "lr"),
+        sensitivity(scores, "size"),
+        heat_map(scores, "lr", "size"),
+    ]
     figures += [profile(scores, ["lr"]), curves(learning(scores), scores)]
     for figure in figures:
         figure.canvas.draw()

@@ -17,11 +17,22 @@ from purejaxppo.cli import commands
 from purejaxppo.cli import console as show
 from purejaxppo.cli.options import split_cpu
 from purejaxppo.config import FIELDS, tuned
-from purejaxppo.runs.fit import asked_of
+from purejaxppo.runs.fit import fingerprint
 from purejaxppo.runs.run import load_policies
 from purejaxppo.runs.run_directory import unfinished
 
-SMALL = ["--num-envs", "2", "--num-steps", "8", "--num-minibatches", "1", "--num-epochs", "1", "--hidden-sizes", "4"]
+SMALL = [
+    "--num-envs",
+    "2",
+    "--num-steps",
+    "8",
+    "--num-minibatches",
+    "1",
+    "--num-epochs",
+    "1",
+    "--hidden-sizes",
+    "4",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +59,9 @@ def call(*arguments):
 def one(tmp_path_factory):
     """A run of one agent: (directory, what it printed)."""
     directory = tmp_path_factory.mktemp("one") / "run"
-    code, shown = call("train", *SMALL, "--total-timesteps", "1e3", "--eval-episodes", 2, "--directory", directory)
+    code, shown = call(
+        "train", *SMALL, "--total-timesteps", "1e3", "--eval-episodes", 2, "--directory", directory
+    )
     assert code == 0
     return directory, shown
 
@@ -57,7 +70,16 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """A run of two agents on an environment that cannot be drawn, without an evaluation."""
     directory = tmp_path_factory.mktemp("two") / "run"
-    arguments = ["--env", "SimpleBandit-bsuite", "--seeds", 2, "--total-timesteps", 32, "--eval-episodes", 0]
+    arguments = [
+        "--env",
+        "SimpleBandit-bsuite",
+        "--seeds",
+        2,
+        "--total-timesteps",
+        32,
+        "--eval-episodes",
+        0,
+    ]
     code, shown = call("train", *arguments, *SMALL, "--directory", directory)
     assert code == 0
     return directory, shown
@@ -105,11 +127,15 @@ def test_train_says_what_will_run_before_it_runs(one):
 def test_train_shows_progress_and_ends_with_a_result(one):
     directory, shown = one
     assert re.search(r"1,008 steps in \d+\.\d s: [\d,]+ steps/s", shown)
-    progress = re.findall(r"^ +([\d,]+) steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE)
+    progress = re.findall(
+        r"^ +([\d,]+) steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE
+    )
     assert progress and progress[-1][0] == "1,008"
     assert "CartPole-v1: return over 2 fresh episodes of the final policy" in shown
     assert re.search(r"policy +│ +\d+\.\d ± \d+\.\d │ +\d+\.\d ± \d+\.\d │ +\d+ ", shown)
-    assert f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/" in shown
+    assert (
+        f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/" in shown
+    )
 
 
 def test_train_leaves_a_whole_run_directory(one):
@@ -145,7 +171,9 @@ def test_a_diverged_run_exits_with_1_and_says_where_and_what_to_try(tmp_path):
     ]
     code, shown = call("train", *SMALL, *wrong)
     assert code == 1
-    assert re.search(r"Seed 0 diverged: loss or gradient became NaN or infinite in iteration \d+\.", shown)
+    assert re.search(
+        r"Seed 0 diverged: loss or gradient became NaN or infinite in iteration \d+\.", shown
+    )
     assert "Try a smaller --lr" in shown
     assert "fresh episodes" not in shown and "± " not in shown  # a broken policy is not scored
     assert (tmp_path / "run" / "learning_curve.png").exists()
@@ -189,7 +217,9 @@ def test_render_makes_a_gif_of_one_episode(one, tmp_path):
 def test_an_environment_without_pictures_is_told(refused, two):
     before = sorted(two[0].rglob("*"))
     message = one_sentence(refused("render", two[0]))
-    assert message == "SimpleBandit-bsuite cannot be drawn: gymnax's visualiser has no picture of it"
+    assert (
+        message == "SimpleBandit-bsuite cannot be drawn: gymnax's visualiser has no picture of it"
+    )
     assert sorted(two[0].rglob("*")) == before
 
 
@@ -207,7 +237,9 @@ def test_what_cannot_be_rendered_is_told(refused, two, options, part):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_an_episode_to_render_has_at_least_one_step(refused, one, tmp_path, steps):
-    message = one_sentence(refused("render", one[0], "--out", tmp_path / "x.gif", "--max-steps", steps))
+    message = one_sentence(
+        refused("render", one[0], "--out", tmp_path / "x.gif", "--max-steps", steps)
+    )
     assert f"max_steps = {steps}" in message
     assert list(tmp_path.iterdir()) == []
 
@@ -220,7 +252,10 @@ def test_evaluating_no_episodes_is_told(refused, two):
 @pytest.mark.parametrize("command", ["evaluate", "render"])
 def test_a_missing_or_foreign_directory_is_told(refused, tmp_path, command):
     missing = tmp_path / "nothing"
-    assert one_sentence(refused(command, missing)) == f"{missing} is not a run: there is no such directory"
+    assert (
+        one_sentence(refused(command, missing))
+        == f"{missing} is not a run: there is no such directory"
+    )
     expected = f"{tmp_path} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
     assert one_sentence(refused(command, tmp_path)) == expected
     (tmp_path / "seed_notes").mkdir()
@@ -239,12 +274,28 @@ def test_a_policy_directory_alone_can_be_evaluated(tmp_path):
 
 
 def test_compare_trains_scores_and_says_where_it_left_it(tmp_path):
-    arguments = ["--envs", "SimpleBandit-bsuite", "--algorithms", "trpo", "--seeds", 2, "--eval-episodes", 2]
-    code, shown = call("compare", *arguments, "--total-timesteps", 2048, "--directory", tmp_path / "here")
+    arguments = [
+        "--envs",
+        "SimpleBandit-bsuite",
+        "--algorithms",
+        "trpo",
+        "--seeds",
+        2,
+        "--eval-episodes",
+        2,
+    ]
+    code, shown = call(
+        "compare", *arguments, "--total-timesteps", 2048, "--directory", tmp_path / "here"
+    )
     assert code == 0
     assert shown.index("TRPO, 20 epochs") < shown.index("final return")
-    assert re.search(r"SimpleBandit-bsuite │ trpo +│ +2,048 │ +-?\d\.\d \[-?\d\.\d, -?\d\.\d\]", shown)
-    assert f"The comparison is in {tmp_path / 'here'}" in shown and (tmp_path / "here" / "comparison.png").exists()
+    assert re.search(
+        r"SimpleBandit-bsuite │ trpo +│ +2,048 │ +-?\d\.\d \[-?\d\.\d, -?\d\.\d\]", shown
+    )
+    assert (
+        f"The comparison is in {tmp_path / 'here'}" in shown
+        and (tmp_path / "here" / "comparison.png").exists()
+    )
 
 
 def test_a_wrong_comparison_is_one_sentence(refused, tmp_path):
@@ -280,8 +331,14 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--env", "CartPole-v2"], "'CartPole-v2' is not an environment; did you mean 'CartPole-v1'?"),
-        (["--algorithm", "ppq"], "algorithm = 'ppq': it must be one of ppo, trpo, reinforce; did you mean 'ppo'?"),
+        (
+            ["--env", "CartPole-v2"],
+            "'CartPole-v2' is not an environment; did you mean 'CartPole-v1'?",
+        ),
+        (
+            ["--algorithm", "ppq"],
+            "algorithm = 'ppq': it must be one of ppo, trpo, reinforce; did you mean 'ppo'?",
+        ),
         (["--activation", "rellu"], "did you mean 'relu'?"),
         (
             ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "5"],
@@ -292,9 +349,15 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
         (["--gamma", "1.5"], "gamma = 1.5: it must be a number between 0 and 1"),
         (["--num-envs", "0"], "num_envs = 0: it must be an integer of at least 1"),
         (["--num-envs", "2.5"], "num_envs = 2.5: it must be an integer of at least 1"),
-        (["--total-timesteps", "-1e3"], "total_timesteps = -1000: it must be an integer of at least 1"),
+        (
+            ["--total-timesteps", "-1e3"],
+            "total_timesteps = -1000: it must be an integer of at least 1",
+        ),
         (["--seeds", "0"], "seeds = 0: it must be an integer of at least 1 and below 2**32"),
-        (["--eval-episodes", "-1"], "eval_episodes = -1: it must be an integer of at least 0 and below 2**32"),
+        (
+            ["--eval-episodes", "-1"],
+            "eval_episodes = -1: it must be an integer of at least 0 and below 2**32",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -307,8 +370,12 @@ def test_a_wrong_value_is_one_sentence_and_leaves_nothing(refused, tmp_path, opt
 
 def test_an_existing_run_is_never_overwritten(refused, two):
     before = {path: path.read_bytes() for path in two[0].rglob("*") if path.is_file()}
-    message = one_sentence(refused("train", "--env", "SimpleBandit-bsuite", *SMALL, "--directory", two[0]))
-    assert message == f"{two[0]} exists already, and a run never overwrites: choose another directory"
+    message = one_sentence(
+        refused("train", "--env", "SimpleBandit-bsuite", *SMALL, "--directory", two[0])
+    )
+    assert (
+        message == f"{two[0]} exists already, and a run never overwrites: choose another directory"
+    )
     assert {path: path.read_bytes() for path in two[0].rglob("*") if path.is_file()} == before
 
 
@@ -352,7 +419,9 @@ def test_envs_lists_what_can_be_trained():
 
 
 def test_envs_in_a_process_of_its_own():
-    done = subprocess.run([sys.executable, "-m", "purejaxppo", "envs"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "purejaxppo", "envs"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "CartPole-v1  (tuned settings)" in done.stdout.splitlines()
     assert "Catch-bsuite" in done.stdout.splitlines()
@@ -362,7 +431,10 @@ def test_a_wrong_input_in_a_process_of_its_own_has_code_2_and_no_traceback(tmp_p
     command = [sys.executable, "-m", "purejaxppo", "evaluate", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"purejaxppo: {tmp_path / 'nothing'} is not a run: there is no such directory\n"
+    assert (
+        done.stderr
+        == f"purejaxppo: {tmp_path / 'nothing'} is not a run: there is no such directory\n"
+    )
 
 
 # -------------------------------------------------------------------------------------------- sweep
@@ -371,13 +443,23 @@ def test_a_wrong_input_in_a_process_of_its_own_has_code_2_and_no_traceback(tmp_p
 def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "split_cpu", lambda parts: None)  # JAX has started here
     grid = ["--grid", "lr=1e-3,1e-2", "hidden-sizes=4,4x4", "--seeds", 2, "--at-once", 2]
-    settings = [*SMALL, "--total-timesteps", 64, "--eval-episodes", 2, "--directory", tmp_path / "sweep"]
+    settings = [
+        *SMALL,
+        "--total-timesteps",
+        64,
+        "--eval-episodes",
+        2,
+        "--directory",
+        tmp_path / "sweep",
+    ]
     code, shown = call("sweep", *grid, *settings)
     assert code == 0
     assert "8 members: 4 settings × 2 seeds, 512 steps in all, 2 compilations" in shown
     assert shown.count("CartPole-v1, PPO, 2 environments: 4 members, 2 at once on ") == 2
     assert re.search(r"^ +512 steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE)
-    rows = re.findall(r"│ (0\.01|0\.001) +│ \((4,|4, 4)\) +│ +\d+\.\d \[\d+\.\d, \d+\.\d\] │", shown)
+    rows = re.findall(
+        r"│ (0\.01|0\.001) +│ \((4,|4, 4)\) +│ +\d+\.\d \[\d+\.\d, \d+\.\d\] │", shown
+    )
     assert len(set(rows)) == 4
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
     assert {
@@ -393,11 +475,20 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--grid", "lr"], "grid: 'lr' must be a field and its values, once each, such as lr=1e-4,3e-4"),
-        (["--grid", "lr=1e-3", "lr=1e-4"], "grid: 'lr=1e-4' must be a field and its values, once each"),
+        (
+            ["--grid", "lr"],
+            "grid: 'lr' must be a field and its values, once each, such as lr=1e-4,3e-4",
+        ),
+        (
+            ["--grid", "lr=1e-3", "lr=1e-4"],
+            "grid: 'lr=1e-4' must be a field and its values, once each",
+        ),
         (["--grid", "lrr=1"], "'lrr' is not a setting; did you mean 'lr'?"),
         (["--grid", "hidden_sizes=4xa"], "hidden_sizes[1] = 'a'"),
-        (["--grid", "lr=loguniform(1e-4,1e-2)"], "lr is drawn at random: say how many draws by samples"),
+        (
+            ["--grid", "lr=loguniform(1e-4,1e-2)"],
+            "lr is drawn at random: say how many draws by samples",
+        ),
         (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = 'soon'"),
         (["--grid", "lr=1e-3", "--memory-limit", "much"], "memory_limit = 'much'"),
         (["--grid", "lr=1e-3", "--log", "tensorbord"], "did you mean 'tensorboard'?"),
@@ -406,7 +497,16 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
         (["--grid", "lr=1e-3", "--num-processes", 2], "need the address of the first process"),
         (["--grid", "lr=1e-3", "--coordinator", "here:1"], "how many there are, and which of them"),
         (
-            ["--grid", "lr=1e-3", "--coordinator", "here", "--num-processes", 2, "--process-index", 0],
+            [
+                "--grid",
+                "lr=1e-3",
+                "--coordinator",
+                "here",
+                "--num-processes",
+                2,
+                "--process-index",
+                0,
+            ],
             "coordinator = 'here': it must be HOST:PORT, or auto",
         ),
     ],
@@ -439,17 +539,19 @@ def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, mon
         (directory,) = (tmp_path / "runs").iterdir()
         code, shown = call(*arguments, "--resume")
     assert (
-        code == 0 and "160 steps in" in shown and "after the 160 of the run that was resumed at iteration 10" in shown
+        code == 0
+        and "160 steps in" in shown
+        and "after the 160 of the run that was resumed at iteration 10" in shown
     )
     assert list((tmp_path / "runs").iterdir()) == [directory]
     rows = (directory / "metrics.csv").read_text().splitlines()
     assert [int(row.split(",")[1]) for row in rows[1:]] == list(range(1, 21))
     config = Config.from_dict(json.loads((directory / "config.json").read_text())["config"])
-    assert unfinished(tmp_path / "runs", "*", asked_of(config, 1), 0) is None
+    assert unfinished(tmp_path / "runs", "*", fingerprint(config, 1), 0) is None
     (directory / "checkpoints").mkdir()
-    assert unfinished(tmp_path / "runs", "*", asked_of(config, 1), 0) == directory
+    assert unfinished(tmp_path / "runs", "*", fingerprint(config, 1), 0) == directory
     for another in ((config.replace(lr=1.0), 1, 0), (config, 2, 0), (config, 1, 1)):
-        assert unfinished(tmp_path / "runs", "*", asked_of(*another[:2]), another[2]) is None
+        assert unfinished(tmp_path / "runs", "*", fingerprint(*another[:2]), another[2]) is None
 
 
 def test_the_cpu_is_split_unless_something_else_is_said(monkeypatch):

@@ -14,9 +14,9 @@ from purejaxppo.cli import console as show
 from purejaxppo.cli import terminal
 from purejaxppo.cli.commands import main
 from purejaxppo.policies.evaluate import EpisodeStatistics
-from purejaxppo.runs.fit import Plan
+from purejaxppo.runs.fit import RunPlan
 from purejaxppo.runs.session import Progress
-from purejaxppo.sweeps.results import Part, SweepResult
+from purejaxppo.sweeps.results import SweepPortion, SweepResult
 from purejaxppo.types import Discrete
 
 ENTRIES = [
@@ -53,18 +53,32 @@ class Shown:
 
 
 def comparison():
-    names = ["environment", "algorithm", "final return [95 %]", "spread (worst … best)", "largest fall"]
-    return [dict(zip(names, x, strict=True)) | {"steps": "10,000,000", "steps/s": "1,234,567"} for x in ENTRIES]
+    names = [
+        "environment",
+        "algorithm",
+        "final return [95 %]",
+        "spread (worst … best)",
+        "largest fall",
+    ]
+    return [
+        dict(zip(names, x, strict=True)) | {"steps": "10,000,000", "steps/s": "1,234,567"}
+        for x in ENTRIES
+    ]
 
 
 def sweep_result(*fields):
     """Two settings of four seeds, one of which diverged in the first."""
-    values = {"lr": 0.000123, "hidden_sizes": (256, 256), "num_minibatches": 32, "normalize_advantage": True}
+    values = {
+        "lr": 0.000123,
+        "hidden_sizes": (256, 256),
+        "num_minibatches": 32,
+        "normalize_advantage": True,
+    }
     settings = [{name: values[name] for name in fields} | {"gae_lambda": x} for x in (0.95, 0.9)]
     scores = np.array([np.nan, -1300.1, -1234.5, -1200.3] * 2)
     diverged = np.array([3, 0, 0, 0] * 2)
     curve = Curve(np.array([8.0]), scores[:, None])
-    part = Part(np.arange(8), curve, scores, np.full(8, 8), diverged, {}, None)
+    part = SweepPortion(np.arange(8), curve, scores, np.full(8, 8), diverged, {}, None)
     return SweepResult(Config(), settings, 4, [part], False, 1.0)
 
 
@@ -74,12 +88,33 @@ def test_a_comparison_fits_into_80_columns_with_every_name_and_number_whole(enco
     show.show_comparison(shown.console, comparison())
     assert max(map(len, shown.lines)) <= 80
     joined = " ".join(shown.words)
-    for name in ("CartPole-v1", "MountainCarContinuous-v0", "algorithm", "reinforce/", "leave_one_out", "per second"):
+    for name in (
+        "CartPole-v1",
+        "MountainCarContinuous-v0",
+        "algorithm",
+        "reinforce/",
+        "leave_one_out",
+        "per second",
+    ):
         assert name in joined, name
     dots = "…" if encoding == "utf-8" else "..."
-    for text in ("[499.1, 500.0]", "[-160.1, -140.2]", f"(498.0 {dots} 500.0)", f"(-160.1 {dots} -140.2)"):
+    for text in (
+        "[499.1, 500.0]",
+        "[-160.1, -140.2]",
+        f"(498.0 {dots} 500.0)",
+        f"(-160.1 {dots} -140.2)",
+    ):
         assert text in joined, text
-    for word in ("500.0", "12.1", "10,000,000", "1,234,567", "ppo", "adaptive_kl", "(interrupted)", "diverged)"):
+    for word in (
+        "500.0",
+        "12.1",
+        "10,000,000",
+        "1,234,567",
+        "ppo",
+        "adaptive_kl",
+        "(interrupted)",
+        "diverged)",
+    ):
         assert word in shown.words, word
 
 
@@ -95,9 +130,16 @@ def test_a_comparison_is_one_table_where_there_is_room():
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_sweep_over_many_fields_fits_into_80_columns(encoding):
     shown = Shown(80, encoding)
-    show.show_sweep(shown.console, sweep_result("lr", "hidden_sizes", "num_minibatches", "normalize_advantage"))
+    show.show_sweep(
+        shown.console, sweep_result("lr", "hidden_sizes", "num_minibatches", "normalize_advantage")
+    )
     assert max(map(len, shown.lines)) <= 80
-    for text in ("lr=0.000123", "hidden_sizes=(256, 256)", "num_minibatches=32", "normalize_advantage=True"):
+    for text in (
+        "lr=0.000123",
+        "hidden_sizes=(256, 256)",
+        "num_minibatches=32",
+        "normalize_advantage=True",
+    ):
         assert sum(text in line for line in shown.lines) == 2, text
     for word in ("gae_lambda=0.95", "gae_lambda=0.9", "diverged"):
         assert word in shown.words, word
@@ -114,21 +156,33 @@ def test_an_evaluation_fits_into_80_columns(monkeypatch):
     monkeypatch.setattr(show, "evaluate", lambda *_, **__: played)
     monkeypatch.setattr(show.envs, "of_config", lambda config: None)
     config = Config(env="MountainCarContinuous-v0")
-    policy = Policy(config, {"w": np.ones(1)}, None, linear_model(), Discrete(2), Discrete(2), False)
+    policy = Policy(
+        config, {"w": np.ones(1)}, None, linear_model(), Discrete(2), Discrete(2), False
+    )
     for encoding, sign in (("utf-8", "±"), ("ascii", "+/-"), ("latin-1", "±")):
         shown = Shown(80, encoding)
         show.show_evaluation(shown.console, [policy, policy], 128)
         table = [line for line in shown.lines if line.startswith(("│", "|", "+"))]
         assert len({len(line) for line in table}) == 1 and len(table[0]) <= 80
         joined = " ".join(shown.words)
-        assert joined.count(f"-17901.0 {sign} 5555.5") == 4 and joined.count("[-17901.0, -17901.0]") == 2
+        assert (
+            joined.count(f"-17901.0 {sign} 5555.5") == 4
+            and joined.count("[-17901.0, -17901.0]") == 2
+        )
 
 
 def test_the_plan_and_the_progress_of_a_run_fit_into_80_columns():
     shown = Shown(80)
-    whole = {"algorithm": "reinforce", "baseline": "leave_one_out", "num_envs": 2048, "anneal_lr": False}
-    plan = Plan(
-        config=Config(env="MountainCarContinuous-v0", num_steps=1000, total_timesteps=50_000_000, **whole),
+    whole = {
+        "algorithm": "reinforce",
+        "baseline": "leave_one_out",
+        "num_envs": 2048,
+        "anneal_lr": False,
+    }
+    plan = RunPlan(
+        config=Config(
+            env="MountainCarContinuous-v0", num_steps=1000, total_timesteps=50_000_000, **whole
+        ),
         seeds=8,
         memory_bytes=10**9,
         compile_seconds=12.3,
@@ -136,14 +190,20 @@ def test_the_plan_and_the_progress_of_a_run_fit_into_80_columns():
     )
     screen = show.Screen(shown.console, 2.0)
     screen.on_run_start(plan)
-    assert max(map(len, shown.lines)) <= 80 and "REINFORCE (leave_one_out)," in " ".join(shown.words)
+    assert max(map(len, shown.lines)) <= 80 and "REINFORCE (leave_one_out)," in " ".join(
+        shown.words
+    )
     with screen.live():
         screen.on_progress(Progress(12, 25_000_000, 200_000_000, -12345.6, 123456789.0))
     assert "50% return -12345.6 123,456,789 steps/s" in " ".join(shown.words)
 
 
 def test_sentences_are_wrapped_between_words_in_a_terminal_and_whole_in_a_file():
-    text = "The run is in " + "/".join(["a-directory"] * 9) + ": config.json, metrics.csv, learning_curve.png, policy/"
+    text = (
+        "The run is in "
+        + "/".join(["a-directory"] * 9)
+        + ": config.json, metrics.csv, learning_curve.png, policy/"
+    )
     shown, written = Shown(80), Shown(80, is_terminal=False)
     show.say(shown.console, text)
     show.say(written.console, text)
@@ -171,21 +231,32 @@ def test_a_character_that_cannot_be_shown_has_a_substitute(encoding, expected):
 def run(encoding, *arguments):
     """Exit code, stdout and stderr of a command whose streams are as PYTHONIOENCODING makes them."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
         main(arguments)
     return end.value.code, *(stream.buffer.getvalue().decode(encoding) for stream in (out, err))
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["compare"], ["evaluate"], ["render"], ["envs"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sweep"], ["compare"], ["evaluate"], ["render"], ["envs"]]
+)
 def test_help_is_shown_whole_and_in_80_columns(monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     code, text, _ = run("ascii", *command, "--help")
     assert code == 0 and "usage: purejaxppo" in text
-    assert max(len(line.rstrip()) for line in text.splitlines() if not line.startswith("usage:")) <= 80
+    assert (
+        max(len(line.rstrip()) for line in text.splitlines() if not line.startswith("usage:")) <= 80
+    )
     assert "0, 1, ..." in text or command not in (["train"], ["sweep"])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_wrong_input_is_one_sentence_and_exit_code_2(encoding):
     code, _, text = run(encoding, "evaluate", "no such λ … run")
-    assert code == 2 and text == "purejaxppo: no such lambda ... run is not a run: there is no such directory\n"
+    assert (
+        code == 2
+        and text == "purejaxppo: no such lambda ... run is not a run: there is no such directory\n"
+    )

@@ -12,7 +12,9 @@ from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.types import Box, Discrete, MultiDiscrete
 
-CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,))
+CONFIG = Config(
+    num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,)
+)
 
 
 def sentence_of(make):
@@ -38,7 +40,9 @@ def changed(reset_obs=same, step_obs=None, reset_state=same, step_state=None, sp
 
     def step(key, state, action):
         out = env.step(key, state["inner"], action)
-        out = out._replace(state=step_state({"inner": out.state, "extra": state["extra"]}), obs=step_obs(out.obs))
+        out = out._replace(
+            state=step_state({"inner": out.state, "extra": state["extra"]}), obs=step_obs(out.obs)
+        )
         return out._replace(**{name: change(getattr(out, name)) for name, change in fields.items()})
 
     return env._replace(reset=reset, step=step, observation_space=space or env.observation_space)
@@ -171,11 +175,17 @@ WRONG = {
         f"{RULE}state.extra is int32 of the shape () and int32 of the shape (1,)",
     ),
     "a key in the state": (
-        changed(reset_state=with_extra(lambda x: jax.random.key(0)), step_state=with_extra(lambda x: 1)),
+        changed(
+            reset_state=with_extra(lambda x: jax.random.key(0)), step_state=with_extra(lambda x: 1)
+        ),
         f"{RULE}state.extra is key<fry> of the shape () and int32 of the shape ()",
     ),
     "types that go on changing": (
-        changed(step_state=with_extra(lambda x: jnp.asarray(x, "float32" if x.dtype == "int32" else "int32"))),
+        changed(
+            step_state=with_extra(
+                lambda x: jnp.asarray(x, "float32" if x.dtype == "int32" else "int32")
+            )
+        ),
         f"{LATER}state.extra is float32 of the shape () and int32 of the shape ()",
     ),
 }
@@ -195,7 +205,9 @@ def test_it_is_told_before_a_trainer_a_run_a_sweep_or_an_evaluation_is_made(name
     assert sentence_of(lambda: fit(CONFIG, env=env, directory=tmp_path / "run")) == expected
     assert sentence_of(lambda: sweep(CONFIG, env=env, directory=tmp_path / "sweep")) == expected
     fine = counter()
-    policy = Policy(CONFIG, {}, None, linear_model(), fine.observation_space, fine.action_space, False)
+    policy = Policy(
+        CONFIG, {}, None, linear_model(), fine.observation_space, fine.action_space, False
+    )
     assert sentence_of(lambda: evaluate(policy, env, jax.random.key(0), 2)) == expected
     assert list(tmp_path.iterdir()) == []
 
@@ -212,12 +224,20 @@ FINE = {
     "integer reset": changed(integers, same),
     "float reset of integers": changed(same, integers, space=MultiDiscrete((9, 9, 9))),
     "integer state of reset": changed(step_state=with_extra(lambda x: x + 0.5)),
-    "float state of reset": changed(reset_state=with_extra(lambda x: 0.0), step_state=with_extra(integers)),
-    "weak types": changed(reset_state=with_extra(lambda x: 0), step_state=with_extra(lambda x: x + 1)),
-    "a key in the state": changed(reset_state=with_extra(lambda x: jax.random.key(0)), step_state=same),
+    "float state of reset": changed(
+        reset_state=with_extra(lambda x: 0.0), step_state=with_extra(integers)
+    ),
+    "weak types": changed(
+        reset_state=with_extra(lambda x: 0), step_state=with_extra(lambda x: x + 1)
+    ),
+    "a key in the state": changed(
+        reset_state=with_extra(lambda x: jax.random.key(0)), step_state=same
+    ),
     "integer reward": changed(reward=integers),
     "a bool as the reward": changed(reward=lambda x: x > 3),
-    "Python's own numbers": changed(reward=lambda x: 1, truncated=lambda x: False, mask=lambda x: True),
+    "Python's own numbers": changed(
+        reward=lambda x: 1, truncated=lambda x: False, mask=lambda x: True
+    ),
     "a list": counter()._replace(reset=lambda key: list(counter().reset(key))),
 }
 

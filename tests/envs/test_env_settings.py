@@ -12,14 +12,25 @@ import pytest
 from rich.console import Console
 from small_envs import counter
 
-from purejaxppo import Config, ConfigError, Policy, compare, envs, evaluate, fit, load_policy, make_trainer, sweep
+from purejaxppo import (
+    Config,
+    ConfigError,
+    Policy,
+    compare,
+    envs,
+    evaluate,
+    fit,
+    load_policy,
+    make_trainer,
+    sweep,
+)
 from purejaxppo.cli import commands
 from purejaxppo.envs import gymnax as gymnax_adapter
 from purejaxppo.normalize import Normalizer
 from purejaxppo.policies import render as rendering
 from purejaxppo.runs import fit as fitting
 from purejaxppo.runs import run_directory
-from purejaxppo.runs.fit import asked_of
+from purejaxppo.runs.fit import fingerprint
 from purejaxppo.runs.session import Best
 from purejaxppo.sweeps import compare as comparison
 from purejaxppo.sweeps import sweep as sweeping
@@ -133,20 +144,25 @@ def test_an_environment_that_is_not_known_by_its_name_must_be_given(run):
 
 def begun(directory, config):
     """A run that was interrupted before its first checkpoint."""
-    return run_directory.reserve(directory, asked_of(config, 1) | {"key": 0}, "checkpoints")
+    return run_directory.reserve(directory, fingerprint(config, 1) | {"key": 0}, "checkpoints")
 
 
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     config = TINY.replace(env="steps", env_settings={"limit": 3})
     directory = begun(tmp_path / "run", config)
-    for other, there in (({"env_settings": {"limit": 4}}, {"limit": 4}), ({"env_settings": {}}, {})):
-        message = sentence_of(lambda other=other: fit(config.replace(**other), directory=directory, resume=True))
+    for other, there in (
+        ({"env_settings": {"limit": 4}}, {"limit": 4}),
+        ({"env_settings": {}}, {}),
+    ):
+        message = sentence_of(
+            lambda other=other: fit(config.replace(**other), directory=directory, resume=True)
+        )
         differ = f"env_settings = {{'limit': 3}} there and {there} here"
         assert message == f"the run in {directory} was begun with other settings: {differ}"
-    with run_directory.opened(directory, asked_of(config, 1), 0, True) as home:
+    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as home:
         assert home == directory
-    assert run_directory.unfinished(tmp_path, "*", asked_of(config, 1), 0) == directory
-    assert run_directory.unfinished(tmp_path, "*", asked_of(TINY, 1), 0) is None
+    assert run_directory.unfinished(tmp_path, "*", fingerprint(config, 1), 0) == directory
+    assert run_directory.unfinished(tmp_path, "*", fingerprint(TINY, 1), 0) is None
 
 
 def test_a_run_that_was_begun_before_there_were_settings_goes_on(tmp_path):
@@ -155,10 +171,12 @@ def test_a_run_that_was_begun_before_there_were_settings_goes_on(tmp_path):
     description = json.loads((directory / "config.json").read_text())
     del description["config"]["env_settings"]
     (directory / "config.json").write_text(json.dumps(description))
-    with run_directory.opened(directory, asked_of(config, 1), 0, True) as home:
+    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as home:
         assert home == directory
-    assert run_directory.unfinished(tmp_path, "*", asked_of(config, 1), 0) == directory
-    message = sentence_of(lambda: fit(config.replace(env_settings={"limit": 4}), directory=directory, resume=True))
+    assert run_directory.unfinished(tmp_path, "*", fingerprint(config, 1), 0) == directory
+    message = sentence_of(
+        lambda: fit(config.replace(env_settings={"limit": 4}), directory=directory, resume=True)
+    )
     assert message.endswith("env_settings = {} there and {'limit': 4} here")
 
 
@@ -194,7 +212,7 @@ def test_a_sweep_in_an_environment_object_has_its_settings(monkeypatch):
         raise StopError
 
     asked = []
-    monkeypatch.setattr(sweeping, "asked_of", lambda config, *rest: asked.append(config) or {})
+    monkeypatch.setattr(sweeping, "fingerprint", lambda config, *rest: asked.append(config) or {})
     with pytest.raises(StopError):
         sweep(TINY, 1, env=envs.make("steps", limit=3), on_plan=stop)
     assert len(plans) == 1 and (asked[0].env, asked[0].env_settings) == ("steps", (("limit", 3),))
@@ -202,7 +220,9 @@ def test_a_sweep_in_an_environment_object_has_its_settings(monkeypatch):
 
 def test_a_sweep_over_what_the_environment_has_not_is_refused_before_it_trains():
     grid = {"env_settings": [{"limit": 3}, {"limt": 2}]}
-    assert "unexpected keyword argument 'limt'" in sentence_of(lambda: sweep(TINY.replace(env="steps"), 1, grid))
+    assert "unexpected keyword argument 'limt'" in sentence_of(
+        lambda: sweep(TINY.replace(env="steps"), 1, grid)
+    )
 
 
 def test_a_comparison_trains_in_the_settings(tmp_path, monkeypatch):
@@ -217,8 +237,12 @@ def test_a_comparison_trains_in_the_settings(tmp_path, monkeypatch):
     with pytest.raises(StopError):
         compare(["steps"], ["ppo"], changes=changes, directory=tmp_path / "here")
     assert found == [(("limit", 3),)]
-    assert json.loads((tmp_path / "here" / "config.json").read_text())["configs"][0]["env_settings"] == {"limit": 3}
-    message = sentence_of(lambda: compare(["steps"], ["ppo"], changes={"env_settings": {"limt": 3}}))
+    assert json.loads((tmp_path / "here" / "config.json").read_text())["configs"][0][
+        "env_settings"
+    ] == {"limit": 3}
+    message = sentence_of(
+        lambda: compare(["steps"], ["ppo"], changes={"env_settings": {"limt": 3}})
+    )
     assert "unexpected keyword argument 'limt'" in message
 
 
@@ -237,8 +261,12 @@ def test_an_episode_is_played_and_drawn_in_the_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gymnax_adapter, "drawing", drawing)
     config = TINY.replace(env="CartPole-v1", env_settings={"max_steps_in_episode": 3})
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(make_trainer(config).init, KEY).params)
-    policy = Policy.from_state(config, Best(zeros, Normalizer(None, None), jnp.int32(1), jnp.zeros(())))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape), jax.eval_shape(make_trainer(config).init, KEY).params
+    )
+    policy = Policy.from_state(
+        config, Best(zeros, Normalizer(None, None), jnp.int32(1), jnp.zeros(()))
+    )
     _, episode_return = rendering.animate(policy, tmp_path / "x.gif")
     assert drawn == [("CartPole-v1", {"max_steps_in_episode": 3}, 4)] and episode_return == 3.0
 
@@ -306,7 +334,9 @@ def test_the_settings_of_the_grid_of_a_sweep(monkeypatch):
     monkeypatch.setattr(sweeping, "sweep", stop)
     monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
     with pytest.raises(StopError):
-        commands.main(["sweep", "--env", "steps", "--grid", "env_settings=limit=3,limit=4+longest=2"])
+        commands.main(
+            ["sweep", "--env", "steps", "--grid", "env_settings=limit=3,limit=4+longest=2"]
+        )
     assert found == [{"env_settings": [{"limit": 3}, {"limit": 4, "longest": 2}]}]
 
 
@@ -332,20 +362,29 @@ ONCE_EACH = "must be a name and its value, once each, such as max_steps_in_episo
 )
 def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(words, message, capsys, tmp_path):
     directory = tmp_path / "run"
-    code, shown = call("train", "--env", "steps", "--env-settings", *words, "--directory", directory)
+    code, shown = call(
+        "train", "--env", "steps", "--env-settings", *words, "--directory", directory
+    )
     assert (code, shown, capsys.readouterr().err) == (2, "", f"purejaxppo: {message}\n")
     assert not directory.exists()
 
 
-def test_an_environment_without_a_bound_is_told_before_it_trains(capsys, monkeypatch, tmp_path, run):
+def test_an_environment_without_a_bound_is_told_before_it_trains(
+    capsys, monkeypatch, tmp_path, run
+):
     """And `evaluate` takes one."""
     monkeypatch.setitem(
-        envs._registered, "steps", lambda limit=8: counter(limit=limit, longest=0)._replace(max_episode_steps=None)
+        envs._registered,
+        "steps",
+        lambda limit=8: counter(limit=limit, longest=0)._replace(max_episode_steps=None),
     )
     directory = tmp_path / "run"
     assert call("train", "--env", "steps", "--directory", directory)[0] == 2
     told = capsys.readouterr().err
-    assert "steps has no bound on the length of an episode, so its policies cannot be evaluated at the end" in told
+    assert (
+        "steps has no bound on the length of an episode, so its policies cannot be evaluated at the end"
+        in told
+    )
     assert not directory.exists()
     assert call("evaluate", run[1], "--episodes", 2)[0] == 2
     assert "say by max_steps" in capsys.readouterr().err

@@ -15,7 +15,13 @@ from purejaxppo.envs import wrappers
 from purejaxppo.envs.wrappers import flatten_observations, into_box
 from purejaxppo.types import Box, Discrete, MultiDiscrete
 
-REPRESENTATIVE = ("Pendulum-v1", "MemoryChain-bsuite", "FourRooms-misc", "Breakout-MinAtar", "UmbrellaChain-bsuite")
+REPRESENTATIVE = (
+    "Pendulum-v1",
+    "MemoryChain-bsuite",
+    "FourRooms-misc",
+    "Breakout-MinAtar",
+    "UmbrellaChain-bsuite",
+)
 
 
 @pytest.fixture
@@ -32,13 +38,21 @@ def every_environment():
     """All names; those that stand for the others run in the fast part."""
     names = envs.list_envs()
     assert set(REPRESENTATIVE) <= set(names)
-    return [pytest.param(n, marks=() if n in REPRESENTATIVE else pytest.mark.learning) for n in names]
+    return [
+        pytest.param(n, marks=() if n in REPRESENTATIVE else pytest.mark.learning) for n in names
+    ]
 
 
 @pytest.mark.parametrize("name", every_environment())
 def test_every_environment_trains_under_jit_and_vmap(name):
     config = Config(
-        env=name, num_envs=2, num_steps=8, total_timesteps=32, num_epochs=1, num_minibatches=2, hidden_sizes=(4,)
+        env=name,
+        num_envs=2,
+        num_steps=8,
+        total_timesteps=32,
+        num_epochs=1,
+        num_minibatches=2,
+        hidden_sizes=(4,),
     )
     # Swimmer's own code relies on rank promotion.
     with jax.numpy_rank_promotion("allow" if name == "Swimmer-misc" else "raise"):
@@ -49,11 +63,15 @@ def test_every_environment_trains_under_jit_and_vmap(name):
     np.testing.assert_array_equal(metrics.timesteps, [[16, 32], [16, 32]])
     assert metrics.first_ratio_deviation.max() < 1e-4
     first, second = (jax.tree.map(lambda x, i=i: x[i], state.params) for i in range(2))
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
 
 
 def test_integer_observations_can_be_normalised():
-    config = Config(env="FourRooms-misc", num_envs=2, num_steps=8, num_minibatches=2, normalize_obs=True)
+    config = Config(
+        env="FourRooms-misc", num_envs=2, num_steps=8, num_minibatches=2, normalize_obs=True
+    )
     shapes = jax.eval_shape(make_train(config), jax.random.key(0))
     assert shapes.state.normalizer.obs.mean.dtype == np.float32
 
@@ -142,14 +160,22 @@ def test_an_environment_has_the_name_and_the_settings_it_was_made_with():
     for made, expected in (
         (envs.make("CartPole-v1"), ()),
         (envs.make("gymnax/CartPole-v1", tau=0.01, gravity=9), (("gravity", 9), ("tau", 0.01))),
-        (envs.make("CartPole-v1", max_steps_in_episode=np.int64(50)), (("max_steps_in_episode", 50),)),
+        (
+            envs.make("CartPole-v1", max_steps_in_episode=np.int64(50)),
+            (("max_steps_in_episode", 50),),
+        ),
         (envs.make("CartPole-v1", gravity=jnp.float32(0.5)), (("gravity", 0.5),)),
         (envs.make("FourRooms-misc", goal_fixed=[3, 4]), (("goal_fixed", (3, 4)),)),
         (envs.make("mine", limit=7, longest=2), (("limit", 7), ("longest", 2))),
     ):
         assert made.settings == expected and hash(made) == hash(made)
-    assert envs.make("mine").name == "mine" and envs.make("gymnax/CartPole-v1").name == "CartPole-v1"
-    assert [type(x) for _, x in envs.make("CartPole-v1", tau=np.float64(0.5), gravity=np.int8(1)).settings] == [
+    assert (
+        envs.make("mine").name == "mine" and envs.make("gymnax/CartPole-v1").name == "CartPole-v1"
+    )
+    assert [
+        type(x)
+        for _, x in envs.make("CartPole-v1", tau=np.float64(0.5), gravity=np.int8(1)).settings
+    ] == [
         int,
         float,
     ]
@@ -178,7 +204,9 @@ def test_the_same_name_and_settings_are_the_same_object():
         return counter(limit=limit)
 
     envs.register("mine", factory)
-    assert envs.make("mine") is envs.make("mine") and envs.make("mine", limit=6) is envs.make("mine", limit=6)
+    assert envs.make("mine") is envs.make("mine") and envs.make("mine", limit=6) is envs.make(
+        "mine", limit=6
+    )
     assert made == [5, 6]
     kinds = [envs.make("mine", limit=limit) for limit in (1, 1.0, True)]
     assert [type(env.max_episode_steps) for env in kinds] == [int, float, bool]
@@ -187,7 +215,11 @@ def test_the_same_name_and_settings_are_the_same_object():
     assert envs.make("mine").max_episode_steps == 3 and envs.make("mine") is not before
     assert envs.make("CartPole-v1") is envs.make("gymnax/CartPole-v1")
     short = envs.make("CartPole-v1", max_steps_in_episode=50)
-    assert short is envs.make("CartPole-v1", max_steps_in_episode=np.int32(50)) is not envs.make("CartPole-v1")
+    assert (
+        short
+        is envs.make("CartPole-v1", max_steps_in_episode=np.int32(50))
+        is not envs.make("CartPole-v1")
+    )
 
 
 @pytest.mark.usefixtures("no_registered_environments")
@@ -227,16 +259,40 @@ def test_a_precision_has_environments_of_its_own():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("MountainCar-v0", {"maxspeed": 1, "pace": 2}, "MountainCar-v0 has no setting maxspeed, pace; it has force, "),
-        ("Catch-bsuite", {"row": 3}, "Catch-bsuite has no setting row; it has columns, max_steps_in_episode, rows"),
+        (
+            "MountainCar-v0",
+            {"maxspeed": 1, "pace": 2},
+            "MountainCar-v0 has no setting maxspeed, pace; it has force, ",
+        ),
+        (
+            "Catch-bsuite",
+            {"row": 3},
+            "Catch-bsuite has no setting row; it has columns, max_steps_in_episode, rows",
+        ),
         ("Catch-bsuite", {"name": 3}, "Catch-bsuite has no setting name; it has columns"),
-        ("Catch-bsuite", {"rows": "x"}, "Catch-bsuite cannot be made with {'rows': 'x'}: Box.shape = ('x', 5)"),
+        (
+            "Catch-bsuite",
+            {"rows": "x"},
+            "Catch-bsuite cannot be made with {'rows': 'x'}: Box.shape = ('x', 5)",
+        ),
         ("CartPole-v1", {"gravity": "x"}, "CartPole-v1: gravity = 'x': it must be a number"),
         ("CartPole-v1", {"gravity": None}, "CartPole-v1: gravity = None: it must be a number"),
-        ("Asterix-MinAtar", {"ramping": 3}, "Asterix-MinAtar: ramping = 3: it must be True or False"),
-        ("Acrobot-v1", {"available_torque": (1, 2)}, "available_torque = (1, 2): it must be numbers of shape (3,)"),
+        (
+            "Asterix-MinAtar",
+            {"ramping": 3},
+            "Asterix-MinAtar: ramping = 3: it must be True or False",
+        ),
+        (
+            "Acrobot-v1",
+            {"available_torque": (1, 2)},
+            "available_torque = (1, 2): it must be numbers of shape (3,)",
+        ),
         *[
-            ("CartPole-v1", {"max_steps_in_episode": x}, f"max_steps_in_episode = {x!r}: it must be an integer of at")
+            (
+                "CartPole-v1",
+                {"max_steps_in_episode": x},
+                f"max_steps_in_episode = {x!r}: it must be an integer of at",
+            )
             for x in (0, -1, 2.5, "50", None, True)
         ],
         (
@@ -244,7 +300,11 @@ def test_a_precision_has_environments_of_its_own():
             {"limt": 3},
             "'mine' cannot be made with these settings: got an unexpected keyword argument 'limt'; it",
         ),
-        ("needy", {}, "'needy' cannot be made with these settings: missing a required argument: 'size'; it has size"),
+        (
+            "needy",
+            {},
+            "'needy' cannot be made with these settings: missing a required argument: 'size'; it has size",
+        ),
         ("seven", {}, "what was registered as 'seven' returned int, and must return an Env"),
     ],
 )
@@ -261,7 +321,9 @@ def test_settings_in_an_array_are_written_as_a_tuple():
     env = envs.make("Acrobot-v1", available_torque=(-2, 0, 2))
     assert env.settings == (("available_torque", (-2, 0, 2)),)
     state, _ = env.reset(jax.random.key(0))
-    weak, strong = (made.step(jax.random.key(1), state, jnp.int32(2)) for made in (envs.make("Acrobot-v1"), env))
+    weak, strong = (
+        made.step(jax.random.key(1), state, jnp.int32(2)) for made in (envs.make("Acrobot-v1"), env)
+    )
     assert strong.state.velocity_2 != weak.state.velocity_2
 
 
@@ -303,7 +365,8 @@ def test_rewards_are_floats_and_ends_are_apart():
 def test_observations_become_one_vector(space, obs, expected):
     dtype = jnp.float32 if isinstance(space, Box) else jnp.int32
     env = counter()._replace(
-        observation_space=space, reset=lambda key: (counter().reset(key)[0], jnp.asarray(obs, dtype))
+        observation_space=space,
+        reset=lambda key: (counter().reset(key)[0], jnp.asarray(obs, dtype)),
     )
     flat = flatten_observations(env)
     assert flat.observation_space.shape == (len(expected),)
@@ -314,7 +377,9 @@ def test_actions_in_bfloat16_are_within_the_bounds_of_float32():
     """0.3 in bfloat16 is 0.30078, which is outside."""
     box = Box((2,), -0.3, 0.3)
     action = jnp.asarray([[9, -9], [0.25, 0]], jnp.bfloat16)
-    np.testing.assert_array_equal(into_box(action, box, False), np.float32([[0.3, -0.3], [0.25, 0]]))
+    np.testing.assert_array_equal(
+        into_box(action, box, False), np.float32([[0.3, -0.3], [0.25, 0]])
+    )
     squashed = into_box(action, box, True)
     assert squashed.dtype == np.float32
     np.testing.assert_allclose(squashed[1], 0.3 * np.tanh([0.25, 0]), rtol=1e-6)
@@ -322,8 +387,12 @@ def test_actions_in_bfloat16_are_within_the_bounds_of_float32():
 
 def test_an_environment_can_be_made_inside_of_jit():
     """As in jax.jit(lambda config, key: make_train(config)(key)): gymnax computes the bounds of a space with JAX."""
-    config = Config(env="CartPole-v1", num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16)
-    shapes = jax.eval_shape(jax.jit(lambda config, key: make_train(config)(key)), config, jax.random.key(0))
+    config = Config(
+        env="CartPole-v1", num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16
+    )
+    shapes = jax.eval_shape(
+        jax.jit(lambda config, key: make_train(config)(key)), config, jax.random.key(0)
+    )
     assert shapes.metrics.timesteps.shape == (1,)
 
 

@@ -126,17 +126,24 @@ def test_the_rows_that_are_done_are_drawn_and_the_others_stay(at_once):
     """Any number at once gives what drawing each row alone gives, whichever rows are done; also under vmap."""
     done = np.array([[0] * 8, [1] * 8, [0, 1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1]], bool)
     keys = jax.random.split(jax.random.key(1), len(done))
-    old = {"x": np.arange(64.0, dtype=np.float32).reshape(4, 8, 2), "key": jax.random.split(jax.random.key(2), (4, 8))}
+    old = {
+        "x": np.arange(64.0, dtype=np.float32).reshape(4, 8, 2),
+        "key": jax.random.split(jax.random.key(2), (4, 8)),
+    }
 
     def draw(key):
         key_x, key_state = jax.random.split(key)
         return {"x": jax.random.uniform(key_x, (2,)), "key": key_state}
 
-    new = jax.jit(jax.vmap(lambda key, done, old: restart(draw, key, done, old, at_once)))(keys, done, old)
+    new = jax.jit(jax.vmap(lambda key, done, old: restart(draw, key, done, old, at_once)))(
+        keys, done, old
+    )
     for agent in range(len(done)):
         for row in range(8):
             alone = draw(jax.random.fold_in(keys[agent], row))
-            expected = alone if done[agent, row] else jax.tree.map(lambda x, i=(agent, row): x[i], old)
+            expected = (
+                alone if done[agent, row] else jax.tree.map(lambda x, i=(agent, row): x[i], old)
+            )
             np.testing.assert_array_equal(new["x"][agent, row], expected["x"])
             got = jax.random.key_data(new["key"][agent, row])
             np.testing.assert_array_equal(got, jax.random.key_data(expected["key"]))
@@ -155,7 +162,9 @@ def test_states_with_random_keys_pass_the_check_of_keys(at_once):
         obs = jax.random.normal(key_obs, (2,))
         return Step(key_state, obs, obs[0], obs[1] > 1, jnp.asarray(False))
 
-    env = vectorize(Env("keys", reset, step, Box((2,), -np.inf, np.inf), Discrete(2), None, False), 3, at_once)
+    env = vectorize(
+        Env("keys", reset, step, Box((2,), -np.inf, np.inf), Discrete(2), None, False), 3, at_once
+    )
 
     @jax.jit
     def run(key):

@@ -39,9 +39,9 @@ def test_learned_values_are_those_of_the_problem_that_goes_on(num_steps):
         state = make_train(config, env=clock(LIMIT, terminates))(jax.random.key(0)).state
         return model.step(state.params, (), states, jnp.zeros(5, bool))[2]
 
-    cut, terminated = jax.jit(jax.vmap(learned_values), compiler_options={"xla_backend_optimization_level": 0})(
-        jnp.asarray([False, True])
-    )
+    cut, terminated = jax.jit(
+        jax.vmap(learned_values), compiler_options={"xla_backend_optimization_level": 0}
+    )(jnp.asarray([False, True]))
 
     np.testing.assert_allclose(cut, np.full(5, 1 / (1 - GAMMA)), atol=0.5)
     assert (terminated < 6.6).all() and (terminated > 2.5).all()

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.networks.distributions import Categorical, DiagonalGaussian, MultiCategorical, TanhGaussian
+from purejaxppo.networks.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    MultiCategorical,
+    TanhGaussian,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -38,7 +43,9 @@ def gaussian(kind=DiagonalGaussian, mean=MEAN, log_std=LOG_STD):
 
 def draw(distribution):
     """[DRAWS, batch, ...]"""
-    return np.asarray(jax.jit(jax.vmap(distribution.sample))(jax.random.split(jax.random.key(1), DRAWS)))
+    return np.asarray(
+        jax.jit(jax.vmap(distribution.sample))(jax.random.split(jax.random.key(1), DRAWS))
+    )
 
 
 def each(distribution, actions):
@@ -97,7 +104,9 @@ def test_all_but_one_action_forbidden_has_entropy_0():
     distribution = categorical([[-np.inf, 0.3, -np.inf]])
     close(distribution.entropy(), [0.0])
     close(distribution.log_prob(jnp.asarray([1])), [0.0])
-    assert np.isfinite(jax.grad(lambda x: Categorical(x).entropy().sum())(distribution.logits)).all()
+    assert np.isfinite(
+        jax.grad(lambda x: Categorical(x).entropy().sum())(distribution.logits)
+    ).all()
 
 
 # ------------------------------------------------------------------------------ several categoricals
@@ -106,9 +115,14 @@ def test_all_but_one_action_forbidden_has_entropy_0():
 def test_multi_categorical_is_the_product_of_its_parts():
     actions = list(itertools.product(*map(range, SIZES)))
     log_p = np.stack([multi(MULTI).log_prob(jnp.tile(jnp.asarray(a), (3, 1))) for a in actions])
-    log_q = np.stack([multi(MULTI_OTHER).log_prob(jnp.tile(jnp.asarray(a), (3, 1))) for a in actions])
+    log_q = np.stack(
+        [multi(MULTI_OTHER).log_prob(jnp.tile(jnp.asarray(a), (3, 1))) for a in actions]
+    )
     parts = [softmax(logits) for logits in MULTI]
-    close(np.exp(log_p), [np.prod([p[:, i] for p, i in zip(parts, a, strict=True)], axis=0) for a in actions])
+    close(
+        np.exp(log_p),
+        [np.prod([p[:, i] for p, i in zip(parts, a, strict=True)], axis=0) for a in actions],
+    )
     close(np.exp(log_p).sum(0), np.ones(3))
     close(multi(MULTI).entropy(), -(np.exp(log_p) * log_p).sum(0))
     close(multi(MULTI).kl(multi(MULTI_OTHER)), (np.exp(log_p) * (log_p - log_q)).sum(0))
@@ -121,7 +135,11 @@ def test_multi_categorical_samples_its_parts_independently():
         p = softmax(logits)
         frequency = np.stack([(samples[..., i] == a).mean(0) for a in range(SIZES[i])], axis=-1)
         assert (np.abs(frequency - p) < 5 * np.sqrt(p * (1 - p) / DRAWS)).all()
-    joint, first, second = (samples[..., 0] == 1) & (samples[..., 1] == 1), samples[..., 0] == 1, samples[..., 1] == 1
+    joint, first, second = (
+        (samples[..., 0] == 1) & (samples[..., 1] == 1),
+        samples[..., 0] == 1,
+        samples[..., 1] == 1,
+    )
     assert np.abs(joint.mean(0) - first.mean(0) * second.mean(0)).max() < 5 * 0.5 / np.sqrt(DRAWS)
     np.testing.assert_array_equal(multi(MULTI).mode(), np.stack([x.argmax(-1) for x in MULTI], -1))
 
@@ -141,7 +159,9 @@ def one_dimensional(kind, i, j, mean=MEAN, log_std=LOG_STD):
 def test_gaussian_log_prob_is_the_density_and_integrates_to_1():
     action = rng.normal(size=(3, 2))
     std = np.exp(LOG_STD)
-    density = np.prod(np.exp(-0.5 * ((action - MEAN) / std) ** 2) / (std * np.sqrt(2 * np.pi)), axis=-1)
+    density = np.prod(
+        np.exp(-0.5 * ((action - MEAN) / std) ** 2) / (std * np.sqrt(2 * np.pi)), axis=-1
+    )
     close(np.exp(gaussian().log_prob(jnp.asarray(action))), density)
     x, dx = grid(-30, 30)
     p = np.exp(each(one_dimensional(DiagonalGaussian, 0, 0), jnp.asarray(x[:, None])))
@@ -150,7 +170,10 @@ def test_gaussian_log_prob_is_the_density_and_integrates_to_1():
 
 @pytest.mark.parametrize(("i", "j"), [(0, 0), (1, 1), (2, 0)])
 def test_gaussian_entropy_and_kl_equal_quadrature(i, j):
-    p, q = one_dimensional(DiagonalGaussian, i, j), one_dimensional(DiagonalGaussian, i, j, MEAN_2, LOG_STD_2)
+    p, q = (
+        one_dimensional(DiagonalGaussian, i, j),
+        one_dimensional(DiagonalGaussian, i, j, MEAN_2, LOG_STD_2),
+    )
     x, dx = grid(-30, 30)
     log_p, log_q = each(p, jnp.asarray(x[:, None])), each(q, jnp.asarray(x[:, None]))
     close(p.entropy(), -(np.exp(log_p) * log_p).sum() * dx, 1e-9)
@@ -160,7 +183,10 @@ def test_gaussian_entropy_and_kl_equal_quadrature(i, j):
 def test_gaussian_dimensions_add_up():
     p, q = gaussian(), gaussian(mean=MEAN_2, log_std=LOG_STD_2)
     single = [
-        (one_dimensional(DiagonalGaussian, 1, j), one_dimensional(DiagonalGaussian, 1, j, MEAN_2, LOG_STD_2))
+        (
+            one_dimensional(DiagonalGaussian, 1, j),
+            one_dimensional(DiagonalGaussian, 1, j, MEAN_2, LOG_STD_2),
+        )
         for j in range(2)
     ]
     close(p.entropy()[1], sum(a.entropy() for a, _ in single))
@@ -204,7 +230,9 @@ def test_squashed_entropy_equals_quadrature():
     for mean, log_std in ((0.0, 0.0), (0.8, -1.0), (-1.5, 0.3), (2.0, 0.69)):
         distribution = gaussian(TanhGaussian, [mean], [log_std])
         u, du = grid(-40, 40, 80_001)
-        density = np.exp(each(gaussian(DiagonalGaussian, [mean], [log_std]), jnp.asarray(u[:, None])))
+        density = np.exp(
+            each(gaussian(DiagonalGaussian, [mean], [log_std]), jnp.asarray(u[:, None]))
+        )
         log_p = each(distribution, jnp.asarray(u[:, None]))
         close(distribution.entropy(), -(density * log_p).sum() * du, 1e-3)
 
@@ -241,7 +269,11 @@ def test_squashed_log_prob_is_finite_and_right_where_the_tanh_saturates(dtype):
 
     # 1 − tanh² u = 4 e^(−2|u|) / (1 + e^(−2|u|))², whose logarithm is log 4 − 40 to 17 digits.
     gaussian = -0.5 * (400 * np.exp(-2.0) + 2 + np.log(2 * np.pi))
-    np.testing.assert_allclose(log_prob(jnp.asarray(u), mean, log_std), gaussian - (np.log(4) - 40), rtol=1e-6)
-    gradients = jax.grad(lambda *x: log_prob(*x).sum(), argnums=(0, 1, 2))(jnp.asarray(u), mean, log_std)
+    np.testing.assert_allclose(
+        log_prob(jnp.asarray(u), mean, log_std), gaussian - (np.log(4) - 40), rtol=1e-6
+    )
+    gradients = jax.grad(lambda *x: log_prob(*x).sum(), argnums=(0, 1, 2))(
+        jnp.asarray(u), mean, log_std
+    )
     np.testing.assert_allclose(gradients[0], -u * np.exp(-2.0) + 2 * np.sign(u), rtol=1e-5)
     assert all(np.isfinite(g).all() for g in gradients)

@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 from small_envs import clock, counter, linear_model
 
-from purejaxppo import Config, ConfigError, Policy, envs, evaluate, load_policy, make_train, make_trainer, save_policy
+from purejaxppo import (
+    Config,
+    ConfigError,
+    Policy,
+    envs,
+    evaluate,
+    load_policy,
+    make_train,
+    make_trainer,
+    save_policy,
+)
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.normalize import Moments
 from purejaxppo.types import Box, Discrete, Env, Step
 
-TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=32, hidden_sizes=(4,))
+TINY = Config(
+    num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=32, hidden_sizes=(4,)
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,7 +49,9 @@ def walk() -> Env:
     def step(key, state, action):
         place, t = state
         state = (place + jnp.asarray([-0.5, 0.25, 1.0])[action], t + 1)
-        return Step(state, observe(state), jnp.cos(state[0]) + 0.1 * action, state[0] > 4, state[1] >= 9)
+        return Step(
+            state, observe(state), jnp.cos(state[0]) + 0.1 * action, state[0] > 4, state[1] >= 9
+        )
 
     return Env("walk", reset, step, Box((3,), -np.inf, np.inf), Discrete(3), 9, True)
 
@@ -121,7 +135,9 @@ def test_an_episode_ends_by_termination_or_by_the_time_limit():
     for terminates in (True, False):
         env, model = clock(10, terminates), linear_model(actions=2)
         state = jax.jit(make_trainer(TINY, env, model).init)(jax.random.key(0))
-        got = evaluate(Policy.from_state(TINY, state, env=env, model=model), env, jax.random.key(0), 3)
+        got = evaluate(
+            Policy.from_state(TINY, state, env=env, model=model), env, jax.random.key(0), 3
+        )
         np.testing.assert_array_equal(got.returns, [10.0] * 3)
         np.testing.assert_array_equal(got.lengths, [10] * 3)
 
@@ -130,10 +146,14 @@ def test_evaluating_does_not_change_training(trained):
     config, train, keys, before = trained
     copies = jax.tree.map(np.array, (before.state.params, before.state.normalizer))
     evaluate(Policy.from_state(config, before.state, 0, walk()), walk(), keys[0], 3)
-    jax.tree.map(np.testing.assert_array_equal, (before.state.params, before.state.normalizer), copies)
+    jax.tree.map(
+        np.testing.assert_array_equal, (before.state.params, before.state.normalizer), copies
+    )
     after = train(keys)
     jax.tree.map(
-        np.testing.assert_array_equal, (after.state.params, after.metrics), (before.state.params, before.metrics)
+        np.testing.assert_array_equal,
+        (after.state.params, after.metrics),
+        (before.state.params, before.metrics),
     )
 
 
@@ -231,13 +251,19 @@ def test_episodes_that_still_run_at_the_bound_count_as_they_stand(unbounded, lin
 
 def test_a_policy_that_never_ends_an_episode_is_stopped(unbounded):
     policy, env = unbounded
-    never = env._replace(step=lambda *state: endless().step(*state)._replace(terminated=jnp.asarray(False)))
-    np.testing.assert_array_equal(evaluate(policy, never, jax.random.key(0), 3, max_steps=12).lengths, [12] * 3)
+    never = env._replace(
+        step=lambda *state: endless().step(*state)._replace(terminated=jnp.asarray(False))
+    )
+    np.testing.assert_array_equal(
+        evaluate(policy, never, jax.random.key(0), 3, max_steps=12).lengths, [12] * 3
+    )
 
 
 @pytest.mark.parametrize("max_steps", [0, -1, True, 2**31])
 def test_the_bound_is_a_number_of_steps(unbounded, max_steps):
-    with pytest.raises(ConfigError, match=f"max_steps = {max_steps}: it must be an integer of at least 1"):
+    with pytest.raises(
+        ConfigError, match=f"max_steps = {max_steps}: it must be an integer of at least 1"
+    ):
         evaluate(*unbounded, jax.random.key(0), 2, max_steps=max_steps)
 
 
@@ -266,7 +292,9 @@ def test_without_an_environment_it_compiles_once(monkeypatch, tmp_path):
     policies += [load_policy(where), load_policy(where)]
     counts = []
     for key, policy in enumerate(2 * policies):
-        np.testing.assert_array_equal(evaluate(policy, None, jax.random.key(key), 5).lengths, [3] * 5)
+        np.testing.assert_array_equal(
+            evaluate(policy, None, jax.random.key(key), 5).lengths, [3] * 5
+        )
         counts.append(len(traced))
     assert counts == counts[:1] * 8
     other = Policy.from_state(config.replace(env_settings={"limit": 4}), state)
@@ -285,7 +313,9 @@ def test_acting_is_compiled_once_for_policies_that_differ_in_their_numbers(linea
 
     model = policy.model._replace(step=step)
     policies = [
-        dataclasses.replace(policy, model=model, params=jax.tree.map(lambda x, i=i: x + i, policy.params))
+        dataclasses.replace(
+            policy, model=model, params=jax.tree.map(lambda x, i=i: x + i, policy.params)
+        )
         for i in range(4)
     ]
     logits = [one.params["policy"]["w"][0] * 2.0 + one.params["policy"]["b"] for one in policies]

@@ -14,7 +14,9 @@ from purejaxppo.normalize import Moments
 from purejaxppo.trees import named_leaves
 from purejaxppo.types import Box, Discrete, Env, Step
 
-TINY = Config(num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=64, hidden_sizes=(4,))
+TINY = Config(
+    num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=64, hidden_sizes=(4,)
+)
 FAR = Box((2,), -0.1, 0.05)  # sampled actions leave it nearly always
 
 
@@ -32,7 +34,9 @@ def grid(action_space=DISCRETE) -> Env:
         return jnp.int32(0), jax.random.uniform(key, (2, 3))
 
     def step(key, t, action):
-        return Step(t + 1, jax.random.uniform(key, (2, 3)), jnp.ones(()), t >= 3, jnp.asarray(False))
+        return Step(
+            t + 1, jax.random.uniform(key, (2, 3)), jnp.ones(()), t >= 3, jnp.asarray(False)
+        )
 
     return Env("grid", reset, step, Box((2, 3), 0.0, 1.0), action_space, 4, False)
 
@@ -46,7 +50,9 @@ def state_of(config, env, model=None, agents=None):
         return trainer.init(key)._replace(**unused)
 
     key = jax.random.key(0)
-    state = jax.jit(jax.vmap(init) if agents else init)(jax.random.split(key, agents) if agents else key)
+    state = jax.jit(jax.vmap(init) if agents else init)(
+        jax.random.split(key, agents) if agents else key
+    )
     if config.normalize_obs:
         moments = state.normalizer.obs
         mean = 0.3 * jnp.arange(moments.mean.size, dtype=float).reshape(moments.mean.shape)
@@ -78,7 +84,15 @@ def policies():
     return made
 
 
-KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised", "own model", "own containers"]
+KINDS = [
+    "discrete",
+    "multi-discrete",
+    "continuous",
+    "squashed",
+    "normalised",
+    "own model",
+    "own containers",
+]
 KINDS += ["no hidden layers", "one of three"]
 
 
@@ -112,7 +126,9 @@ def test_the_policy_of_a_vmapped_state_is_that_agents_own(policies):
     for index in range(3):
         policy = Policy.from_state(config, state, index, env)
         jax.tree.map(
-            lambda got, all_, i=index: np.testing.assert_array_equal(got, all_[i]), policy.params, state.params
+            lambda got, all_, i=index: np.testing.assert_array_equal(got, all_[i]),
+            policy.params,
+            state.params,
         )
         np.testing.assert_array_equal(policy.obs_moments.mean, state.normalizer.obs.mean[index])
         seen.append(np.asarray(policy.params["trunk"]["params"]["Dense_0"]["kernel"]))
@@ -142,7 +158,10 @@ def test_a_config_that_can_be_trained_has_a_policy():
 def test_a_state_of_one_agent_forbids_an_index(policies):
     config, env, state = policies["three"]
     one = jax.tree.map(lambda x: x[0], state)
-    assert sentence_of(lambda: Policy.from_state(config, one, 0, env)) == "this state holds one agent: leave index out"
+    assert (
+        sentence_of(lambda: Policy.from_state(config, one, 0, env))
+        == "this state holds one agent: leave index out"
+    )
 
 
 # ---------------------------------------------------------------------------------------- acting
@@ -157,7 +176,9 @@ def test_any_batch_of_observations_gives_that_batch_of_actions(policies, kind):
     for i in np.ndindex(2, 3):
         np.testing.assert_allclose(policy.act(obs[i]), together[i], rtol=1e-6, atol=1e-7)
     assert policy.act(obs[0, 0]).shape == env.action_space.shape
-    assert jnp.issubdtype(together.dtype, jnp.floating if isinstance(env.action_space, Box) else jnp.integer)
+    assert jnp.issubdtype(
+        together.dtype, jnp.floating if isinstance(env.action_space, Box) else jnp.integer
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +191,9 @@ def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
     if moments is not None:
         deviation = np.sqrt(np.asarray(moments.m2) / float(moments.samples) + 1e-8)
         features = np.clip((features - np.asarray(moments.mean)[None]) / deviation[None], -10, 10)
-    _, distribution, _ = policy.model.step(policy.params, (), jnp.asarray(features), jnp.zeros(5, bool))
+    _, distribution, _ = policy.model.step(
+        policy.params, (), jnp.asarray(features), jnp.zeros(5, bool)
+    )
     if not isinstance(env.action_space, Box):
         expected = distribution.mode()
     elif kind == "squashed":
@@ -188,7 +211,9 @@ def test_without_a_key_the_mode_and_with_one_a_sample(policies):
     sampled = np.asarray(policy.act(obs, jax.random.key(0)))
     np.testing.assert_array_equal(sampled, policy.act(obs, jax.random.key(0)))
     assert (sampled != np.asarray(policy.act(obs, jax.random.key(1)))).any()
-    _, distribution, _ = policy.model.step(policy.params, (), obs[:1].reshape(1, -1), jnp.zeros(1, bool))
+    _, distribution, _ = policy.model.step(
+        policy.params, (), obs[:1].reshape(1, -1), jnp.zeros(1, bool)
+    )
     expected = np.asarray(jax.nn.softmax(distribution.logits[0]))
     np.testing.assert_allclose(np.bincount(sampled, minlength=3) / 3000, expected, atol=0.04)
 
@@ -257,7 +282,9 @@ def test_a_saved_policy_comes_back_bit_for_bit(policies, kind, tmp_path):
     assert_same((back.params, back.obs_moments), (policy.params, policy.obs_moments))
     obs = observations(policy, 7)
     np.testing.assert_array_equal(back.act(obs), policy.act(obs))
-    np.testing.assert_array_equal(back.act(obs, jax.random.key(3)), policy.act(obs, jax.random.key(3)))
+    np.testing.assert_array_equal(
+        back.act(obs, jax.random.key(3)), policy.act(obs, jax.random.key(3))
+    )
 
 
 @pytest.fixture
@@ -277,7 +304,9 @@ def repack(directory, **arrays):
     import hashlib
 
     np.savez(directory / "params.npz", **arrays)
-    rewrite(directory, params_sha256=hashlib.sha256((directory / "params.npz").read_bytes()).hexdigest())
+    rewrite(
+        directory, params_sha256=hashlib.sha256((directory / "params.npz").read_bytes()).hexdigest()
+    )
 
 
 def not_ours(directory):
@@ -335,7 +364,9 @@ def test_a_missing_file_is_told(saved, name):
 def test_a_missing_or_foreign_directory_is_told(tmp_path):
     (tmp_path / "file").write_text("text")
     for directory in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
-        assert sentence_of(lambda directory=directory: load_policy(directory)) == not_ours(directory)
+        assert sentence_of(lambda directory=directory: load_policy(directory)) == not_ours(
+            directory
+        )
 
 
 @pytest.mark.parametrize(
@@ -351,7 +382,9 @@ def test_a_description_of_other_json_is_refused(saved, content):
 def test_a_newer_format_is_told_with_its_version(saved):
     rewrite(saved, format_version=3)
     message = sentence_of(lambda: load_policy(saved))
-    assert message.startswith(f"{saved} has format version 3, and this version of purejaxppo reads 1 and 2")
+    assert message.startswith(
+        f"{saved} has format version 3, and this version of purejaxppo reads 1 and 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,7 +409,9 @@ def write_format_1(directory, config, space, arrays, own_model=False):
     """A policy as the first versions wrote it."""
     directory.mkdir()
     (directory / "policy.json").write_text("{}")
-    rewrite(directory, format="purejaxppo policy", format_version=1, config=config, own_model=own_model)
+    rewrite(
+        directory, format="purejaxppo policy", format_version=1, config=config, own_model=own_model
+    )
     rewrite(directory, observation_space=space, action_space={"kind": "discrete", "n": 2})
     repack(directory, **arrays)
     return directory
@@ -424,8 +459,12 @@ def test_bfloat16_in_format_1_is_what_the_model_says(tmp_path):
 def test_a_config_of_numpy_numbers_is_saved(policies, tmp_path):
     """`fit` makes them plain, but a policy can be taken from a state with any config that trains."""
     policy, env, _ = policies["discrete"]
-    config = TINY.replace(num_envs=np.int64(2), hidden_sizes=[np.int64(4)], lr=np.float32(0.5), env="grid")
-    policy = Policy(config, policy.params, None, policy.model, env.observation_space, env.action_space, True)
+    config = TINY.replace(
+        num_envs=np.int64(2), hidden_sizes=[np.int64(4)], lr=np.float32(0.5), env="grid"
+    )
+    policy = Policy(
+        config, policy.params, None, policy.model, env.observation_space, env.action_space, True
+    )
     back = load_policy(save_policy(tmp_path / "policy", policy))
     assert back.config == TINY.replace(lr=0.5, env="grid")
 
@@ -435,14 +474,22 @@ def test_parameters_that_cannot_be_loaded_are_not_saved(policies, tmp_path):
     params = policy.params | {"steps": jnp.int32(3)}
     policy = Policy(TINY, params, None, model, env.observation_space, env.action_space, False)
     message = sentence_of(lambda: save_policy(tmp_path / "policy", policy))
-    assert message == "the parameter 'steps' has the type int32: parameters must be floating-point arrays"
+    assert (
+        message
+        == "the parameter 'steps' has the type int32: parameters must be floating-point arrays"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["config", "observation_space", "action_space", "own_model", "params_sha256"])
+@pytest.mark.parametrize(
+    "name", ["config", "observation_space", "action_space", "own_model", "params_sha256"]
+)
 def test_a_description_that_lacks_an_entry_names_it(saved, name):
     rewrite(saved, **{name: None})
-    assert sentence_of(lambda: load_policy(saved)) == f"{saved / 'policy.json'} is damaged: it lacks {name}"
+    assert (
+        sentence_of(lambda: load_policy(saved))
+        == f"{saved / 'policy.json'} is damaged: it lacks {name}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -453,11 +500,19 @@ def test_a_description_that_lacks_an_entry_names_it(saved, name):
         ("config", 3, "a configuration is a Config or a mapping, not int"),
         ("action_space", {"kind": "graph"}, "is not a space that this version knows"),
         ("action_space", {"kind": "discrete"}, "is not a space that this version knows"),
-        ("action_space", {"kind": "discrete", "n": 3, "m": 4}, "is not a space that this version knows"),
+        (
+            "action_space",
+            {"kind": "discrete", "n": 3, "m": 4},
+            "is not a space that this version knows",
+        ),
         ("action_space", {"kind": "discrete", "n": "three"}, ""),
         ("action_space", {"kind": ["discrete"], "n": 3}, "is not a space that this version knows"),
         ("observation_space", {"kind": "box", "shape": 6, "low": 0, "high": 1}, ""),
-        ("observation_space", {"kind": "box", "shape": [2, 4], "low": 0.0, "high": 1.0}, "do not fit the model"),
+        (
+            "observation_space",
+            {"kind": "box", "shape": [2, 4], "low": 0.0, "high": 1.0},
+            "do not fit the model",
+        ),
         ("action_space", {"kind": "discrete", "n": 4}, "do not fit the model"),
     ],
 )
@@ -467,7 +522,9 @@ def test_a_description_with_a_wrong_entry_is_refused(saved, name, value, part):
 
 
 def test_parameters_of_other_sizes_or_none_are_refused(policies, saved):
-    expected = f"the parameters in {saved} do not fit the model: other sizes or another network made them"
+    expected = (
+        f"the parameters in {saved} do not fit the model: other sizes or another network made them"
+    )
     config = json.loads((saved / "policy.json").read_text())["config"]
     rewrite(saved, config=config | {"hidden_sizes": [5]})
     assert sentence_of(lambda: load_policy(saved)) == expected
@@ -502,14 +559,20 @@ def test_an_environment_of_other_spaces_is_refused(saved):
 def test_a_model_of_ones_own_is_needed_again(policies, tmp_path):
     where = save_policy(tmp_path / "policy", policies["own model"][0])
     message = sentence_of(lambda: load_policy(where))
-    assert message == f"the policy in {where} has a model of its own: load_policy(directory, model=...)"
-    assert "do not fit the model" in sentence_of(lambda: load_policy(where, model=linear_model(actions=4)))
+    assert (
+        message
+        == f"the policy in {where} has a model of its own: load_policy(directory, model=...)"
+    )
+    assert "do not fit the model" in sentence_of(
+        lambda: load_policy(where, model=linear_model(actions=4))
+    )
 
 
 def contents(directory):
     """Every file below a directory with its bytes, and every directory."""
     return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
     }
 
 
@@ -529,7 +592,9 @@ def test_an_existing_directory_is_refused_and_left_alone(policies, tmp_path):
 def test_a_place_that_cannot_be_written_is_one_sentence(policies, tmp_path):
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    message = sentence_of(lambda: save_policy(tmp_path / "file" / "below" / "policy", policies["discrete"][0]))
+    message = sentence_of(
+        lambda: save_policy(tmp_path / "file" / "below" / "policy", policies["discrete"][0])
+    )
     assert message.startswith(f"cannot write to {tmp_path / 'file' / 'below'}: ")
     assert contents(tmp_path) == before
 

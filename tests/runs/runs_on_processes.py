@@ -12,7 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.append(str(Path(__file__).parents[1]))  # the helpers that tests share
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+)
 
 import jax
 import numpy as np
@@ -69,24 +71,46 @@ def full_disk(directory):
             raise OSError("no space left")
         return write(*arguments)
 
-    with mock.patch.object(checkpoint.Checkpoints, "_write", fails), warnings.catch_warnings(record=True) as told:
+    with (
+        mock.patch.object(checkpoint.Checkpoints, "_write", fails),
+        warnings.catch_warnings(record=True) as told,
+    ):
         outcome = train(directory / "full", checkpoint_seconds=0)
-    return outcome | {"told": [str(x.message) for x in told if "checkpoint" in str(x.message)], "calls": len(calls)}
+    return outcome | {
+        "told": [str(x.message) for x in told if "checkpoint" in str(x.message)],
+        "calls": len(calls),
+    }
 
 
 def sweeping(directory):
     """Six members on four devices, four at once."""
-    result = sweep(SMALL, 3, {"lr": [1e-3, 3e-3]}, directory=directory / "sweep", eval_episodes=4, at_once=4, **HOW)
+    result = sweep(
+        SMALL,
+        3,
+        {"lr": [1e-3, 3e-3]},
+        directory=directory / "sweep",
+        eval_episodes=4,
+        at_once=4,
+        **HOW,
+    )
     tables = [table.to_numpy(float) for table in (result.scores, result.curves)]
-    return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables, "parts": len(result.parts)}
+    return {
+        "arrays": jax.tree.leaves(result.policy(5).params),
+        "tables": tables,
+        "parts": len(result.parts),
+    }
 
 
 def population(directory):
     """Eight members that copy one another, two on each device."""
-    how = {"directory": directory / "population", "eval_episodes": 4, "exchange": Exchange(2, share=0.5)}
+    how = {
+        "directory": directory / "population",
+        "eval_episodes": 4,
+        "exchange": Exchange(2, share=0.5),
+    }
     result = sweep(SMALL, 4, {"lr": [1e-3, 3e-3]}, **how, **HOW)
     tables = [table.to_numpy(float) for table in (result.scores, result.schedules)]
-    assert (result.schedules["had_by"] != result.schedules["member"]).any()
+    assert (result.schedules["held_by"] != result.schedules["member"]).any()
     return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables}
 
 
@@ -116,7 +140,9 @@ RUNS = {
     "refused": refused,
     "full": full_disk,
     "stopped": lambda directory: train(directory / "run", (signal.SIGTERM, 2)),
-    "killed": lambda directory: train(directory / "run", (signal.SIGKILL, 6), resume=True, checkpoint_seconds=0),
+    "killed": lambda directory: train(
+        directory / "run", (signal.SIGKILL, 6), resume=True, checkpoint_seconds=0
+    ),
     "resumed": lambda directory: train(directory / "run", resume=True),
 }
 

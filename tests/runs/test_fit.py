@@ -20,7 +20,13 @@ from purejaxppo.runs.session import Progress
 from purejaxppo.types import Metrics
 
 TINY = Config(
-    num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=60, hidden_sizes=(4,), normalize_obs=True
+    num_envs=2,
+    num_steps=4,
+    num_minibatches=1,
+    num_epochs=1,
+    total_timesteps=60,
+    hidden_sizes=(4,),
+    normalize_obs=True,
 )
 K = 8  # iterations: 60 steps, rounded up to 64
 ENV = counter(limit=9, longest=12)  # in some iterations no episode finishes
@@ -67,7 +73,9 @@ def three(tmp_path_factory):
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory):
     """A learning rate that no network survives."""
-    return Observed(tmp_path_factory.mktemp("diverged") / "run", 0, 1, TINY.replace(lr=1e38, anneal_lr=False))
+    return Observed(
+        tmp_path_factory.mktemp("diverged") / "run", 0, 1, TINY.replace(lr=1e38, anneal_lr=False)
+    )
 
 
 def assert_equal(got, expected):
@@ -115,7 +123,11 @@ def test_chunks_are_as_long_as_they_take(one, three):
 def test_the_plan_is_told_before_the_first_progress(one, three):
     for observed, seeds in ((one, 1), (three, 3)):
         (plan,) = observed.plans
-        assert plan.config == TINY.replace(env=ENV.name) and plan.seeds == seeds and plan == observed.run.plan
+        assert (
+            plan.config == TINY.replace(env=ENV.name)
+            and plan.seeds == seeds
+            and plan == observed.run.plan
+        )
         assert plan.device.startswith(jax.devices()[0].platform)
         assert plan.memory_bytes > 0 and plan.compile_seconds > 0
         assert not observed.run.interrupted and observed.run.train_seconds > 0
@@ -142,7 +154,9 @@ def test_the_return_in_progress_weighs_episodes_of_all_seeds(three):
     for now, part in ((first, slice(0, 1)), (rest, slice(1, None))):
         returns, episodes = metrics.episode_return[:, part], metrics.episodes[:, part]
         finished = episodes > 0
-        expected = np.average(returns[finished], weights=episodes[finished]) if finished.any() else np.nan
+        expected = (
+            np.average(returns[finished], weights=episodes[finished]) if finished.any() else np.nan
+        )
         np.testing.assert_allclose(now.episode_return, expected, rtol=1e-6)
     assert isinstance(rest, Progress) and math.isfinite(rest.episode_return)
 
@@ -185,12 +199,17 @@ def test_divergence_is_told_seed_by_seed(three):
 
 def rows_of(directory):
     with (directory / "metrics.csv").open(newline="") as file:
-        return sorted(csv.DictReader(file), key=lambda row: (int(row["seed"]), int(row["iteration"])))
+        return sorted(
+            csv.DictReader(file), key=lambda row: (int(row["seed"]), int(row["iteration"]))
+        )
 
 
 def test_a_run_directory_has_exactly_what_it_should(one, three):
     names = ["config.json", "learning_curve.png", "metrics.csv", "policy"]
-    for observed, policies in ((one, ["params.npz", "policy.json"]), (three, ["seed_0", "seed_1", "seed_2"])):
+    for observed, policies in (
+        (one, ["params.npz", "policy.json"]),
+        (three, ["seed_0", "seed_1", "seed_2"]),
+    ):
         assert sorted(path.name for path in observed.directory.iterdir()) == names
         assert sorted(path.name for path in (observed.directory / "policy").iterdir()) == policies
         assert (observed.directory / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -217,7 +236,9 @@ def test_there_is_a_row_of_exact_values_per_seed_and_iteration(one, three):
 
 
 def test_the_saved_policies_are_the_trained_ones(one, three):
-    obs = jnp.asarray(np.random.default_rng(0).normal(size=(20, *ENV.observation_space.shape)), jnp.float32)
+    obs = jnp.asarray(
+        np.random.default_rng(0).normal(size=(20, *ENV.observation_space.shape)), jnp.float32
+    )
     (policy,) = load_policies(one.directory)
     assert_equal(policy.params, one.run.state.params)
     assert policy.action_space == DISCRETE
@@ -226,14 +247,18 @@ def test_the_saved_policies_are_the_trained_ones(one, three):
     for seed, policy in enumerate(loaded):
         assert_equal(policy.params, jax.tree.map(lambda x, i=seed: x[i], three.run.state.params))
         np.testing.assert_array_equal(policy.act(obs), three.run.policy(seed).act(obs))
-    assert_equal(load_policy(three.directory / "policy" / "seed_1").obs_moments, loaded[1].obs_moments)
+    assert_equal(
+        load_policy(three.directory / "policy" / "seed_1").obs_moments, loaded[1].obs_moments
+    )
 
 
 # -------------------------------------------------------------------------------------- bad input
 
 
 def contents(directory):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
 
 
 @pytest.fixture

@@ -81,18 +81,31 @@ def test_every_number_comes_back_exactly(tmp_path):
         (k, s) for k in range(1, N + 1) for s in range(3)
     ]
     for name, x in table.items():
-        written = np.array([x.dtype.type(float(row[name] or "nan")) for row in rows]).reshape(N, 3).T
+        written = (
+            np.array([x.dtype.type(float(row[name] or "nan")) for row in rows]).reshape(N, 3).T
+        )
         np.testing.assert_array_equal(written, x, err_msg=name)
     assert {row["episode_return"] for row in rows if row["episodes"] == "0"} == {""}
     assert not (tmp_path / "evaluations.csv").exists()
 
 
 def test_any_float32_comes_back_exactly():
-    x = np.random.default_rng(2).integers(0, 2**32, size=4000, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    x = np.concatenate([x[np.isfinite(x)], np.float32([0, -0.0, 1e-45, 3.4028235e38, 0.1, 16777217])])[None]
+    x = (
+        np.random.default_rng(2)
+        .integers(0, 2**32, size=4000, dtype=np.uint64)
+        .astype(np.uint32)
+        .view(np.float32)
+    )
+    x = np.concatenate(
+        [x[np.isfinite(x)], np.float32([0, -0.0, 1e-45, 3.4028235e38, 0.1, 16777217])]
+    )[None]
     row = np.arange(x.size)[None]
     text = "".join(tables.lines({"iteration": row, "timesteps": row, "x": x}, [0]))
-    back = np.array([line.split(",")[-1] for line in text.splitlines()]).astype(float).astype(np.float32)
+    back = (
+        np.array([line.split(",")[-1] for line in text.splitlines()])
+        .astype(float)
+        .astype(np.float32)
+    )
     np.testing.assert_array_equal(back.view(np.uint32), x[0].view(np.uint32))
 
 
@@ -102,7 +115,9 @@ def test_rows_that_do_not_exist_are_left_out(tmp_path):
     write(tmp_path, ("metrics", table))
     rows = rows_of(tmp_path / "metrics.csv")
     expected = [(k, s) for k in range(1, N + 1) for s, end in enumerate((N, 5, 0)) if k <= end]
-    assert [(int(row["iteration"]), int(row["seed"])) for row in rows] == expected and "valid" not in rows[0]
+    assert [
+        (int(row["iteration"]), int(row["seed"])) for row in rows
+    ] == expected and "valid" not in rows[0]
 
 
 def test_appended_in_any_chunks_is_the_same_file(tmp_path, monkeypatch):
@@ -121,7 +136,9 @@ def test_appended_in_any_chunks_is_the_same_file(tmp_path, monkeypatch):
     write(tmp_path / "blocks", ("metrics", table), ("evaluation", part(table, 0, 2)))
     for name in ("metrics.csv", "evaluations.csv"):
         texts = {(tmp_path / run / name).read_bytes() for run in ("whole", "chunks", "blocks")}
-        assert len(texts) == 1 and texts.pop().count(b"\n") == (1 + 3 * N if name == "metrics.csv" else 7)
+        assert len(texts) == 1 and texts.pop().count(b"\n") == (
+            1 + 3 * N if name == "metrics.csv" else 7
+        )
 
 
 def test_what_was_written_can_be_seen_at_once(tmp_path):
@@ -146,8 +163,14 @@ def test_a_killed_and_resumed_run_leaves_the_file_of_one_that_was_not(seed, tmp_
     after = [("metrics", part(table, kept, N))] + [("evaluation", part(table, 0, 1))] * (kept == 0)
     write(tmp_path, *after, before=before)
     assert killed.read_bytes() == whole.read_bytes()
-    assert (tmp_path / "evaluations.csv").read_bytes() == (tmp_path / "whole" / "evaluations.csv").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluations.csv", "metrics.csv", "whole"]
+    assert (tmp_path / "evaluations.csv").read_bytes() == (
+        tmp_path / "whole" / "evaluations.csv"
+    ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluations.csv",
+        "metrics.csv",
+        "whole",
+    ]
 
 
 def test_resumed_from_nothing_forgets_everything(tmp_path):
@@ -166,7 +189,11 @@ def test_a_run_never_overwrites(tmp_path):
 
 def test_other_columns_are_not_written_under_the_wrong_names(tmp_path):
     with pytest.warns(UserWarning, match=r"metrics\.csv has the columns .* but now .* came"):
-        write(tmp_path, ("metrics", make_table()), ("metrics", make_table() | {"new": np.zeros((3, N))}))
+        write(
+            tmp_path,
+            ("metrics", make_table()),
+            ("metrics", make_table() | {"new": np.zeros((3, N))}),
+        )
     assert len(rows_of(tmp_path / "metrics.csv")) == 3 * N
 
 
@@ -190,7 +217,10 @@ def events_of(path):
     data, events = path.read_bytes(), []
     while data:
         (length,), (checked,) = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
-        body, (body_checked,) = data[12 : 12 + length], struct.unpack("<I", data[12 + length : 16 + length])
+        body, (body_checked,) = (
+            data[12 : 12 + length],
+            struct.unpack("<I", data[12 + length : 16 + length]),
+        )
         assert (checked, body_checked) == (masked(data[:8]), masked(body))
         events.append(Event.FromString(body))
         data = data[16 + length :]
@@ -230,7 +260,11 @@ def expected_stream(table, member):
     """Steps and values of a member, by hand; NaN left out."""
     steps = (8 + member) * np.arange(1, N + 1)
     return {
-        tag: {int(step): float(x) for step, x in zip(steps, table[name][member], strict=True) if not np.isnan(x)}
+        tag: {
+            int(step): float(x)
+            for step, x in zip(steps, table[name][member], strict=True)
+            if not np.isnan(x)
+        }
         for tag, name in TAGS.items()
     }
 
@@ -241,12 +275,18 @@ def test_tensorboard_has_a_stream_per_member(tmp_path):
     evaluation = {name: table[name][:, 3:4] for name in ("iteration", "timesteps")} | {
         "return_mean": np.float32([[1], [2], [3]])
     }
-    written = ("metrics", part(table, 0, 4)), ("evaluation", evaluation), ("metrics", part(table, 4, N))
+    written = (
+        ("metrics", part(table, 0, 4)),
+        ("evaluation", evaluation),
+        ("metrics", part(table, 4, N)),
+    )
     write(tmp_path, *written, names=["tensorboard"])
     streams = streams_of(tmp_path)
     assert list(streams) == list(MEMBERS)
     for i, member in enumerate(MEMBERS):
-        assert streams[member] == expected_stream(table, i) | {"evaluation/return_mean": {4 * (8 + i): i + 1}}
+        assert streams[member] == expected_stream(table, i) | {
+            "evaluation/return_mean": {4 * (8 + i): i + 1}
+        }
     assert len(streams["seed_0"]["train/episode_return"]) == N / 2
     assert len(rows_of(tmp_path / "metrics.csv")) == 3 * N
 
@@ -255,7 +295,12 @@ def test_tensorboard_has_a_stream_per_member(tmp_path):
 @pytest.mark.parametrize("kept", [0, 3])
 def test_tensorboard_forgets_what_a_resumed_run_does_anew(kept, tmp_path):
     table, lost = make_table(0), make_table(1)
-    write(tmp_path, ("metrics", part(table, 0, 3)), ("metrics", part(lost, 3, 7)), names=["tensorboard"])
+    write(
+        tmp_path,
+        ("metrics", part(table, 0, 3)),
+        ("metrics", part(lost, 3, 7)),
+        names=["tensorboard"],
+    )
     last = sorted((tmp_path / "tensorboard" / "seed_1").iterdir())[0]
     size = last.stat().st_size
     before = {"metrics": part(table, 0, kept)}
@@ -271,12 +316,18 @@ def test_tensorboard_is_for_a_hundred_agents_at_most(tmp_path):
     """Each of which keeps a file open until the end, and then none."""
     members = [f"seed_{i}" for i in range(100)]
     before = len(list(Path("/proc/self/fd").iterdir()))
-    write(tmp_path, ("metrics", make_table(members=100, n=1)), names=["tensorboard"], members=members)
+    write(
+        tmp_path, ("metrics", make_table(members=100, n=1)), names=["tensorboard"], members=members
+    )
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     streams = streams_of(tmp_path)
     assert len(streams) == 100 and list(streams["seed_99"]["loss/policy_loss"]) == [107]
-    message = sentence_of(lambda: open_loggers(["tensorboard"], tmp_path, [*members, "one more"], {}))
-    assert message.startswith("logger 'tensorboard' opens a stream for each agent, 100 at most, and there are 101: use")
+    message = sentence_of(
+        lambda: open_loggers(["tensorboard"], tmp_path, [*members, "one more"], {})
+    )
+    assert message.startswith(
+        "logger 'tensorboard' opens a stream for each agent, 100 at most, and there are 101: use"
+    )
 
 
 @needs_tensorboard
@@ -315,7 +366,9 @@ class FakeWandb(types.ModuleType):
             history.setdefault(step, {}).update(values)
 
         return types.SimpleNamespace(
-            log=log, finish=lambda: self.finished.append(settings["id"]), starting_step=max(history, default=-1) + 1
+            log=log,
+            finish=lambda: self.finished.append(settings["id"]),
+            starting_step=max(history, default=-1) + 1,
         )
 
 
@@ -335,7 +388,11 @@ def test_wandb_has_a_run_per_member_in_one_group(wandb, tmp_path, monkeypatch):
     assert sorted(wandb.finished) == ids
     for run in wandb.opened:
         assert run["config"] == {"config": {"lr": 1e-3}, "seeds": 3} and run["dir"] == tmp_path
-        assert (run["project"], run["resume"], run["reinit"]) == ("purejaxppo", "allow", "create_new")
+        assert (run["project"], run["resume"], run["reinit"]) == (
+            "purejaxppo",
+            "allow",
+            "create_new",
+        )
         assert "mode" not in run  # or WANDB_MODE would be without effect
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     write(tmp_path, names=["wandb"], before={})
@@ -361,19 +418,37 @@ def test_wandb_gets_the_means_of_what_is_written_at_once(wandb, tmp_path):
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write(tmp_path, ("metrics", table), ("evaluation", evaluation), names=["wandb"], members=MEMBERS[:2])
+        write(
+            tmp_path,
+            ("metrics", table),
+            ("evaluation", evaluation),
+            names=["wandb"],
+            members=MEMBERS[:2],
+        )
     first, second = (wandb.logged[run["id"]] for run in wandb.opened)
     assert first == {
-        30: {"train/episode_return": 7 / 4, "train/episodes": 4 / 3, "loss/value_loss": 3, "evaluation/return_mean": 5}
+        30: {
+            "train/episode_return": 7 / 4,
+            "train/episodes": 4 / 3,
+            "loss/value_loss": 3,
+            "evaluation/return_mean": 5,
+        }
     }
-    assert second == {14: {"train/episodes": 0, "loss/value_loss": np.inf, "evaluation/return_mean": 6}}
+    assert second == {
+        14: {"train/episodes": 0, "loss/value_loss": np.inf, "evaluation/return_mean": 6}
+    }
 
 
 def test_a_resumed_wandb_run_goes_on_where_it_was(wandb, tmp_path):
     """It has the killed one's iterations up to 5 already, which the resumed one does again from 3 on."""
     table = make_table()
     for k in range(5):
-        write(tmp_path, ("metrics", part(table, k, k + 1)), names=["wandb"], before={"metrics": part(table, 0, k)})
+        write(
+            tmp_path,
+            ("metrics", part(table, k, k + 1)),
+            names=["wandb"],
+            before={"metrics": part(table, 0, k)},
+        )
     write(
         tmp_path,
         *(("metrics", part(table, k, k + 1)) for k in range(3, N)),
@@ -384,7 +459,9 @@ def test_a_resumed_wandb_run_goes_on_where_it_was(wandb, tmp_path):
         [(8 + i) * k for k in range(1, N + 1)] for i in range(3)
     ]
     for i, history in enumerate(wandb.logged.values()):
-        written = {tag: {step: row[tag] for step, row in history.items() if tag in row} for tag in TAGS}
+        written = {
+            tag: {step: row[tag] for step, row in history.items() if tag in row} for tag in TAGS
+        }
         assert written == expected_stream(table, i)
 
 
@@ -395,7 +472,9 @@ def test_runs_that_were_opened_are_finished_when_another_cannot_be(wandb, tmp_pa
         return FakeWandb.init(wandb, **settings)
 
     monkeypatch.setattr(wandb, "init", init)
-    with pytest.warns(UserWarning, match="logger 'wandb' failed and is left out from now on: OSError: no network"):
+    with pytest.warns(
+        UserWarning, match="logger 'wandb' failed and is left out from now on: OSError: no network"
+    ):
         write(tmp_path, ("metrics", make_table()), names=["wandb"])
     assert len(wandb.finished) == 2 and not any(wandb.logged.values())
     assert len(rows_of(tmp_path / "metrics.csv")) == 3 * N
@@ -403,8 +482,12 @@ def test_runs_that_were_opened_are_finished_when_another_cannot_be(wandb, tmp_pa
 
 @pytest.mark.usefixtures("wandb")
 def test_wandb_is_not_for_thousands_of_agents(tmp_path):
-    message = sentence_of(lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {}))
-    assert message.startswith("logger 'wandb' opens a stream for each agent, 100 at most, and there are 2048: use")
+    message = sentence_of(
+        lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {})
+    )
+    assert message.startswith(
+        "logger 'wandb' opens a stream for each agent, 100 at most, and there are 2048: use"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -415,16 +498,27 @@ def test_a_failing_logger_is_told_of_once_and_the_others_go_on(wandb, tmp_path, 
     attempts = []
 
     def fail(directory, *arguments, numbered):
-        return Logger(lambda kind, table: attempts.append(kind) or 1 / 0, lambda: attempts.append("close") or 1 / 0)
+        return Logger(
+            lambda kind, table: attempts.append(kind) or 1 / 0,
+            lambda: attempts.append("close") or 1 / 0,
+        )
 
     monkeypatch.setitem(LOGGERS, "csv", fail)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        write(tmp_path, *[("metrics", part(make_table(), k, k + 1)) for k in range(N)], names=["wandb"])
-    expected = "logger 'csv' failed and is left out from now on: ZeroDivisionError: division by zero"
+        write(
+            tmp_path,
+            *[("metrics", part(make_table(), k, k + 1)) for k in range(N)],
+            names=["wandb"],
+        )
+    expected = (
+        "logger 'csv' failed and is left out from now on: ZeroDivisionError: division by zero"
+    )
     assert [str(warning.message) for warning in told] == [expected]
     assert attempts == ["metrics", "close"]
-    assert [len(history) for history in wandb.logged.values()] == [N, N, N] and len(wandb.finished) == 3
+    assert [len(history) for history in wandb.logged.values()] == [N, N, N] and len(
+        wandb.finished
+    ) == 3
 
 
 def test_a_full_disk_does_not_stop_a_run(wandb, tmp_path):
@@ -444,14 +538,18 @@ def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
     def interrupt(kind, table):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(LOGGERS, "csv", lambda *arguments, numbered: Logger(interrupt, lambda: None))
+    monkeypatch.setitem(
+        LOGGERS, "csv", lambda *arguments, numbered: Logger(interrupt, lambda: None)
+    )
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, ("metrics", make_table()))
 
 
 def test_wrong_names_are_one_sentence(tmp_path):
     for directory in (tmp_path, None):
-        message = sentence_of(lambda directory=directory: open_loggers(["tensorbord"], directory, MEMBERS, {}))
+        message = sentence_of(
+            lambda directory=directory: open_loggers(["tensorbord"], directory, MEMBERS, {})
+        )
         assert message == "logger 'tensorbord' is not known; did you mean 'tensorboard'?"
     message = sentence_of(lambda: open_loggers(["xyzzy"], tmp_path, MEMBERS, {}))
     assert message == "logger 'xyzzy' is not known; there are csv, tensorboard, wandb"
@@ -462,7 +560,9 @@ def test_wrong_names_are_one_sentence(tmp_path):
 def test_a_missing_package_is_one_sentence(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     message = sentence_of(lambda: open_loggers([name], tmp_path, MEMBERS, {}))
-    assert message == f"logger {name!r} needs the package {package}: pip install 'purejaxppo[{name}]'"
+    assert (
+        message == f"logger {name!r} needs the package {package}: pip install 'purejaxppo[{name}]'"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -476,7 +576,9 @@ def test_a_broken_package_says_what_is_wrong_with_it(tmp_path, monkeypatch):
     )
 
 
-def test_without_a_directory_nothing_is_written_and_no_logger_can_be_asked_for(tmp_path, monkeypatch):
+def test_without_a_directory_nothing_is_written_and_no_logger_can_be_asked_for(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write(None, ("metrics", make_table()))
     assert list(tmp_path.iterdir()) == []
@@ -486,9 +588,8 @@ def test_without_a_directory_nothing_is_written_and_no_logger_can_be_asked_for(t
 
 
 def test_importing_the_loggers_imports_none_of_their_packages():
-    code = (
-        "import sys, purejaxppo.runs.loggers.open as _; print({'pandas', 'wandb', 'tensorboardX'} & set(sys.modules))"
-    )
+    packages = "{'pandas', 'wandb', 'tensorboardX'}"
+    code = f"import sys, purejaxppo.runs.loggers.open; print({packages} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -496,4 +597,6 @@ def test_importing_the_loggers_imports_none_of_their_packages():
 def test_the_id_of_a_wandb_run_is_kept_in_its_directory(wandb, tmp_path):
     write(tmp_path, names=["wandb"])
     shared = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    assert [run["id"] for run in wandb.opened] == [f"{shared}-{i}" for i in range(3)] and len(shared) == 8
+    assert [run["id"] for run in wandb.opened] == [f"{shared}-{i}" for i in range(3)] and len(
+        shared
+    ) == 8

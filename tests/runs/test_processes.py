@@ -31,7 +31,11 @@ def start(directory, count, *runs):
     for index in range(count):
         with (directory / f"told_{index}").open("w") as told:
             numbers = map(str, (index, count, port))
-            started.append(subprocess.Popen([*command, *numbers, *runs], env=environment, stdout=told, stderr=told))
+            started.append(
+                subprocess.Popen(
+                    [*command, *numbers, *runs], env=environment, stdout=told, stderr=told
+                )
+            )
     return started
 
 
@@ -49,12 +53,17 @@ def ends(directory, started):
 def runs(tmp_path_factory):
     """{(processes, run): what each process got}, the directory of two, and how the one that was left alone ended."""
     root = tmp_path_factory.mktemp("runs")
-    two = start(root / "two", 2, "whole", "sweep", "population", "refused", "full", "stopped", "killed")
+    two = start(
+        root / "two", 2, "whole", "sweep", "population", "refused", "full", "stopped", "killed"
+    )
     two[1].wait(timeout=400)
     died = time.monotonic()
     (survivor, killed), told = ends(root / "two", two)
     left = {"codes": (survivor, killed), "told": told[0], "seconds": time.monotonic() - died}
-    again, one = start(root / "two", 2, "resumed"), start(root / "one", 1, "whole", "sweep", "population")
+    again, one = (
+        start(root / "two", 2, "resumed"),
+        start(root / "one", 1, "whole", "sweep", "population"),
+    )
     for directory, started in ((root / "two", again), (root / "one", one)):
         codes, told = ends(directory, started)
         assert not any(codes), told[0][-3000:]
@@ -99,7 +108,9 @@ def test_when_one_dies_the_other_ends_with_an_error(runs):
     _, _, left = runs
     assert left["codes"][1] == -signal.SIGKILL and left["codes"][0] not in (0, -signal.SIGKILL)
     assert left["seconds"] < 60
-    assert "ConnectionError: the processes of this run do not work together any more" in left["told"]
+    assert (
+        "ConnectionError: the processes of this run do not work together any more" in left["told"]
+    )
 
 
 @pytest.mark.learning
@@ -165,8 +176,14 @@ def test_every_process_gives_equally_many_devices(own, parts, used):
     [
         ({"coordinator": "here:1"}, "a coordinator needs how many there are"),
         ({"coordinator": "here:1", "num_processes": 2, "process_index": 2}, "process_index = 2"),
-        ({"coordinator": "here", "num_processes": 2, "process_index": 0}, "must be HOST:PORT, or auto"),
-        ({"coordinator": ":80", "num_processes": 2, "process_index": 0}, "must be HOST:PORT, or auto"),
+        (
+            {"coordinator": "here", "num_processes": 2, "process_index": 0},
+            "must be HOST:PORT, or auto",
+        ),
+        (
+            {"coordinator": ":80", "num_processes": 2, "process_index": 0},
+            "must be HOST:PORT, or auto",
+        ),
         ({"num_processes": 2}, "need the coordinator's address"),
         ({}, "the processes were not connected"),
     ],

@@ -28,7 +28,10 @@ CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
 K = 12
 RUN = {"key": 5, "env": counter(limit=9, longest=12), "model": LINEAR}
-ONCE_MORE = {"resume": True, "checkpoint_seconds": 1e9}  # without a checkpoint after every iteration
+ONCE_MORE = {
+    "resume": True,
+    "checkpoint_seconds": 1e9,
+}  # without a checkpoint after every iteration
 WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
 
 
@@ -47,7 +50,9 @@ def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
             raise Killed
 
     try:
-        return fit(config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | WAYS | ways))
+        return fit(
+            config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | WAYS | ways)
+        )
     except Killed:
         return None
 
@@ -82,14 +87,21 @@ def assert_same(run, directory, through):
     expected, of_expected = through
 
     def equal(a, b):
-        a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        a, b = (
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            for x in (a, b)
+        )
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
-    jax.tree.map(equal, (run.state, run.metrics, run.best), (expected.state, expected.metrics, expected.best))
+    jax.tree.map(
+        equal, (run.state, run.metrics, run.best), (expected.state, expected.metrics, expected.best)
+    )
     jax.tree.map(equal, dict(run.evaluations), dict(expected.evaluations))
     for name in ("metrics.csv", "evaluations.csv"):
         assert (directory / name).read_bytes() == (of_expected / name).read_bytes()
-    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in of_expected.iterdir())
+    assert sorted(path.name for path in directory.iterdir()) == sorted(
+        path.name for path in of_expected.iterdir()
+    )
 
 
 @pytest.mark.exact
@@ -123,11 +135,15 @@ def test_one_agent_goes_on_too(tmp_path):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("damage", ["truncated", "deleted", "changed", "no_manifest", "manifest_cut", "rows"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "deleted", "changed", "no_manifest", "manifest_cut", "rows"]
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, through):
     checkpoints = copy / "checkpoints"
     newest = checkpoints / "iteration_00000007"
-    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file = max(
+        (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     if damage == "truncated":
         os.truncate(file, file.stat().st_size // 2)
     elif damage == "deleted":
@@ -163,7 +179,9 @@ def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, thro
 
 
 @pytest.mark.exact
-def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp_path, through, monkeypatch):
+def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(
+    tmp_path, through, monkeypatch
+):
     directory, save, full = tmp_path / "run", Checkpoints.save, [3, 4, 8]
 
     def failing(self, iteration, *arguments):
@@ -172,7 +190,9 @@ def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(tmp
         save(self, iteration, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", failing)
-    with pytest.warns(UserWarning, match="no checkpoint was saved after iteration 3, training goes on") as warned:
+    with pytest.warns(
+        UserWarning, match="no checkpoint was saved after iteration 3, training goes on"
+    ) as warned:
         train(directory, stop=9)
     assert len(warned) == 3
     run = train(directory, **ONCE_MORE)
@@ -230,7 +250,9 @@ def test_killed_between_any_two_operations_on_files(tmp_path, through):
         assert (directory / name).read_bytes() == (through[1] / name).read_bytes()
     for name in ("policy/seed_1", "best_policy/seed_0"):
         a, b = (load_policy(path / name, model=LINEAR) for path in (directory, through[1]))
-        jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
+        jax.tree.map(
+            np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments)
+        )
 
 
 def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
@@ -260,7 +282,9 @@ def sentence(directory, **ways):
 
 
 def contents(directory):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
@@ -288,7 +312,9 @@ def test_a_read_only_directory_is_told(tmp_path):
     if is_root:
         os.seteuid(65534)
     try:
-        with pytest.raises(ConfigError, match=r"cannot make the run directory .*: Permission denied"):
+        with pytest.raises(
+            ConfigError, match=r"cannot make the run directory .*: Permission denied"
+        ):
             reserve(tmp_path / "run", {})
     finally:
         if is_root:
@@ -351,7 +377,10 @@ def test_every_kind_of_key(key, through):
     [
         ({"key": "0"}, "key = '0': it must be an integer of at least 0, or one random key"),
         ({"key": jax.random.key(0, impl="rbg")}, "or one random key of JAX's default kind"),
-        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds = nan: it must be a number of seconds"),
+        (
+            {"checkpoint_seconds": float("nan")},
+            "checkpoint_seconds = nan: it must be a number of seconds",
+        ),
         ({"eval_every": -1}, "eval_every = -1"),
     ],
 )
@@ -431,9 +460,16 @@ def script(directory, resume, kills, checkpoint_seconds=0.0):
 @pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
 def test_sigkill_at_random_moments(kills, tmp_path):
     """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     environment = os.environ | cache  # all of them run the programs that the first one compiles
-    subprocess.run([sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)],
+        env=environment,
+        check=True,
+    )
     random, directory = np.random.default_rng(0), tmp_path / "run"
 
     def newest():
@@ -441,18 +477,28 @@ def test_sigkill_at_random_moments(kills, tmp_path):
 
     for kill in range(kills):
         before = newest()
-        process = subprocess.Popen([sys.executable, "-c", script(directory, True, kills)], env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script(directory, True, kills)], env=environment
+        )
         while newest() == before and process.poll() is None:
             time.sleep(0.005)
         time.sleep(random.uniform(0, 1))
-        assert process.poll() is None, f"the run ended before it could be killed for the {kill + 1}th time"
+        assert process.poll() is None, (
+            f"the run ended before it could be killed for the {kill + 1}th time"
+        )
         process.kill()
         process.wait()
-    subprocess.run([sys.executable, "-c", script(directory, True, kills)], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script(directory, True, kills)], env=environment, check=True
+    )
     for name in ("metrics.csv", "evaluations.csv"):
         assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for seed in range(2):
         for kind in ("policy", "best_policy"):
             name = f"{kind}/seed_{seed}"
-            a, b = (load_policy(path / name, model=LINEAR) for path in (directory, tmp_path / "whole"))
-            jax.tree.map(np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments))
+            a, b = (
+                load_policy(path / name, model=LINEAR) for path in (directory, tmp_path / "whole")
+            )
+            jax.tree.map(
+                np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments)
+            )

@@ -16,7 +16,13 @@ from purejaxppo.sweeps import compare as comparison
 from purejaxppo.sweeps.compare import Entry, compare, variant
 
 ENV = "episodes of 5"
-SMALL = {"num_envs": 4, "num_steps": 10, "num_minibatches": 1, "num_epochs": 1, "hidden_sizes": (4,)}
+SMALL = {
+    "num_envs": 4,
+    "num_steps": 10,
+    "num_minibatches": 1,
+    "num_epochs": 1,
+    "hidden_sizes": (4,),
+}
 NAMES = ["ppo/unclipped", "reinforce/none"]
 NAN = np.nan
 
@@ -34,12 +40,20 @@ def compared(tmp_path_factory):
     directory, plans = tmp_path_factory.mktemp("compared") / "here", []
     changes = {**SMALL, "total_timesteps": 400}
     entries = compare(
-        [ENV], NAMES, seeds=3, eval_episodes=4, changes=changes, directory=directory, on_start=plans.append
+        [ENV],
+        NAMES,
+        seeds=3,
+        eval_episodes=4,
+        changes=changes,
+        directory=directory,
+        on_start=plans.append,
     )
     return entries, directory, plans
 
 
-def entry(scores, returns=((1.0, 3.0, 2.0), (4.0, 1.0, 5.0)), name="ppo", env=ENV, interrupted=False):
+def entry(
+    scores, returns=((1.0, 3.0, 2.0), (4.0, 1.0, 5.0)), name="ppo", env=ENV, interrupted=False
+):
     curve = Curve(np.asarray([10.0, 20.0, 30.0]), np.asarray(returns))
     return Entry(env, name, Config(env=env), curve, np.asarray(scores), 30.0, 1000.0, interrupted)
 
@@ -51,7 +65,11 @@ def test_each_algorithm_is_trained_and_scored_with_its_own_settings(compared):
     assert (entries[0].config.objective, entries[1].config.baseline) == ("unclipped", "none")
     assert [one.config.whole_episodes for one in entries] == [False, True]
     for one in entries:
-        assert one.scores.shape == (3,) and (one.scores >= 1).all() and (one.scores <= 1 + 2 + 3 + 4 + 5).all()
+        assert (
+            one.scores.shape == (3,)
+            and (one.scores >= 1).all()
+            and (one.scores <= 1 + 2 + 3 + 4 + 5).all()
+        )
         assert len(one.curve.returns) == 3 and 400 <= one.timesteps <= 440
 
 
@@ -66,10 +84,16 @@ def test_it_leaves_a_table_data_and_a_picture(compared):
     ]
     assert (directory / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     described = json.loads((directory / "config.json").read_text())
-    assert [config.pop("asked") for config in described["configs"]] == [f"{name} on {ENV}" for name in NAMES]
-    assert [Config.from_dict(config) for config in described["configs"]] == [one.config for one in entries]
+    assert [config.pop("asked") for config in described["configs"]] == [
+        f"{name} on {ENV}" for name in NAMES
+    ]
+    assert [Config.from_dict(config) for config in described["configs"]] == [
+        one.config for one in entries
+    ]
     scores = pd.read_csv(directory / "scores.csv")
-    np.testing.assert_allclose(scores.score, np.concatenate([one.scores for one in entries]), rtol=1e-6)
+    np.testing.assert_allclose(
+        scores.score, np.concatenate([one.scores for one in entries]), rtol=1e-6
+    )
     assert scores.algorithm.tolist() == [name for name in NAMES for _ in range(3)]
     curves = pd.read_csv(directory / "curves.csv")
     mine = curves[(curves.algorithm == NAMES[1]) & (curves.seed == 2)]
@@ -88,7 +112,9 @@ def test_a_row_in_a_literal_example():
 
 
 def test_a_seed_that_diverged_is_told_and_counts_in_no_mean():
-    rows = comparison.rows([entry([3.0, NAN, 3.0], [[1, 5, 2], [4, NAN, NAN], [9, 2, 3]]), entry([NAN], [[NAN] * 3])])
+    rows = comparison.rows(
+        [entry([3.0, NAN, 3.0], [[1, 5, 2], [4, NAN, NAN], [9, 2, 3]]), entry([NAN], [[NAN] * 3])]
+    )
     assert [row["largest fall"] for row in rows] == ["3.0", "–"]
     assert rows[0]["algorithm"] == "ppo (1 of 3 seeds diverged)"
     assert rows[0]["final return [95 %]"] == "3.0 [3.0, 3.0]"
@@ -97,12 +123,16 @@ def test_a_seed_that_diverged_is_told_and_counts_in_no_mean():
 
 def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm():
     curve, lost = entry([0.0]).curve, Curve(np.asarray([10.0, 20.0]), np.full((2, 2), NAN))
-    figure = comparison_figure({"one": {"ppo": curve, "trpo": curve, "reinforce": lost}, "two": {"ppo": curve}})
+    figure = comparison_figure(
+        {"one": {"ppo": curve, "trpo": curve, "reinforce": lost}, "two": {"ppo": curve}}
+    )
     lines = [len(axes.lines) for axes in figure.axes]
     assert lines == [2, 2, 1, 1]
     left, right = figure.axes[:2]
     np.testing.assert_allclose(left.lines[0].get_ydata(), [2.5, 2.0, 3.5])
-    np.testing.assert_allclose(right.lines[0].get_ydata(), [1.5, 1.0, 1.5])  # between the quartiles of two values
+    np.testing.assert_allclose(
+        right.lines[0].get_ydata(), [1.5, 1.0, 1.5]
+    )  # between the quartiles of two values
     assert left.get_title().startswith("one") and figure.axes[2].get_title().startswith("two")
     assert left.lines[0].get_color() != left.lines[1].get_color()
 
@@ -117,13 +147,25 @@ def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm
         ([ENV], ["pppo"], {}, "did you mean 'ppo'"),
         ([ENV], ["ppo"], {"seeds": 0}, "seeds = 0"),
         ([ENV], ["ppo"], {"key": 2**32}, "key = 4294967296"),
-        ([ENV], ["ppo/clip"], {"changes": {"objective": "unclipped"}}, "objective cannot be changed"),
+        (
+            [ENV],
+            ["ppo/clip"],
+            {"changes": {"objective": "unclipped"}},
+            "objective cannot be changed",
+        ),
         (["CartPole-v2"], ["ppo"], {}, "did you mean 'CartPole-v1'?"),
         ([ENV], ["ppo"], {"eval_episodes": 0}, "eval_episodes = 0"),
-        ([ENV], ["ppo", "reinforce"], {"changes": {"num_steps": 4, "num_minibatches": 1}}, "set num_steps=5"),
+        (
+            [ENV],
+            ["ppo", "reinforce"],
+            {"changes": {"num_steps": 4, "num_minibatches": 1}},
+            "set num_steps=5",
+        ),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_trained_or_written(tmp_path, names, algorithms, more, sentence):
+def test_a_mistake_is_told_before_anything_is_trained_or_written(
+    tmp_path, names, algorithms, more, sentence
+):
     with pytest.raises(ConfigError) as caught:
         compare(names, algorithms, directory=tmp_path / "new", on_start=pytest.fail, **more)
     assert sentence in str(caught.value)
@@ -132,9 +174,18 @@ def test_a_mistake_is_told_before_anything_is_trained_or_written(tmp_path, names
 
 def test_without_a_budget_all_get_the_largest_one_that_is_tuned(monkeypatch):
     planned = comparison._planned("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
-    tuned = [Config.for_env("CartPole-v1", algorithm=name).total_timesteps for name in ("ppo", "trpo", "reinforce")]
-    assert len(set(tuned)) == 3 and [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
-    assert comparison._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})[0][2].total_timesteps == 7
+    tuned = [
+        Config.for_env("CartPole-v1", algorithm=name).total_timesteps
+        for name in ("ppo", "trpo", "reinforce")
+    ]
+    assert (
+        len(set(tuned)) == 3
+        and [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
+    )
+    assert (
+        comparison._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})[0][2].total_timesteps
+        == 7
+    )
 
 
 def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch):
@@ -143,7 +194,9 @@ def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch)
 
     changes = {**SMALL, "total_timesteps": 400}
     (cut,) = compare([ENV], NAMES, seeds=2, eval_episodes=2, changes=changes, on_progress=stop)
-    assert cut.interrupted and comparison.rows([cut])[0]["algorithm"] == "ppo/unclipped (interrupted)"
+    assert (
+        cut.interrupted and comparison.rows([cut])[0]["algorithm"] == "ppo/unclipped (interrupted)"
+    )
 
     def while_compiling(*args, **kwargs):
         raise KeyboardInterrupt
@@ -154,5 +207,7 @@ def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch)
 
 def test_a_variant_is_the_tuned_settings_with_one_word_changed():
     assert variant("CartPole-v1", "ppo") == Config.for_env("CartPole-v1")
-    assert variant("CartPole-v1", "ppo/fixed_kl") == Config.for_env("CartPole-v1", objective="fixed_kl")
+    assert variant("CartPole-v1", "ppo/fixed_kl") == Config.for_env(
+        "CartPole-v1", objective="fixed_kl"
+    )
     assert variant("CartPole-v1", "reinforce/leave_one_out", gamma=1).baseline == "leave_one_out"

@@ -47,9 +47,13 @@ def quick():
 )
 def test_the_worst_copy_the_best(agents, share, seed):
     score, alive = np.array([x for x, _ in agents]), np.array([y for _, y in agents])
-    parent = np.asarray(choose_parents(jax.random.key(seed), jnp.asarray(score), jnp.asarray(alive), share))
+    parent = np.asarray(
+        choose_parents(jax.random.key(seed), jnp.asarray(score), jnp.asarray(alive), share)
+    )
     count, few = len(agents), max(1, int(share * len(agents)))
-    known = sorted((i for i in range(count) if alive[i] and score[i] == score[i]), key=lambda i: -score[i])
+    known = sorted(
+        (i for i in range(count) if alive[i] and score[i] == score[i]), key=lambda i: -score[i]
+    )
     best, slots = known[:few], max(0, few - int((~alive).sum()))
     worst = known[len(known) - slots :]
     for i in range(count):
@@ -78,7 +82,9 @@ def steps():
 
     def stepping(every):
         exchange = Exchange(every, share=0.5, factors=(0.5, 3.0))
-        functions = make_population(CONFIG, lambda config: make_trainer(config, ENV, LINEAR), exchange, BOUNDS)
+        functions = make_population(
+            CONFIG, lambda config: make_trainer(config, ENV, LINEAR), exchange, BOUNDS
+        )
         return functions[0], jax.jit(functions[1])
 
     (begin, with_exchange), (_, without) = stepping(2), stepping(1000)
@@ -110,25 +116,41 @@ def test_an_agent_becomes_another_but_for_its_key(steps):
     for name, (low, high) in BOUNDS.items():
         old, new = np.asarray(before.swept[name]), np.asarray(after.swept[name])
         np.testing.assert_array_equal(new[~copied], old[~copied])
-        possible = np.clip(old[parent][copied][:, None] * np.float32([0.5, 3.0]), np.float32(low), np.float32(high))
+        possible = np.clip(
+            old[parent][copied][:, None] * np.float32([0.5, 3.0]), np.float32(low), np.float32(high)
+        )
         assert np.isclose(new[copied][:, None], possible, rtol=1e-6).any(axis=1).all()
         np.testing.assert_array_equal(metrics.extra[f"swept/{name}"], old)  # what the iteration had
 
 
 def test_the_way_to_a_state_goes_through_its_parents():
     swept = {"lr": np.array([[1, 1, 4, 4], [2, 2, 2, 5], [3, 3, 3, 3]])}
-    parent = np.array([[0, 1, 0, 0], [1, 1, 0, 1], [1, 2, 2, 2]])  # the last column is what no exchange follows
+    parent = np.array(
+        [[0, 1, 0, 0], [1, 1, 0, 1], [1, 2, 2, 2]]
+    )  # the last column is what no exchange follows
     schedule = Schedule(np.array([10, 20, 30, 40]), swept, parent)
-    way = schedule.of(1)  # had 0's state before the last part, which had had 1's before, its own from the start
+    way = schedule.of(
+        1
+    )  # had 0's state before the last part, which had had 1's before, its own from the start
     assert way.parent.tolist() == [1, 1, 0, 1] and way.swept["lr"].tolist() == [2, 2, 4, 5]
-    assert schedule.of(2).parent.tolist() == [1, 2, 2, 2] and schedule.of(2).swept["lr"].tolist() == [2, 3, 3, 3]
+    assert schedule.of(2).parent.tolist() == [1, 2, 2, 2] and schedule.of(2).swept[
+        "lr"
+    ].tolist() == [2, 3, 3, 3]
 
 
 # ------------------------------------------------------------------------------------------ in a sweep
 
 
 def run(**ways):
-    how = {"seeds": 2, "grid": GRID, "key": 7, "samples": 2, "env": ENV, "model": LINEAR, "eval_episodes": 4}
+    how = {
+        "seeds": 2,
+        "grid": GRID,
+        "key": 7,
+        "samples": 2,
+        "env": ENV,
+        "model": LINEAR,
+        "eval_episodes": 4,
+    }
     return sweep(CONFIG, **(how | {"exchange": Exchange(2, share=0.3)} | ways))
 
 
@@ -143,7 +165,10 @@ def test_before_its_first_exchange_it_is_the_sweep(monkeypatch):
     monkeypatch.setattr(Exchange, "at_the_end_of", lambda *_: jnp.asarray(False))
     population = run(exchange=Exchange(7))
     pd.testing.assert_frame_equal(
-        population.scores.drop(columns="seed"), plain.scores.drop(columns="seed"), rtol=1e-4, check_exact=False
+        population.scores.drop(columns="seed"),
+        plain.scores.drop(columns="seed"),
+        rtol=1e-4,
+        check_exact=False,
     )
     columns = ["member", "timesteps", "episode_return"]
     pd.testing.assert_frame_equal(population.curves[columns], plain.curves[columns], rtol=1e-4)
@@ -153,16 +178,22 @@ def test_the_result_tells_the_way_there(whole):
     result, directory = whole
     assert len(result.settings) == 8 and result.seeds == 1
     table = result.schedules
-    assert table.groupby("member").size().tolist() == [4] * 8  # 8 iterations, three exchanges between them
+    assert (
+        table.groupby("member").size().tolist() == [4] * 8
+    )  # 8 iterations, three exchanges between them
     assert table["timesteps"].tolist() == [64, 128, 192, 256] * 8
     ends = table[table["timesteps"] == 256].set_index("member")
-    pd.testing.assert_frame_equal(ends[["lr", "ent_coef"]], result.scores.set_index("member")[["lr", "ent_coef"]])
-    assert (ends["had_by"] == ends.index).all() and (table["had_by"] != table["member"]).any()
+    pd.testing.assert_frame_equal(
+        ends[["lr", "ent_coef"]], result.scores.set_index("member")[["lr", "ent_coef"]]
+    )
+    assert (ends["held_by"] == ends.index).all() and (table["held_by"] != table["member"]).any()
     assert table["lr"].between(0.99e-4, 1.01e-1).all() and table["ent_coef"].between(0, 0.101).all()
     assert result.summary["member"].nunique() == len(result.summary) == 8
     best = result.scores[result.scores["score"] == result.scores["score"].max()]
     assert result.best in [result.policy(member).config for member in best["member"]]
-    np.testing.assert_allclose([result.config_of(member).lr for member in best["member"]], best["lr"])
+    np.testing.assert_allclose(
+        [result.config_of(member).lr for member in best["member"]], best["lr"]
+    )
     for name in ("schedules.csv", "schedules.png", "summary.csv", "sensitivity_lr.png"):
         assert (directory / name).stat().st_size > 0
     rows = pd.read_csv(next(directory.glob("parts/*/metrics.csv")))
@@ -186,7 +217,9 @@ def test_killed_between_two_exchanges_it_goes_on_with_the_same_results(whole, tm
         run(directory=tmp_path / "sweep", resume=True, exchange=Exchange(3))
     resumed = run(directory=tmp_path / "sweep", resume=True)
     for name in ("scores", "curves", "schedules"):
-        pd.testing.assert_frame_equal(getattr(resumed, name), getattr(result, name), check_exact=True)
+        pd.testing.assert_frame_equal(
+            getattr(resumed, name), getattr(result, name), check_exact=True
+        )
     for path in directory.glob("parts/*/metrics.csv"):
         assert (tmp_path / "sweep" / path.relative_to(directory)).read_bytes() == path.read_bytes()
 
@@ -195,9 +228,12 @@ def test_copies_do_not_repeat_what_their_parents_do():
     """Three members have one key and three another; those of the worse key copy, and nothing is perturbed."""
     grid = {"lr": [1e-3, 1e-2, 1e-1]}
     result = run(grid=grid, samples=0, exchange=Exchange(4, share=0.5, factors=(1.0,)))
-    parents = result.schedules.query("timesteps == 128")["had_by"].tolist()
+    parents = result.schedules.query("timesteps == 128")["held_by"].tolist()
     assert max(map(parents.count, parents)) >= 3  # two members have copied the same one
-    policies = [np.concatenate([x.ravel() for x in jax.tree.leaves(result.policy(i).params)]) for i in range(6)]
+    policies = [
+        np.concatenate([x.ravel() for x in jax.tree.leaves(result.policy(i).params)])
+        for i in range(6)
+    ]
     assert all((policies[i] != policies[j]).any() for i in range(6) for j in range(i))
 
 
@@ -223,7 +259,10 @@ def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
         ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
         ({"grid": {"lr": [1e-3]}}, "nothing to explore"),
         ({"grid": {"gamma": Uniform(0.0, 1.0001)}}, "gamma = 1.0001"),
-        ({"grid": {"lr": [1e-3, 1e-2], "early_stop_kl": [None, 0.1]}}, "'early_stop_kl' is not one"),
+        (
+            {"grid": {"lr": [1e-3, 1e-2], "early_stop_kl": [None, 0.1]}},
+            "'early_stop_kl' is not one",
+        ),
     ],
 )
 def test_what_is_no_population_is_refused(ways, said):
@@ -244,7 +283,8 @@ def test_whole_episodes_are_refused():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"every": 0}, {"share": 0}, {"share": 0.6}, {"factors": ()}, {"factors": (0.8, -1.0)}]
+    "changes",
+    [{"every": 0}, {"share": 0}, {"share": 0.6}, {"factors": ()}, {"factors": (0.8, -1.0)}],
 )
 def test_wrong_exchanges_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):

@@ -18,9 +18,11 @@ from small_envs import LINEAR, counter
 from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, fit, load_policy, sweep
 from purejaxppo.analysis import statistics
 from purejaxppo.sweeps.grid import groups_of, settings_of
-from purejaxppo.sweeps.portions import _even
+from purejaxppo.sweeps.portions import portion_size
 
-CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=2, total_timesteps=40, hidden_sizes=(4,))
+CONFIG = Config(
+    num_envs=2, num_steps=4, num_minibatches=1, num_epochs=2, total_timesteps=40, hidden_sizes=(4,)
+)
 CONFIG = CONFIG.replace(normalize_obs=True)
 K = 5  # iterations
 ENV = counter(limit=9, longest=12)
@@ -57,12 +59,18 @@ def seen():
 def whole(tmp_path_factory, seen, compiled):
     """(result, directory) of the sweep of all tests: 4 settings × 3 seeds in two compilations."""
     directory = tmp_path_factory.mktemp("whole") / "sweep"
-    told = {"on_plan": seen["plans"].append, "on_start": seen["groups"].append, "on_progress": seen["progress"].append}
+    told = {
+        "on_plan": seen["plans"].append,
+        "on_start": seen["groups"].append,
+        "on_progress": seen["progress"].append,
+    }
     return run(directory=directory, **told), directory
 
 
 def assert_close(a, b, tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b
+    )
 
 
 # -------------------------------------------------------------------------- equal to the single runs
@@ -76,7 +84,9 @@ def test_every_member_is_its_single_run(whole):
         alone = run_one(CONFIG.replace(**setting), seeds=SEEDS)
         policy = result.policy(member)
         assert_close(
-            (policy.params, policy.obs_moments), (alone.policy(seed).params, alone.policy(seed).obs_moments), 1e-4
+            (policy.params, policy.obs_moments),
+            (alone.policy(seed).params, alone.policy(seed).obs_moments),
+            1e-4,
         )
         assert result.config_of(member) == alone.config == policy.config
         row = result.scores.loc[member]
@@ -84,7 +94,9 @@ def test_every_member_is_its_single_run(whole):
         assert row.timesteps == alone.metrics.timesteps[seed, -1]
         curve = result.curves[result.curves.member == member]
         np.testing.assert_array_equal(curve.timesteps, alone.metrics.timesteps[seed])
-        np.testing.assert_allclose(curve.episode_return, alone.metrics.episode_return[seed], rtol=1e-4)
+        np.testing.assert_allclose(
+            curve.episode_return, alone.metrics.episode_return[seed], rtol=1e-4
+        )
 
 
 def test_in_float64_for_the_whole_run(x64):
@@ -104,7 +116,9 @@ def test_neither_portions_nor_order_change_a_member(whole):
     pd.testing.assert_frame_equal(portions.scores, result.scores, rtol=1e-4)
     turned = run({name: values[::-1] for name, values in GRID.items()})
     for member, row in turned.scores.iterrows():
-        same = result.scores[(result.scores.lr == row.lr) & (result.scores.num_envs == row.num_envs)]
+        same = result.scores[
+            (result.scores.lr == row.lr) & (result.scores.num_envs == row.num_envs)
+        ]
         same = same[same.seed == row.seed].iloc[0]
         np.testing.assert_allclose(row.score, same.score, rtol=1e-4)
         assert_close(turned.policy(member).params, result.policy(int(same.member)).params, 1e-4)
@@ -112,8 +126,12 @@ def test_neither_portions_nor_order_change_a_member(whole):
 
 def test_portions_do_not_change_the_windows_of_whole_episodes():
     """Agents whose iterations have their own numbers of steps."""
-    config = CONFIG.replace(algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False, total_timesteps=100)
-    together, apart = (run({"lr": [1e-2]}, config, eval_episodes=0, at_once=at_once) for at_once in (3, 1))
+    config = CONFIG.replace(
+        algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False, total_timesteps=100
+    )
+    together, apart = (
+        run({"lr": [1e-2]}, config, eval_episodes=0, at_once=at_once) for at_once in (3, 1)
+    )
     pd.testing.assert_frame_equal(apart.scores, together.scores, rtol=1e-4)
     pd.testing.assert_frame_equal(apart.curves, together.curves, rtol=1e-4)
 
@@ -145,8 +163,14 @@ def test_neither_do_devices(whole, tmp_path):
     shown = ["[(6, '2 × cpu')]", "2 × cpu shards", "2 × cpu 3"]
     assert done.stdout.splitlines() == shown, done.stderr
     for name in ("scores", "curves"):
-        two, one = (pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1]))
-        one = one[one.num_envs == 4].assign(member=lambda table: pd.factorize(table.member)[0]).reset_index(drop=True)
+        two, one = (
+            pd.read_csv(directory / f"{name}.csv") for directory in (tmp_path / "sweep", whole[1])
+        )
+        one = (
+            one[one.num_envs == 4]
+            .assign(member=lambda table: pd.factorize(table.member)[0])
+            .reset_index(drop=True)
+        )
         pd.testing.assert_frame_equal(two, one, rtol=1e-4)
     result = population(None)
     # One agent, the environments of which are on two devices there and on one here; two agents, one on each of them.
@@ -156,7 +180,7 @@ def test_neither_do_devices(whole, tmp_path):
         assert_close((saved.params, saved.obs_moments), (policy.params, policy.obs_moments), 1e-4)
     tables = (result.schedules, pd.read_csv(tmp_path / "sweep" / "population" / "schedules.csv"))
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
-    assert (result.schedules["had_by"] != result.schedules["member"]).any()
+    assert (result.schedules["held_by"] != result.schedules["member"]).any()
     both = run_one(seeds=2)
     saved = load_policy(tmp_path / "sweep" / "both" / "policy" / "seed_1", model=LINEAR)
     assert_close(saved.params, both.policy(1).params, 1e-4)
@@ -179,13 +203,25 @@ def test_the_compilations_are_announced_and_no_more(whole, seen, compiled):
 
 
 def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
-    config, how = CONFIG.replace(env=ENV.name), {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()}
-    needed = [compiled.compile_programs(config, ENV, agents, **how).memory_bytes for agents in (20, 60, 140)]
+    config, how = (
+        CONFIG.replace(env=ENV.name),
+        {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()},
+    )
+    needed = [
+        compiled.compile_programs(config, ENV, agents, **how).memory_bytes
+        for agents in (20, 60, 140)
+    ]
     more, twice = needed[1] - needed[0], needed[2] - needed[1]
     assert more > 0 and abs(twice / more - 2) < 0.2
     plans = []
     for seeds in (6, 18):
-        run({"lr": [1e-2], "gamma": [0.9]}, seeds=seeds, at_once=6, eval_episodes=0, on_start=plans.append)
+        run(
+            {"lr": [1e-2], "gamma": [0.9]},
+            seeds=seeds,
+            at_once=6,
+            eval_episodes=0,
+            on_start=plans.append,
+        )
     assert [plan.at_once for plan in plans] == [6, 6]
     assert plans[0].memory_bytes == plans[1].memory_bytes
 
@@ -193,11 +229,18 @@ def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
 def test_a_memory_limit_splits_the_members(whole, seen):
     whole_group = seen["groups"][0]
     plans, grid = [], {"lr": [1e-2, 1e-3], "gamma": [0.9]}
-    limited = run(grid, memory_limit=int(0.75 * whole_group.memory_bytes), eval_episodes=0, on_start=plans.append)
+    limited = run(
+        grid,
+        memory_limit=int(0.75 * whole_group.memory_bytes),
+        eval_episodes=0,
+        on_start=plans.append,
+    )
     (plan,) = plans
     assert plan.at_once < 6 and plan.memory_bytes <= 0.75 * whole_group.memory_bytes
     assert sorted(np.concatenate([part.members for part in limited.parts])) == list(range(6))
-    with pytest.raises(ConfigError, match=r"1 members of .* need [\d,]+ bytes on each device, and 1,000 are free"):
+    with pytest.raises(
+        ConfigError, match=r"1 members of .* need [\d,]+ bytes on each device, and 1,000 are free"
+    ):
         run({"lr": [1e-2]}, seeds=1, memory_limit=1000, eval_episodes=0)
 
 
@@ -214,10 +257,14 @@ def test_the_tables_say_the_same(whole):
     summary = result.summary
     assert (summary.interquartile_mean.diff().dropna() <= 0).all()
     for _, row in summary.iterrows():
-        of_setting = result.scores[(result.scores.lr == row.lr) & (result.scores.num_envs == row.num_envs)]
+        of_setting = result.scores[
+            (result.scores.lr == row.lr) & (result.scores.num_envs == row.num_envs)
+        ]
         expected = statistics.estimate(of_setting.score.to_numpy())
         np.testing.assert_allclose([row.interquartile_mean, row.low, row.high], expected)
-        np.testing.assert_allclose([row["median"], row["mean"]], [of_setting.score.median(), of_setting.score.mean()])
+        np.testing.assert_allclose(
+            [row["median"], row["mean"]], [of_setting.score.median(), of_setting.score.mean()]
+        )
     best = summary.iloc[0]
     assert (result.best.lr, result.best.num_envs) == (best.lr, best.num_envs)
 
@@ -252,7 +299,9 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(whole, tmp_path):
     assert scores.score[:SEEDS].notna().all() and scores.score[SEEDS:].isna().all()
     assert scores.diverged_at[:SEEDS].isna().all() and (scores.diverged_at[SEEDS:] >= 1).all()
     assert result.best.lr == 1e-2
-    assert result.summary.diverged.tolist() == [0, SEEDS] and np.isnan(result.summary.interquartile_mean[1])
+    assert result.summary.diverged.tolist() == [0, SEEDS] and np.isnan(
+        result.summary.interquartile_mean[1]
+    )
     assert whole[0].settings[0] == {"lr": 1e-2, "num_envs": 2, "gamma": 0.9}
     assert_close(whole[0].policy(1).params, result.policy(1).params, 1e-4)
 
@@ -271,28 +320,36 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(whole, tmp_path):
     ],
 )
 def test_portions_are_even_and_give_every_device_work(count, most, devices, size):
-    assert _even(count, most, devices) == size
+    assert portion_size(count, most, devices) == size
 
 
 def test_values_drawn_at_random():
     grid = {"lr": LogUniform(1e-5, 1e-1), "gamma": Uniform(0.5, 1.0), "num_envs": [2, 4]}
     settings = settings_of(CONFIG, grid, 400, np.random.default_rng(0))
     assert len(settings) == 800 and list(settings[0]) == list(grid)
-    rates, gammas = (np.array([setting[name] for setting in settings[:400]]) for name in ("lr", "gamma"))
+    rates, gammas = (
+        np.array([setting[name] for setting in settings[:400]]) for name in ("lr", "gamma")
+    )
     assert rates.min() > 1e-5 and rates.max() < 1e-1 and gammas.min() > 0.5 and gammas.max() < 1
     # A uniform number has the mean ½ and the deviation 1/√12: five standard errors are 0.072.
     for share in (np.log10(rates) / 4 + 5 / 4, 2 * gammas - 1):
         assert abs(share.mean() - 0.5) < 0.072 and abs(np.median(share) - 0.5) < 0.13
-    assert [setting["lr"] for setting in settings[:400]] == [setting["lr"] for setting in settings[400:]]
+    assert [setting["lr"] for setting in settings[:400]] == [
+        setting["lr"] for setting in settings[400:]
+    ]
     assert len(groups_of(CONFIG, settings)) == 2
     drawn = run({"lr": LogUniform(1e-4, 1e-2), "gamma": [0.9]}, samples=2, eval_episodes=0)
     assert drawn.scores.lr.nunique() == 2 and len(drawn.scores) == 2 * SEEDS
 
 
 def test_what_cannot_be_traced_is_its_own_group():
-    settings = settings_of(CONFIG, {"early_stop_kl": [None, 0.1, 0.2], "lr": [1e-3, 1e-2]}, 0, np.random.default_rng(0))
+    settings = settings_of(
+        CONFIG, {"early_stop_kl": [None, 0.1, 0.2], "lr": [1e-3, 1e-2]}, 0, np.random.default_rng(0)
+    )
     first, second = groups_of(CONFIG, settings)
-    assert first.config.early_stop_kl is None and first.traced == ("lr",) and first.settings == (0, 1)
+    assert (
+        first.config.early_stop_kl is None and first.traced == ("lr",) and first.settings == (0, 1)
+    )
     assert second.traced == ("early_stop_kl", "lr") and second.settings == (2, 3, 4, 5)
 
 
@@ -313,7 +370,9 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         run(directory=tmp_path / "sweep", checkpoint_seconds=0.0, on_progress=watch)
     assert len(list((tmp_path / "sweep" / "parts").glob("*.npz"))) == 1
     calls.extend([0] * 10)
-    with pytest.raises(ConfigError, match="grid = "):  # members are numbered in the order of the fields
+    with pytest.raises(
+        ConfigError, match="grid = "
+    ):  # members are numbered in the order of the fields
         run(dict(reversed(GRID.items())), directory=tmp_path / "sweep", resume=True)
     again = []
     resumed = run(
@@ -322,11 +381,17 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         resume=True,
         on_progress=lambda now: again.append(now.timesteps),
     )
-    assert again[0] == 240 + 2 * 96 and again[-1] == 240 + 3 * 96  # the first iteration was in a checkpoint
+    assert (
+        again[0] == 240 + 2 * 96 and again[-1] == 240 + 3 * 96
+    )  # the first iteration was in a checkpoint
     pd.testing.assert_frame_equal(resumed.scores, result.scores, check_exact=True)
     pd.testing.assert_frame_equal(resumed.curves, result.curves, check_exact=True)
     for member in range(12):
-        jax.tree.map(np.testing.assert_array_equal, resumed.policy(member).params, result.policy(member).params)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            resumed.policy(member).params,
+            result.policy(member).params,
+        )
     for path in directory.glob("parts/*/metrics.csv"):
         assert (tmp_path / "sweep" / path.relative_to(directory)).read_bytes() == path.read_bytes()
 
@@ -343,9 +408,15 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         ({"grid": {"lr": [1e-3, -1]}}, "lr = -1.0: it must be a finite number of at least 0"),
         ({"grid": {"lr": [1e-3, 1e-3]}}, "a setting stands in the grid twice"),
         ({"grid": {"num_minibatches": [3]}}, "num_minibatches = 3 does not divide"),
-        ({"grid": {"lr": LogUniform(1e-3, 1e-2)}}, "lr is drawn at random: say how many draws by samples"),
+        (
+            {"grid": {"lr": LogUniform(1e-3, 1e-2)}},
+            "lr is drawn at random: say how many draws by samples",
+        ),
         ({"grid": {"lr": LogUniform(0, 1)}, "samples": 2}, "it must have 0 < low < high"),
-        ({"grid": {"num_envs": Uniform(1, 2)}, "samples": 2}, "'num_envs' cannot be drawn from a distribution"),
+        (
+            {"grid": {"num_envs": Uniform(1, 2)}, "samples": 2},
+            "'num_envs' cannot be drawn from a distribution",
+        ),
         ({"grid": {"env": ["CartPole-v1"]}}, "env is swept over: leave the environment object out"),
         ({"seeds": 0}, "seeds = 0"),
         ({"at_once": 0}, "at_once = 0"),

@@ -16,7 +16,14 @@ from purejaxppo.train import make_optimizer
 from purejaxppo.types import Update
 from purejaxppo.updates import UPDATES
 
-SIZES = Config(num_envs=B, num_steps=T, num_epochs=2, num_minibatches=3, total_timesteps=4 * T * B, hidden_sizes=(4,))
+SIZES = Config(
+    num_envs=B,
+    num_steps=T,
+    num_epochs=2,
+    num_minibatches=3,
+    total_timesteps=4 * T * B,
+    hidden_sizes=(4,),
+)
 VARIANTS = {
     "ppo": SIZES,
     "ppo early stop": SIZES.replace(early_stop_kl=1e-3, lr=0.02),
@@ -77,7 +84,9 @@ def test_rows_outside_of_the_masks_have_no_effect(name):
         return jnp.where(raw[used], getattr(batch, name), jnp.nan)
 
     changed = batch._replace(
-        log_prob=spoiled("log_prob", "mask"), advantage=spoiled("advantage", "mask"), target=spoiled("target", "valid")
+        log_prob=spoiled("log_prob", "mask"),
+        advantage=spoiled("advantage", "mask"),
+        target=spoiled("target", "valid"),
     )
     update, step = made(name)
     expected, got = (step(KEY, params, update.init(params), x) for x in (batch, changed))
@@ -93,8 +102,13 @@ def test_vmapped_updates_are_the_updates_alone(name):
     vmapped = jax.vmap(lambda params, batch: update.step(KEY, params, update.init(params), batch))
     together = jax.tree.map(np.asarray, jax.jit(vmapped)(*stacked))
     for i, (params, batch) in enumerate(zip(members, batches, strict=True)):
-        alone, mine = step(KEY, params, update.init(params), batch), jax.tree.map(lambda x, i=i: x[i], together)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine)
+        alone, mine = (
+            step(KEY, params, update.init(params), batch),
+            jax.tree.map(lambda x, i=i: x[i], together),
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine
+        )
 
 
 @pytest.mark.parametrize(
@@ -120,4 +134,6 @@ def test_a_model_with_memory_learns_from_whole_sequences(name):
     assert metrics.first_ratio_deviation.max() < 1e-4
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     with pytest.raises(ConfigError, match="whole sequences"):
-        make_train(VARIANTS["ppo"].replace(num_envs=4, num_steps=6, num_minibatches=3), counter(), model)
+        make_train(
+            VARIANTS["ppo"].replace(num_envs=4, num_steps=6, num_minibatches=3), counter(), model
+        )

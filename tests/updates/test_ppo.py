@@ -48,7 +48,9 @@ def one_step(gaussian, normalize_advantage=True, clip_value=False):
     ("gaussian", "normalize_advantage", "clip_value"),
     [(False, True, False), (True, True, False), (False, False, True)],
 )
-def test_loss_and_gradient_equal_an_independent_calculation(gaussian, normalize_advantage, clip_value, masked):
+def test_loss_and_gradient_equal_an_independent_calculation(
+    gaussian, normalize_advantage, clip_value, masked
+):
     config, step = one_step(gaussian, normalize_advantage, clip_value)
     params = parameters(gaussian)
     theta = jax.tree.map(np.asarray, params)
@@ -56,7 +58,8 @@ def test_loss_and_gradient_equal_an_independent_calculation(gaussian, normalize_
         batch = random_batch(seed, gaussian, masked)
         for i in np.ndindex(T, B):
             batch["log_prob"][i] += (
-                1.2 + numpy_policy(theta["policy"], batch["obs"][i], batch["action"][i], gaussian)[0]
+                1.2
+                + numpy_policy(theta["policy"], batch["obs"][i], batch["action"][i], gaussian)[0]
             )
         _, parts = numpy_objective(theta, batch, config, gaussian)
         assert 0.1 < parts["clip_fraction"] < 1  # or the clipping would not be tested
@@ -64,7 +67,9 @@ def test_loss_and_gradient_equal_an_independent_calculation(gaussian, normalize_
         for name, expected in parts.items():
             np.testing.assert_allclose(metrics[name], expected, rtol=1e-10, err_msg=name)
         flat = jax.flatten_util.ravel_pytree(gradient)[0]
-        np.testing.assert_allclose(flat, finite_differences(theta, batch, config, gaussian), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            flat, finite_differences(theta, batch, config, gaussian), rtol=1e-5, atol=1e-7
+        )
         np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(flat), rtol=1e-10)
 
 
@@ -75,7 +80,12 @@ def test_masked_rows_have_no_effect(fill, normalize_advantage, clip_value):
     config, step = one_step(False, normalize_advantage, clip_value)
     batch, params = random_batch(3), parameters()
     changed = dict(batch)
-    for name, used in (("log_prob", "mask"), ("advantage", "mask"), ("value", "valid"), ("target", "valid")):
+    for name, used in (
+        ("log_prob", "mask"),
+        ("advantage", "mask"),
+        ("value", "valid"),
+        ("target", "valid"),
+    ):
         assert not batch[used].all()
         changed[name] = np.where(batch[used], batch[name], fill)
     got, metrics = step(config, params, arrays(changed))
@@ -92,7 +102,9 @@ def test_the_first_ratio_deviation_is_the_largest_distance_of_a_ratio_from_1():
     exact = batch._replace(log_prob=distribution.log_prob(batch.action))
     assert step(config, params, exact)[1]["first_ratio_deviation"] < 1e-12
     shifted = exact._replace(log_prob=exact.log_prob.at[2, 1].add(0.1))
-    np.testing.assert_allclose(step(config, params, shifted)[1]["first_ratio_deviation"], 1 - np.exp(-0.1), rtol=1e-9)
+    np.testing.assert_allclose(
+        step(config, params, shifted)[1]["first_ratio_deviation"], 1 - np.exp(-0.1), rtol=1e-9
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -101,8 +113,12 @@ def test_vf_coef_has_an_effect_with_separate_trunks():
     config, step = one_step(False)
     params, batch = parameters(), arrays(random_batch(5))
     one, two, none = (step(config.replace(vf_coef=c), params, batch)[0] for c in (0.7, 1.4, 0.0))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), one["policy"], two["policy"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-9), one["value"], two["value"])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9), one["policy"], two["policy"]
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-9), one["value"], two["value"]
+    )
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(one["value"])) > 1e-2
     assert all((x == 0).all() for x in jax.tree.leaves(none["value"]))
 
@@ -145,7 +161,9 @@ def test_max_grad_norm_clips_the_global_norm():
     gradient = {"a": jnp.asarray([3.0, -4.0, 0.1]), "b": jnp.asarray([[12.0]])}
     norm = np.sqrt(9 + 16 + 0.01 + 144)
     for limit, scale in ((0.5, 0.5 / norm), (1e3, 1.0)):
-        optimizer = make_optimizer(Config(lr=0.1, anneal_lr=False, max_grad_norm=limit, adam_eps=1.0))
+        optimizer = make_optimizer(
+            Config(lr=0.1, anneal_lr=False, max_grad_norm=limit, adam_eps=1.0)
+        )
         change, _ = jax.jit(optimizer.update)(gradient, jax.jit(optimizer.init)(gradient), gradient)
         for name, g in gradient.items():
             expected = -0.1 * scale * np.asarray(g) / (np.abs(scale * np.asarray(g)) + 1.0)
@@ -153,7 +171,9 @@ def test_max_grad_norm_clips_the_global_norm():
 
 
 def test_the_learning_rate_goes_linearly_to_0_and_never_below():
-    config = Config(lr=0.1, num_envs=4, num_steps=8, total_timesteps=100, num_epochs=3, num_minibatches=2)
+    config = Config(
+        lr=0.1, num_envs=4, num_steps=8, total_timesteps=100, num_epochs=3, num_minibatches=2
+    )
     assert config.num_iterations == 4
     optimizer, g = make_optimizer(config.replace(max_grad_norm=1e9)), jnp.ones(())
     # A constant gradient of 1 makes every step of Adam lr / (1 + ε).
@@ -230,4 +250,6 @@ def test_the_annealed_learning_rate_has_the_working_precision():
     """1 − k / K in float32 is off by 1e-8."""
     config = Config(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=7, lr=0.3)
     rates = [float(annealed_lr(config, jnp.int32(k))) for k in range(9)]
-    np.testing.assert_allclose(rates, [0.3 * max(0, 1 - k / 7) for k in range(9)], rtol=1e-15, atol=0)
+    np.testing.assert_allclose(
+        rates, [0.3 * max(0, 1 - k / 7) for k in range(9)], rtol=1e-15, atol=0
+    )

@@ -21,11 +21,15 @@ from purejaxppo.runs.tables import of_metrics
 from purejaxppo.types import Batch, Box, Discrete, Env, Step
 from purejaxppo.updates import reinforce
 
-ONCE = Config(algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False, hidden_sizes=(4,))
+ONCE = Config(
+    algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False, hidden_sizes=(4,)
+)
 STATES, ACTIONS, HORIZON, EPISODES, BATCHES = 3, 2, 4, 4, 20_000
 RNG = np.random.default_rng(1)
 START = np.asarray([0.6, 0.4, 0.0])
-NEXT = RNG.dirichlet(np.full(STATES + 1, 0.7), (STATES, ACTIONS))  # the last column is the end of the episode
+NEXT = RNG.dirichlet(
+    np.full(STATES + 1, 0.7), (STATES, ACTIONS)
+)  # the last column is the end of the episode
 REWARD = RNG.normal(1.0, 2.0, (STATES, ACTIONS))
 POLICY = {"w": jnp.asarray(RNG.normal(0, 0.6, (STATES, ACTIONS))), "b": jnp.asarray([0.2, -0.1])}
 
@@ -39,7 +43,9 @@ def process():
 
     def step(key, state, action):
         now, t = state
-        after = jax.random.categorical(key, jnp.log(jnp.asarray(NEXT)[now, action])).astype(jnp.int32)
+        after = jax.random.categorical(key, jnp.log(jnp.asarray(NEXT)[now, action])).astype(
+            jnp.int32
+        )
         end, after = after == STATES, jnp.minimum(after, STATES - 1)
         reward = jnp.asarray(REWARD)[now, action]
         return Step((after, t + 1), jax.nn.one_hot(after, STATES), reward, end, t + 1 >= HORIZON)
@@ -67,7 +73,10 @@ def trajectories():
     for state, p in enumerate(START):
         extend(state, p, [], [], 0.0)
     states, actions, *rest = zip(*rows, strict=True)
-    padded = [np.asarray([path + [0] * (HORIZON - len(path)) for path in paths]) for paths in (states, actions)]
+    padded = [
+        np.asarray([path + [0] * (HORIZON - len(path)) for path in paths])
+        for paths in (states, actions)
+    ]
     return *padded, *map(np.asarray, rest)
 
 
@@ -96,27 +105,52 @@ def estimates(config, params, batches=BATCHES):
         for key_rollout in keys:
             x = rollout(key_rollout, params, None, vector_env.reset(key_env), ())[0]
             advantage, target = ADVANTAGES["returns"](
-                x.reward, x.value, x.next_value, x.terminated, x.truncated, config.gamma, config.gae_lambda
+                x.reward,
+                x.value,
+                x.next_value,
+                x.terminated,
+                x.truncated,
+                config.gamma,
+                config.gae_lambda,
             )
-            batch = Batch(x.obs, x.action, x.log_prob, x.value, advantage, target, x.reset, x.mask, x.valid, ())
+            batch = Batch(
+                x.obs,
+                x.action,
+                x.log_prob,
+                x.value,
+                advantage,
+                target,
+                x.reset,
+                x.mask,
+                x.valid,
+                (),
+            )
             new, state, _ = update.step(key_rollout, params, state, batch)
-        return jax.flatten_util.ravel_pytree(jax.tree.map(jnp.subtract, new["policy"], params["policy"]))[0]
+        return jax.flatten_util.ravel_pytree(
+            jax.tree.map(jnp.subtract, new["policy"], params["policy"])
+        )[0]
 
-    return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(8), batches), batch_size=5000))
+    return np.asarray(
+        jax.lax.map(one, jax.random.split(jax.random.key(8), batches), batch_size=5000)
+    )
 
 
 @functools.cache
 def learned_value():
     """V fitted to returns by REINFORCE's own steps, the policy left as it is."""
     model = linear_model(actions=ACTIONS)
-    trainer = make_trainer(ONCE.replace(num_envs=256, num_steps=HORIZON, gamma=1.0, lr=0.1), process(), model)
+    trainer = make_trainer(
+        ONCE.replace(num_envs=256, num_steps=HORIZON, gamma=1.0, lr=0.1), process(), model
+    )
 
     def iteration(state, _):
         after = trainer.step(state)[0]
         return after._replace(params=after.params | {"policy": POLICY}), None
 
     def fit(key):
-        start = trainer.init(key, {"policy": POLICY, "value": {"w": jnp.zeros(STATES), "b": jnp.zeros(())}})
+        start = trainer.init(
+            key, {"policy": POLICY, "value": {"w": jnp.zeros(STATES), "b": jnp.zeros(())}}
+        )
         return jax.lax.scan(iteration, start, None, 200)[0].params["value"]
 
     return jax.jit(fit)(jax.random.key(3))
@@ -173,8 +207,12 @@ def test_a_gradient_of_some_other_policy_would_be_noticed():
 
 def test_returns_in_a_literal_example():
     """Two steps and a cut, which is an end; then one step. γ = ½: G = 1 + ½ · 2, 2, 3, and no successor's value."""
-    reward, value, successor = (jnp.asarray(x)[:, None] for x in ([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [7.0, 8.0, 9.0]))
-    terminated, truncated = (jnp.asarray(x)[:, None] for x in ([False, False, True], [False, True, False]))
+    reward, value, successor = (
+        jnp.asarray(x)[:, None] for x in ([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [7.0, 8.0, 9.0])
+    )
+    terminated, truncated = (
+        jnp.asarray(x)[:, None] for x in ([False, False, True], [False, True, False])
+    )
     advantage, G = ADVANTAGES["returns"](reward, value, successor, terminated, truncated, 0.5, 0.9)
     np.testing.assert_allclose(G[:, 0], [2.0, 2.0, 3.0], rtol=1e-6)
     np.testing.assert_allclose(advantage[:, 0], [1.5, 1.0, 1.0], rtol=1e-6)
@@ -183,7 +221,7 @@ def test_returns_in_a_literal_example():
 def test_the_leave_one_out_mean_in_a_literal_example():
     x = jnp.asarray([[1.0, 2.0, 6.0], [4.0, 8.0, jnp.nan], [5.0, jnp.nan, jnp.nan]])
     valid = jnp.asarray([[True, True, True], [True, True, False], [True, False, False]])
-    others = np.asarray(reinforce.mean_of_the_others(x, valid))
+    others = np.asarray(reinforce.leave_one_out_baseline(x, valid))
     np.testing.assert_allclose(others[0], [4.0, 3.5, 1.5])
     np.testing.assert_allclose(others[1, :2], [8.0, 4.0])
     assert others[2, 0] == 0  # no other episode runs
@@ -191,12 +229,16 @@ def test_the_leave_one_out_mean_in_a_literal_example():
 
 def test_the_running_mean_weighs_batches_by_age():
     config = ONCE.replace(baseline="running_mean", baseline_decay=0.5, normalize_advantage=False)
-    past, none, yes = reinforce.RunningMean(jnp.zeros(()), jnp.zeros(())), jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+    past, none, yes = (
+        reinforce.RunningMean(jnp.zeros(()), jnp.zeros(())),
+        jnp.zeros((1, 1)),
+        jnp.ones((1, 1), bool),
+    )
     weights = []
     for G in (8.0, 2.0, 5.0):
         target = jnp.full((1, 1), G)
         batch = Batch(none, none, none, none, none, target, yes, yes, yes, ())
-        weight, past = reinforce.off_baseline(config, past, batch)
+        weight, past = reinforce.subtract_baseline(config, past, batch)
         weights.append(float(weight[0, 0]))
     np.testing.assert_allclose(weights, [8.0, 2.0 - 8.0, 5.0 - (0.5 * 8 + 2) / 1.5], rtol=1e-6)
 
@@ -214,22 +256,47 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     assert metrics.timesteps.shape == (seeds, config.num_iterations) == (seeds, -(-total // B))
     assert config.actual_timesteps == total + 8 * B - 1
     for i, done in enumerate(state.iteration.tolist()):
-        steps, episodes, lengths = metrics.timesteps[i], metrics.episodes[i], metrics.episode_length[i]
-        assert steps[done - 2] < total <= steps[done - 1] == state.timesteps[i] <= config.actual_timesteps
+        steps, episodes, lengths = (
+            metrics.timesteps[i],
+            metrics.episodes[i],
+            metrics.episode_length[i],
+        )
+        assert (
+            steps[done - 2]
+            < total
+            <= steps[done - 1]
+            == state.timesteps[i]
+            <= config.actual_timesteps
+        )
         np.testing.assert_allclose(np.diff(steps[:done], prepend=0), lengths[:done] * B, rtol=1e-5)
-        mean = np.mean([min(length, 5) for length in range(1, 9)])  # cut after 5 steps, ended after 1 … 8
+        mean = np.mean(
+            [min(length, 5) for length in range(1, 9)]
+        )  # cut after 5 steps, ended after 1 … 8
         assert abs(lengths[:done].mean() - mean) < 0.5
         np.testing.assert_array_equal(episodes, np.where(np.arange(len(steps)) < done, B, 0))
         for row in (metrics.timesteps[i], metrics.policy_loss[i]):  # the last one stays
-            np.testing.assert_array_equal(row[done:], np.broadcast_to(row[done - 1], row[done:].shape))
+            np.testing.assert_array_equal(
+                row[done:], np.broadcast_to(row[done - 1], row[done:].shape)
+            )
         assert np.isnan(metrics.episode_return[i, done:]).all() and np.isnan(lengths[done:]).all()
     # In chunks, here of one iteration each, it is the same run; it ends when the last agent has its steps.
     monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0)
     now = []
-    run = fit(config, seeds=seeds, key=jax.random.key(0), env=counter(), model=LINEAR, on_progress=now.append)
+    run = fit(
+        config,
+        seeds=seeds,
+        key=jax.random.key(0),
+        env=counter(),
+        model=LINEAR,
+        on_progress=now.append,
+    )
     iterations = state.iteration.tolist()
-    assert len(now) == max(iterations) > min(iterations) and now[-1].timesteps == state.timesteps.min()
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # a mean may be summed in another order
+    assert (
+        len(now) == max(iterations) > min(iterations) and now[-1].timesteps == state.timesteps.min()
+    )
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=1e-5, atol=1e-6
+    )  # a mean may be summed in another order
     jax.tree.map(lambda a, b: close(a, b[:, : max(iterations)]), run.metrics, metrics)
     jax.tree.map(close, run.state.params, state.params)
     rows = of_metrics(run.metrics, max(iterations), np.zeros(seeds))
@@ -244,10 +311,14 @@ def test_a_step_takes_returns_to_go_and_counts_what_was_the_agents(x64):
         return env.step(key, state, action)._replace(mask=state.t > 0)
 
     env = counter(longest=0)
-    config = ONCE.replace(num_envs=4, num_steps=30, baseline="none", normalize_advantage=False, gamma=1.0)
+    config = ONCE.replace(
+        num_envs=4, num_steps=30, baseline="none", normalize_advantage=False, gamma=1.0
+    )
     with jax.enable_x64(x64):
         trainer = make_trainer(config, env._replace(step=forced_first), linear_model())
-        params = jax.tree.map(jnp.zeros_like, linear_model().init(jax.random.key(0), jnp.zeros((1, 3))))
+        params = jax.tree.map(
+            jnp.zeros_like, linear_model().init(jax.random.key(0), jnp.zeros((1, 3)))
+        )
         step, state = jax.jit(trainer.step), jax.jit(trainer.init)(jax.random.key(0), params)
         after, metrics = step(state)
         np.testing.assert_allclose(metrics.policy_loss, np.log(3) * (14 + 12 + 9 + 5), rtol=1e-6)
@@ -258,7 +329,9 @@ def test_a_step_takes_returns_to_go_and_counts_what_was_the_agents(x64):
 def test_with_gae_windows_may_cut_episodes_and_memory_goes_on():
     config = ONCE.replace(advantage="gae", num_envs=4, num_steps=3, total_timesteps=60)
     state, metrics = jax.jit(make_train(config, counter(), memory_model(3)))(jax.random.key(0))
-    assert metrics.timesteps.tolist() == [12, 24, 36, 48, 60] and np.isfinite(metrics.value_loss).all()
+    assert (
+        metrics.timesteps.tolist() == [12, 24, 36, 48, 60] and np.isfinite(metrics.value_loss).all()
+    )
     assert (np.asarray(state.carry[0]) != 0).any()
 
 
@@ -273,7 +346,10 @@ def test_with_gae_windows_may_cut_episodes_and_memory_goes_on():
         ({"objective": "unclipped"}, "leave them out, or set algorithm='ppo'"),
         ({"early_stop_kl": 0.1}, "leave them out, or set algorithm='ppo'"),
         ({"algorithm": "ppo", "baseline": "none"}, "baseline = 'none' is reinforce's"),
-        ({"algorithm": "ppo", "episodic": True, "num_steps": 4}, "set num_steps=5, or episodic=False"),
+        (
+            {"algorithm": "ppo", "episodic": True, "num_steps": 4},
+            "set num_steps=5, or episodic=False",
+        ),
         ({"anneal_lr": True}, "set anneal_lr=False"),
         ({"total_timesteps": 2**31}, "counted up to 2"),
         ({"baseline": "leave_one_uot"}, "did you mean 'leave_one_out'"),

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from purejaxppo.runs.tables import Table
 
-Before = Mapping[str, Table] | None  # kind: rows that a resumed run goes on from; None for a new run
+Before = (
+    Mapping[str, Table] | None
+)  # kind: rows that a resumed run goes on from; None for a new run
 
 
 class Logger(NamedTuple):

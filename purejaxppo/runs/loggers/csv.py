@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from purejaxppo.runs import tables
-from purejaxppo.runs.disk import whole
+from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.tables import Table
 
@@ -40,14 +40,16 @@ def open_csv(
         if table is None or not tables.existing(table).any():
             (directory / name).unlink(missing_ok=True)
         else:
-            whole(directory / name, partial(write_whole, kind, table))
+            atomic_write(directory / name, partial(write_whole, kind, table))
             files[kind] = (directory / name).open("a", encoding="utf-8", newline="")
 
     def write(kind: str, table: Table) -> None:
         if kind not in files:
             files[kind] = begin(kind, directory / FILES[kind], table, "x")  # a run never overwrites
         if tables.columns(table) != columns[kind]:
-            raise ValueError(f"{FILES[kind]} has the columns {columns[kind]}, but now {tables.columns(table)} came")
+            raise ValueError(
+                f"{FILES[kind]} has the columns {columns[kind]}, but now {tables.columns(table)} came"
+            )
         files[kind].writelines(tables.lines(table, numbered[1]))
         files[kind].flush()
 

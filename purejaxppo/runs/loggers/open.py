@@ -20,7 +20,11 @@ from purejaxppo.runs.tables import Table
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import nearest
 
-LOGGERS: dict[str, Callable] = {"csv": open_csv, "tensorboard": open_tensorboard, "wandb": open_wandb}
+LOGGERS: dict[str, Callable] = {
+    "csv": open_csv,
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+}
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # imported only when asked for
 MOST_MEMBERS = {"tensorboard": MOST_STREAMS, "wandb": MOST_RUNS}
 
@@ -54,7 +58,10 @@ def open_loggers(
     names = checked_names(names, directory, len(members))
     numbered = numbered or ("seed", range(len(members)))
     opening = LOGGERS | {"csv": partial(LOGGERS["csv"], numbered=numbered)}
-    opened = {name: attempt(name, opening[name], directory, members, description, before) for name in names}
+    opened = {
+        name: attempt(name, opening[name], directory, members, description, before)
+        for name in names
+    }
 
     def write(kind: str, table: Table) -> None:
         for name, logger in opened.items():
@@ -69,7 +76,9 @@ def open_loggers(
     return Logger(write, close)
 
 
-def checked_names(names: Sequence[str], directory: Path | None, num_members: int) -> tuple[str, ...]:
+def checked_names(
+    names: Sequence[str], directory: Path | None, num_members: int
+) -> tuple[str, ...]:
     """The loggers that will write, or one sentence on why they cannot; with a directory ``csv`` is the first."""
     names = [names] if isinstance(names, str) else names
     for name in names:
@@ -77,7 +86,9 @@ def checked_names(names: Sequence[str], directory: Path | None, num_members: int
             hint = nearest(name, LOGGERS) or f"; there are {', '.join(LOGGERS)}"
             raise ConfigError(f"logger {name!r} is not known{hint}")
         if directory is None:
-            raise ConfigError(f"logger {name!r} needs a place to write to: give the run a directory")
+            raise ConfigError(
+                f"logger {name!r} needs a place to write to: give the run a directory"
+            )
         if name in PACKAGES:
             _import(name, PACKAGES[name])
         most = MOST_MEMBERS.get(name, num_members)

@@ -13,7 +13,9 @@ from purejaxppo.runs.tables import Table
 MOST_STREAMS = 100  # each keeps a file open
 
 
-def open_tensorboard(directory: Path, members: Sequence[str], description: dict[str, Any], before: Before) -> Logger:
+def open_tensorboard(
+    directory: Path, members: Sequence[str], description: dict[str, Any], before: Before
+) -> Logger:
     """A stream per member in ``tensorboard/MEMBER``, against environment steps.
 
     `tensorboardX.SummaryWriter` is not used, because its queue blocks for ever once its thread has met a full disk, and
@@ -25,7 +27,9 @@ def open_tensorboard(directory: Path, members: Sequence[str], description: dict[
 
     writers = []
     with ExitStack() as stack:
-        for member, step in zip(members, tables.next_steps(before or {}, len(members)), strict=True):
+        for member, step in zip(
+            members, tables.next_steps(before or {}, len(members)), strict=True
+        ):
             folder = directory / "tensorboard" / member
             folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads the files of a stream in the order of their names, which otherwise are seconds.
@@ -42,7 +46,9 @@ def open_tensorboard(directory: Path, members: Sequence[str], description: dict[
         now = time.time()
         for writer, points in zip(writers, tables.points(kind, table), strict=True):
             for step, values in points:
-                summary = Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
+                summary = Summary(
+                    value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
+                )
                 writer.write_event(Event(wall_time=now, step=step, summary=summary))
             writer.flush()
 
