@@ -1,5 +1,6 @@
 """What every environment must keep to: its functions agree with its spaces and with each other."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,23 +9,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.types import Box, ConfigError, Env, PyTree, Space, Step
+from purejaxppo.types import (
+    ACTION_MASK,
+    Box,
+    ConfigError,
+    Dict,
+    Env,
+    PyTree,
+    Space,
+    Step,
+    action_mask_shape,
+    parts_of,
+)
 
 
 def require_consistent(env: Env) -> None:
     """Raise `ConfigError` where reset and step disagree with the spaces or with each other.
 
     ``reset`` returns ``(state, obs)`` and ``step`` a `Step`. An observation is one array of the shape of
-    its space; in a finite space it holds integers. Reward, flags and mask are scalars, and all but the
+    its space, or a dict of such arrays; in a finite space it holds integers. Reward, flags and mask are scalars, and all but the
     reward are bools. The states of reset and step have the same structure and shapes. Their types may
     differ, because a fresh start is cast to the types that a step returns, but the next step must return
     these types again. Nothing is run.
     """
-    for name in ("observation_space", "action_space"):
+    for name, allowed in (("observation_space", Space | Dict), ("action_space", Space)):
         space = getattr(env, name)
-        if not isinstance(space, Space):
+        if not isinstance(space, allowed):
             words = f"a {type(space).__name__}: it must be a Discrete, a MultiDiscrete or a Box"
+            words += ", or a Dict of these" if name == "observation_space" else ""
             raise ConfigError(f"the {name} of {env.name} is {words}")
+    _require_mask(env)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     start = jax.eval_shape(env.reset, key)
@@ -57,28 +71,90 @@ def _step(env: Env, key: Any, state: PyTree) -> Step:
     return step
 
 
+def _require_mask(env: Env) -> None:
+    """The ``action_mask`` has one element for each action."""
+    if not isinstance(env.observation_space, Dict):
+        return
+    space = dict(env.observation_space.spaces).get(ACTION_MASK)
+    if space is None:
+        return
+    shape = action_mask_shape(env.action_space)
+    if space.shape != shape:
+        words = "which have no mask" if shape is None else f"which need the shape {shape}"
+        raise ConfigError(
+            f"the action_mask of {env.name} has the shape {space.shape}, and its actions are "
+            f"{env.action_space}, {words}"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def require_allowed_actions(env: Env) -> None:
+    """Raise `ConfigError` where the ``action_mask`` of a fresh start allows no action.
+
+    Sixteen starts are drawn. A mask that allows nothing later in an episode is not found: all
+    actions are then equally probable.
+    """
+    if not isinstance(env.observation_space, Dict):
+        return
+    if ACTION_MASK not in dict(env.observation_space.spaces):
+        return
+    with jax.ensure_compile_time_eval():
+        keys = jax.random.split(jax.random.key(0), 16)
+        mask = np.asarray(jax.vmap(env.reset)(keys)[1][ACTION_MASK]).astype(bool)
+    sizes = getattr(env.action_space, "sizes", mask.shape[1:])
+    parts = np.split(mask, np.cumsum(sizes)[:-1], axis=1)
+    if not all(part.any(axis=1).all() for part in parts):
+        raise ConfigError(
+            f"the action_mask of {env.name} allows no action at the start of an episode"
+        )
+
+
 def _require_observation(env: Env, name: str, obs: Any) -> None:
-    """One array of real numbers, of the shape of its space."""
+    """Arrays of real numbers, in the structure and of the shapes of their space."""
+    space = env.observation_space
+    if isinstance(space, Dict):
+        names = [part for part, _ in space.spaces]
+        if not isinstance(obs, dict) or sorted(obs) != names:
+            found = (
+                f"a dict of {', '.join(map(str, obs))}"
+                if isinstance(obs, dict)
+                else type(obs).__name__
+            )
+            raise ConfigError(
+                f"{name} of {env.name} returns {found} as obs: it must be a dict of {', '.join(names)}"
+            )
+        for part, of_part in space.spaces:
+            _require_part(env, name, f"obs[{part!r}]", of_part, obs[part])
+    else:
+        _require_part(env, name, "obs", space, obs)
+
+
+def _require_part(env: Env, name: str, part: str, space: Space, obs: Any) -> None:
+    """One array of the shape of its space."""
     if not jax.tree_util.all_leaves([obs]):
         found = type(obs).__name__
-        raise ConfigError(f"{name} of {env.name} returns a {found} as obs: it must be one array")
-    if obs.shape != env.observation_space.shape:
+        raise ConfigError(f"{name} of {env.name} returns a {found} as {part}: it must be one array")
+    if obs.shape != space.shape:
         raise ConfigError(
-            f"{name} of {env.name} returns an obs of the shape {obs.shape}: "
-            f"it must have that of its observation_space, {env.observation_space.shape}"
+            f"{name} of {env.name} returns an {part} of the shape {obs.shape}: "
+            f"it must have that of its observation_space, {space.shape}"
         )
 
 
 def _require_type(env: Env, obs: Any) -> None:
     """Integers in a finite space, real numbers or bools in a Box."""
-    is_box = isinstance(env.observation_space, Box)
-    kinds = (np.integer, np.floating, np.bool_) if is_box else (np.integer,)
-    if not any(jnp.issubdtype(obs.dtype, kind) for kind in kinds):
-        space = type(env.observation_space).__name__
-        allowed = "real numbers" if is_box else "integers"
-        raise ConfigError(
-            f"obs of {env.name} has the type {obs.dtype}: in the observation_space {space} it must hold {allowed}"
-        )
+    parts = parts_of(env.observation_space)
+    for path, space in jax.tree_util.tree_leaves_with_path(parts):
+        name = f"obs{jax.tree_util.keystr(path)}"
+        x = obs[path[0].key] if path else obs
+        is_box = isinstance(space, Box)
+        kinds = (np.integer, np.floating, np.bool_) if is_box else (np.integer,)
+        if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+            allowed = "real numbers" if is_box else "integers"
+            raise ConfigError(
+                f"{name} of {env.name} has the type {x.dtype}: in the observation_space "
+                f"{type(space).__name__} it must hold {allowed}"
+            )
 
 
 def _require_scalars(env: Env, step: Step) -> None:

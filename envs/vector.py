@@ -11,7 +11,9 @@ from purejaxppo.types import Box, Env, EpisodeSums, PRNGKey, PyTree, Step, Vecto
 SHARE_AT_ONCE = 32  # one environment in 32 ends at a typical step of CartPole: then one pass serves all that ended
 
 
-def vectorize(env: Env, num_envs: int, at_once: int | None = None) -> VectorEnv:
+def vectorize(
+    env: Env, num_envs: int, at_once: int | None = None, group_size: int = 1
+) -> VectorEnv:
     """``num_envs`` copies of ``env`` that start again by themselves.
 
     Every step has a fresh random key for each environment, and an episode that begins after the step begins at
@@ -20,13 +22,17 @@ def vectorize(env: Env, num_envs: int, at_once: int | None = None) -> VectorEnv:
     nearly all draws would be thrown away, so only the environments that ended draw, ``at_once`` of them at a time
     (`restart`).
 
+    After ``reset`` each start is shared by ``group_size`` consecutive environments.
+
     The `Step` that comes back is from before the reset: its ``obs`` is the final observation of an episode that ended.
     """
     B = num_envs
     at_once = max(1, B // SHARE_AT_ONCE) if at_once is None else at_once
 
     def reset(key: PRNGKey) -> VectorState:
-        states, obs = fresh_starts(env, key, B)
+        starts = fresh_starts(env, key, B // group_size)
+        group = jnp.arange(B) // group_size
+        states, obs = starts if group_size == 1 else jax.tree.map(lambda x: x[group], starts)
         return VectorState(
             env=states,
             obs=obs,
@@ -118,15 +124,15 @@ def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
-def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, Array]:
+def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, PyTree]:
     """``count`` independent initial (state, obs)."""
     return jax.vmap(_reset_in_types_of_step(env))(jax.random.split(key, count))
 
 
-def _reset_in_types_of_step(env: Env) -> Callable[[PRNGKey], tuple[PyTree, Array]]:
+def _reset_in_types_of_step(env: Env) -> Callable[[PRNGKey], tuple[PyTree, PyTree]]:
     """``env.reset`` in the types that a step has: a loop over steps needs them to be the same."""
 
-    def reset(key: PRNGKey) -> tuple[PyTree, Array]:
+    def reset(key: PRNGKey) -> tuple[PyTree, PyTree]:
         state, obs = env.reset(key)
         dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
         action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)

@@ -2,56 +2,21 @@
 
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from purejaxppo.types import (
     Box,
     ConfigError,
-    Discrete,
     Env,
-    MultiDiscrete,
     PRNGKey,
     PyTree,
-    Space,
     Step,
 )
 
 _told: set[str] = set()  # warnings, each of which is given once
 UNBOUNDED = 1e30  # gymnax writes the largest float32 where there is no bound
-
-
-def flatten_observations(env: Env) -> Env:
-    """Observations as one vector of features, by `into_features`."""
-    space = env.observation_space
-
-    def reset(key: PRNGKey) -> tuple[PyTree, Array]:
-        state, obs = env.reset(key)
-        return state, into_features(obs, space)
-
-    def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
-        out = env.step(key, state, action)
-        return out._replace(obs=into_features(out.obs, space))
-
-    key = jax.random.key(0)
-    size = jax.eval_shape(reset, key)[1].shape[0]
-    return env._replace(reset=reset, step=step, observation_space=Box((size,), -np.inf, np.inf))
-
-
-def into_features(obs: Shaped[Array, "..."], space: Space) -> Shaped[Array, "*batch features"]:
-    """Observations [*batch, *space.shape] as [*batch, features]: finite sets as one-hot, boxes row by row."""
-    batch = obs.shape[: obs.ndim - len(space.shape)]
-    match space:
-        case Discrete(n):
-            return jax.nn.one_hot(obs, n)
-        case MultiDiscrete(sizes):
-            return jnp.concatenate(
-                [jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)], axis=-1
-            )
-        case Box():
-            return obs.reshape((*batch, int(np.prod(space.shape))))
 
 
 def bound_actions(env: Env, squash: bool = False) -> Env:

@@ -1,9 +1,13 @@
-"""Advantage estimators, all of one signature: `ADVANTAGES` has them by name."""
+"""Advantage estimators: the formulas on plain arrays, and `ADVANTAGES`, the estimators by name."""
+
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from purejaxppo.types import Estimator, Transition
 
 
 def gae(
@@ -68,4 +72,34 @@ def returns(
     return G - value, G
 
 
-ADVANTAGES = {"gae": gae, "returns": returns}
+def estimate_gae(
+    config: Any, transitions: Transition, reward: Float[Array, "T B"]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """`gae` of a rollout."""
+    return gae(
+        reward,
+        transitions.value,
+        transitions.next_value,
+        transitions.terminated,
+        transitions.truncated,
+        config.gamma,
+        config.gae_lambda,
+    )
+
+
+def estimate_returns(
+    config: Any, transitions: Transition, reward: Float[Array, "T B"]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """`returns` of a rollout."""
+    return returns(
+        reward,
+        transitions.value,
+        transitions.next_value,
+        transitions.terminated,
+        transitions.truncated,
+        config.gamma,
+        config.gae_lambda,
+    )
+
+
+ADVANTAGES: dict[str, Estimator] = {"gae": estimate_gae, "returns": estimate_returns}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -29,16 +29,17 @@ from purejaxppo.validation import (
     wrong,
 )
 
-ALGORITHMS = ("ppo", "trpo", "reinforce")
+# A new algorithm or estimator adds its name here, beside its line in `UPDATES` or `ADVANTAGES`.
+ALGORITHMS = ["ppo", "trpo", "reinforce"]
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
-ESTIMATORS = ("auto", "gae", "returns")
+ESTIMATORS = ["auto", "gae", "returns"]
 BASELINES = ("value", "leave_one_out", "running_mean", "none")
 NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
 def _static(
-    default: Any, doc: str, check: Check | tuple[str, ...] | None = None, kw_only: bool = False
+    default: Any, doc: str, check: Check | Sequence[str] | None = None, kw_only: bool = False
 ) -> Any:
     """A size, a name or a switch: another value is another compiled program."""
     metadata = {"static": True, "doc": doc, "check": check}
@@ -147,6 +148,13 @@ class Config:
     shared_trunk: bool = _static(False, "policy and value share the hidden layers")
     debug: bool = _static(
         False, "print a line from inside the compiled program after every iteration"
+    )
+
+    critic_obs: str = _static(
+        "", "part of the observation for the value function only", kw_only=True
+    )
+    group_size: int = _static(
+        1, "consecutive environments that share a start, in whole episodes (G)", POSITIVE_INT, True
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from purejaxppo.shards import split_shards
+from purejaxppo.types import ACTION_MASK, Box, Dict, ObservationSpace, PyTree
 
 EPSILON, LIMIT = 1e-8, 10.0  # under the root; bound on what is normalised, in standard deviations
 
@@ -24,6 +25,9 @@ class Moments(NamedTuple):
         return jnp.where(self.samples > 0, self.m2 / jnp.maximum(self.samples, 1), 1.0)
 
 
+ObsMoments = Moments | dict[str, Moments]  # of a Box; of the parts of other observations
+
+
 class ReturnScale(NamedTuple):
     """What the reward normaliser remembers."""
 
@@ -34,17 +38,31 @@ class ReturnScale(NamedTuple):
 class Normalizer(NamedTuple):
     """The normalisers of one agent; None where the config asks for none."""
 
-    obs: Moments | None
+    obs: ObsMoments | None
     reward: ReturnScale | None
 
 
-def init_normalizer(obs: Shaped[Array, "B ..."], observations: bool, rewards: bool) -> Normalizer:
-    """The normalisers before anything was seen."""
-    running = jnp.zeros(obs.shape[0], jnp.result_type(float))
+def init_normalizer(
+    obs: PyTree, space: ObservationSpace, observations: bool, rewards: bool
+) -> Normalizer:
+    """The normalisers before anything was seen; ``obs`` [B, ...] are observations of ``space``."""
+    num_envs = jax.tree.leaves(obs)[0].shape[0]
+    running = jnp.zeros(num_envs, jnp.result_type(float))
     return Normalizer(
-        no_moments(obs.shape[1:]) if observations else None,
+        init_obs_moments(space) if observations else None,
         ReturnScale(running, no_moments(())) if rewards else None,
     )
+
+
+def init_obs_moments(space: ObservationSpace) -> ObsMoments:
+    """The moments of no observations: of a `Box`, or of those parts of a `Dict` that are boxes.
+
+    Elements of finite sets and action masks are not normalised.
+    """
+    if isinstance(space, Dict):
+        boxes = {name: x.shape for name, x in space.spaces if isinstance(x, Box)}
+        return {name: no_moments(x) for name, x in boxes.items() if name != ACTION_MASK}
+    return no_moments(space.shape) if isinstance(space, Box) else {}
 
 
 def no_moments(shape: tuple[int, ...]) -> Moments:
@@ -66,6 +84,18 @@ def moments_of(x: Shaped[Array, "n ..."], valid: Bool[Array, "n"] | None = None)
     return Moments(samples, mean, jnp.where(column, (x - mean[None]) ** 2, 0).sum(axis=0))
 
 
+def obs_moments_of(like: ObsMoments, obs: PyTree, valid: Bool[Array, "n"] | None) -> ObsMoments:
+    """The moments of n observations, or of those that are valid, in the parts that ``like`` has."""
+    if isinstance(like, dict):
+        return {name: moments_of(obs[name], valid) for name in like}
+    return moments_of(obs, valid)
+
+
+def merge_obs(a: ObsMoments, b: ObsMoments) -> ObsMoments:
+    """`merge`, part by part."""
+    return jax.tree.map(merge, a, b, is_leaf=lambda x: isinstance(x, Moments))
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both samples together (Chan, Golub and LeVeque 1979): exact, whatever the split."""
     samples = a.samples + b.samples
@@ -85,6 +115,11 @@ def pooled(parts: Moments) -> Moments:
     return Moments(samples, mean, (parts.m2 + weight * (parts.mean - mean[None]) ** 2).sum(axis=0))
 
 
+def pooled_obs(parts: ObsMoments) -> ObsMoments:
+    """`pooled`, part by part of the observations."""
+    return jax.tree.map(pooled, parts, is_leaf=lambda x: isinstance(x, Moments))
+
+
 def moments_in_shards(
     x: Float[Array, "T B"], valid: Bool[Array, "T B"] | None, num_shards: int
 ) -> Moments:
@@ -99,10 +134,13 @@ def moments_in_shards(
     )
 
 
-def normalize_obs(moments: Moments | None, obs: Array) -> Array:
-    """(obs − mean) / deviation, cut at ± 10; ``obs`` itself without moments."""
+def normalize_obs(moments: ObsMoments | None, obs: PyTree) -> PyTree:
+    """(obs − mean) / deviation, clipped to ± 10, in the parts that have moments."""
     if moments is None:
         return obs
+    if isinstance(moments, dict):
+        parts = {name: normalize_obs(moments[name], obs[name]) for name in moments}
+        return obs | parts if parts else obs
     mean, variance = (jnp.broadcast_to(x, obs.shape) for x in (moments.mean, moments.variance))
     standardized = (obs - mean) / jnp.sqrt(variance + EPSILON)
     return jnp.clip(standardized, -LIMIT, LIMIT)

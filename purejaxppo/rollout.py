@@ -4,11 +4,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from purejaxppo.envs.vector import where_rows
 from purejaxppo.keys import scan_keys
-from purejaxppo.normalize import Moments, merge, moments_of, no_moments, normalize_obs, pooled
+from purejaxppo.normalize import (
+    ObsMoments,
+    merge_obs,
+    normalize_obs,
+    obs_moments_of,
+    pooled_obs,
+)
 from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import (
     Env,
@@ -22,8 +27,8 @@ from purejaxppo.types import (
 )
 
 Rollout = Callable[
-    [PRNGKey, PyTree, Moments | None, VectorState, PyTree],
-    tuple[Transition, VectorState, PyTree, Moments | None],
+    [PRNGKey, PyTree, ObsMoments | None, VectorState, PyTree],
+    tuple[Transition, VectorState, PyTree, ObsMoments | None],
 ]
 
 
@@ -53,10 +58,10 @@ def make_rollout(
     def rollout(
         key: PRNGKey,
         params: PyTree,
-        obs_moments: Moments | None,
+        obs_moments: ObsMoments | None,
         env_state: VectorState,
         carry: PyTree,
-    ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
+    ) -> tuple[Transition, VectorState, PyTree, ObsMoments | None]:
         key_reset, key_steps = jax.random.split(key)
         if whole_episodes:
             env_state = vector_env.reset(key_reset)
@@ -81,9 +86,9 @@ def make_rollout(
             if at_most_one_truncation:
                 truncated_successor = where_rows(truncated & valid, successor, truncated_successor)
             if rollout_moments is not None:
-                rollout_moments = merge(
-                    rollout_moments, moments_of(env_state.obs, valid if whole_episodes else None)
-                )
+                counted = valid if whole_episodes else None
+                met = obs_moments_of(rollout_moments, env_state.obs, counted)
+                rollout_moments = merge_obs(rollout_moments, met)
             if whole_episodes:
                 first_episode_done |= timestep.terminated | truncated
 
@@ -112,7 +117,7 @@ def make_rollout(
             (carry, normalize_obs(obs_moments, env_state.obs)) if at_most_one_truncation else ()
         )
         keys = jax.random.split(key_steps, (num_steps, 2))
-        rollout_moments = None if obs_moments is None else no_moments(env_state.obs.shape[1:])
+        rollout_moments = None if obs_moments is None else jax.tree.map(jnp.zeros_like, obs_moments)
         start = (env_state, carry, truncated_successor, rollout_moments, no_reset)
         (env_state, carry, truncated_successor, rollout_moments, _), transitions = scan_keys(
             step, start, keys
@@ -134,7 +139,9 @@ def make_rollout(
     return rollout
 
 
-def reset_shards(vector_env: VectorEnv, key: PRNGKey, num_shards: int) -> tuple[VectorState, Array]:
+def reset_shards(
+    vector_env: VectorEnv, key: PRNGKey, num_shards: int
+) -> tuple[VectorState, PyTree]:
     """The environments of all shards at their first observations, and these as [B, ...]."""
     if num_shards == 1:
         state = vector_env.reset(key)
@@ -155,10 +162,10 @@ def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
     def sharded_rollout(
         key: PRNGKey,
         params: PyTree,
-        obs_moments: Moments | None,
+        obs_moments: ObsMoments | None,
         env_state: VectorState,
         carry: PyTree,
-    ) -> tuple[Transition, VectorState, PyTree, Moments | None]:
+    ) -> tuple[Transition, VectorState, PyTree, ObsMoments | None]:
         vmapped_rollout = jax.vmap(rollout, in_axes=(0, None, None, 0, 0), out_axes=(1, 0, 0, 0))
         transitions, env_state, carry, rollout_moments = vmapped_rollout(
             jax.random.split(key, num_shards),
@@ -167,7 +174,7 @@ def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
             env_state,
             split_shards(carry, num_shards),
         )
-        rollout_moments = None if rollout_moments is None else pooled(rollout_moments)
+        rollout_moments = None if rollout_moments is None else pooled_obs(rollout_moments)
         return join_shards(transitions, axis=1), env_state, join_shards(carry), rollout_moments
 
     return sharded_rollout

@@ -9,9 +9,15 @@ import numpy as np
 from purejaxppo.config import Config
 from purejaxppo.normalize import Normalizer
 from purejaxppo.trees import named_leaves
-from purejaxppo.types import Box, ConfigError, Env, PyTree, Space
+from purejaxppo.types import Box, ConfigError, Dict, Env, ObservationSpace, PyTree
 
-NETWORK = ("network", "hidden_sizes", "activation", "shared_trunk")  # which network it is
+NETWORK = (
+    "network",
+    "hidden_sizes",
+    "activation",
+    "shared_trunk",
+    "critic_obs",
+)  # which network it is
 
 
 class Start(NamedTuple):
@@ -85,9 +91,8 @@ def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) ->
                 f"the policy to start from was trained in {policy.config.env}, whose {what}s are {before}, "
                 f"and those of {env.name} are {now}"
             )
-    fields = (
-        ("squash_actions",) if own_model or not policy.flatten else (*NETWORK, "squash_actions")
-    )
+    is_own = own_model or policy.has_own_model
+    fields = ("squash_actions",) if is_own else (*NETWORK, "squash_actions")
     for name in fields:
         before, now = getattr(policy.config, name), getattr(config, name)
         if before != now:
@@ -95,8 +100,10 @@ def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) ->
             raise ConfigError(f"the policy to start from has {told}")
 
 
-def _kind(space: Space) -> Any:
-    """A space but for the bounds of a box, which may be others."""
+def _kind(space: ObservationSpace) -> Any:
+    """A space without the bounds of its boxes, which may differ."""
+    if isinstance(space, Dict):
+        return [(name, _kind(part)) for name, part in space.spaces]
     return (Box, space.shape) if isinstance(space, Box) else space
 
 

@@ -12,34 +12,34 @@ from jaxtyping import Array, Float, Int
 import purejaxppo.envs as envs
 from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config, require_scalars, validate
-from purejaxppo.envs.consistency import require_consistent
+from purejaxppo.envs.consistency import require_allowed_actions, require_consistent
 from purejaxppo.envs.vector import vectorize
-from purejaxppo.envs.wrappers import (
-    bound_actions,
-    flatten_observations,
-    warn_of_unreachable_actions,
-)
+from purejaxppo.envs.wrappers import bound_actions, warn_of_unreachable_actions
 from purejaxppo.iterations import metrics_buffer, run_iterations, timesteps_after, zero_timesteps
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks.actor_critic import make_model
-from purejaxppo.normalize import Normalizer, init_normalizer, merge, normalize_reward
+from purejaxppo.normalize import Normalizer, init_normalizer, merge_obs, normalize_reward
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.starting import Start, start_from
 from purejaxppo.types import (
     Batch,
     ConfigError,
+    Dict,
     Env,
+    EpisodeSums,
     Metrics,
     Model,
     PRNGKey,
     PyTree,
     Result,
     Reward,
+    Rewards,
     Trainer,
     TrainState,
     Transition,
     VectorEnv,
+    VectorState,
 )
 from purejaxppo.updates import UPDATES
 
@@ -64,7 +64,7 @@ def make_train(
     (a loop of unknown length) is not possible.
     """
     trainer = make_trainer(config, env, model, reward_fn)
-    config = _checked(config)
+    config = _checked_config(config)
 
     def train(key: PRNGKey, params: PyTree = None, frozen: PyTree = None) -> Result:
         def step(state: TrainState, _: None = None) -> tuple[TrainState, Metrics]:
@@ -85,29 +85,33 @@ def make_trainer(
     model: Model | None = None,
     reward_fn: Callable | Reward | None = None,
 ) -> Trainer:
-    """The same run in pieces: ``init(key, params=None) -> state`` and ``step(state, frozen=None) -> (state, metrics)``.
+    """Training in pieces: ``init(key, params=None) -> state``, ``step(state, frozen=None)``.
 
-    One step is one iteration of Algorithm 1 of the PPO paper. ``params`` are as in `make_train`. A ``reward_fn`` is
-    a function ``(transitions, config, frozen) -> rewards [T, B]``, or a `Reward` where it needs memory; episode
-    returns stay the environment's. Jit ``init`` as well as ``step``: state that is not on the device cannot be
-    donated.
+    ``step`` is one iteration of Algorithm 1 of the PPO paper and returns ``(state, metrics)``.
+    ``params`` are as in `make_train`. A ``reward_fn`` is a function ``(transitions, config, frozen)
+    -> rewards [T, B]``, or a `Reward` where it needs memory or adds extras to the batch; episode
+    returns stay those of the environment. Jit ``init`` as well as ``step``: state that is not on the
+    device cannot be donated.
     """
-    config = _checked(config)
-    given_env, own_model = envs.of_config(config) if env is None else env, model is not None
+    config = _checked_config(config)
+    given_env = envs.of_config(config) if env is None else env
+    own_model = model is not None
     env, model = resolve(config, given_env, model)
     config = _limit_num_steps_to_episode(config, env)
     _require_enough_sequences(config, model)
     vector_env = _vectorize(env, config)
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
     rollout = in_shards(rollout, config.num_shards)
-    estimate = ADVANTAGES[config.estimator]
+    estimate_advantages = ADVANTAGES[config.estimator]
     update = UPDATES[config.algorithm](config, model, make_optimizer(config))
     reward = _reward(reward_fn)
 
     def init(key: PRNGKey, params: PyTree = None) -> TrainState:
         key_params, key_env, key_run = jax.random.split(key, 3)
         env_state, obs = reset_shards(vector_env, key_env, config.num_shards)
-        normalizer = init_normalizer(obs, config.normalize_obs, config.normalize_reward)
+        normalizer = init_normalizer(
+            obs, env.observation_space, config.normalize_obs, config.normalize_reward
+        )
         if params is None:
             start = Start(model.init(key_params, obs), normalizer)
         else:
@@ -128,62 +132,40 @@ def make_trainer(
 
     def step(state: TrainState, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key_rollout, key_update, key_next = jax.random.split(state.key, 3)
-        obs_moments = state.normalizer.obs
 
         # Run policy π_old in the environments for T steps.
         transitions, env_state, carry, rollout_moments = rollout(
-            key_rollout, state.params, obs_moments, state.env, state.carry
+            key_rollout, state.params, state.normalizer.obs, state.env, state.carry
         )
-        rewards, reward_state, reward_metrics = reward.step(
-            state.reward, transitions, config, frozen
-        )
-        valid = transitions.valid if config.whole_episodes else None
-        rewards, reward_scale = normalize_reward(
-            state.normalizer.reward,
-            rewards,
-            transitions.reset,
-            config.gamma,
-            valid,
-            config.num_shards,
-        )
+        rewards = reward.step(state.reward, transitions, config, frozen)
+        scaled_reward, reward_scale = _normalized(config, state, transitions, rewards.reward)
 
         # Compute advantage estimates Â_1, …, Â_T.
-        advantage, target = estimate(
-            rewards,
-            transitions.value,
-            transitions.next_value,
-            transitions.terminated,
-            transitions.truncated,
-            config.gamma,
-            config.gae_lambda,
-        )
+        advantage, target = estimate_advantages(config, transitions, scaled_reward)
 
         # Optimise the surrogate with respect to θ, for K epochs of minibatches.
-        batch = _batch(transitions, advantage, target, state.carry)
-        params, update_state, measured = update.step(key_update, state.params, state.update, batch)
+        batch = _batch(transitions, advantage, target, rewards.extras, state.carry)
+        params, update_state, update_metrics = update.step(
+            key_update, state.params, state.update, batch
+        )
 
-        # The observations of this rollout count from the next one on, or its ratios would not start at 1.
-        obs_moments = None if rollout_moments is None else merge(obs_moments, rollout_moments)
-        iteration = state.iteration + 1
-        timesteps = timesteps_after(config, iteration, state.timesteps, batch.mask)
-        finished = jax.tree.map(
-            lambda x: x.sum(dtype=x.dtype), env_state.finished
-        )  # over the shards
-        metrics = iteration_metrics(timesteps, finished, batch, measured | reward_metrics)
+        state = TrainState(
+            params=params,
+            update=update_state,
+            normalizer=Normalizer(_merged(state.normalizer.obs, rollout_moments), reward_scale),
+            env=env_state,
+            carry=carry,
+            reward=rewards.state,
+            key=key_next,
+            iteration=state.iteration + 1,
+            timesteps=timesteps_after(config, state.iteration + 1, state.timesteps, batch.mask),
+        )
+        finished = finished_in_all_shards(env_state)
+        measured = update_metrics | rewards.metrics
+        metrics = iteration_metrics(state.timesteps, finished, batch, measured)
         if config.debug:
             jax.debug.callback(_print_line, metrics)
-        normalizer = Normalizer(obs_moments, reward_scale)
-        return TrainState(
-            params,
-            update_state,
-            normalizer,
-            env_state,
-            carry,
-            reward_state,
-            key_next,
-            iteration,
-            timesteps,
-        ), metrics
+        return state, metrics
 
     return Trainer(init, step)
 
@@ -194,29 +176,56 @@ def make_trainer(
 def resolve(
     config: Config, env: Env | None = None, model: Model | None = None
 ) -> tuple[Env, Model]:
-    """The environment as the model sees it, and the model: those that the config names where none is given.
-
-    A model of the caller's own sees the environment's observations as they are; the MLP sees them as one vector.
-    """
+    """The environment with bounded actions, and the model; those of the config where none is given."""
     env = envs.of_config(config) if env is None else env
     require_consistent(env)
-    if env.action_mask is not None:
+    require_allowed_actions(env)
+    parts = dict(env.observation_space.spaces) if isinstance(env.observation_space, Dict) else {}
+    if config.critic_obs and config.critic_obs not in parts:
+        known = f"one of {', '.join(parts)}" if parts else "empty: they have no named parts"
         raise ConfigError(
-            f"{env.name} forbids actions by action_mask, which no network here takes into account"
+            f"critic_obs = {config.critic_obs!r}: for the observations of {env.name} it must be {known}"
         )
     if model is None:
         warn_of_unreachable_actions(env, config.squash_actions)
     env = bound_actions(env, config.squash_actions)
-    if model is not None:
-        return env, model
-    env = flatten_observations(env)
-    return env, make_model(config, env.action_space)
+    if model is None:
+        model = make_model(config, env.observation_space, env.action_space)
+    return env, model
 
 
 def _vectorize(env: Env, config: Config) -> VectorEnv:
-    """The environments of one shard. Several shards restart without a loop, whose end they would have to agree on."""
+    """The environments of one shard.
+
+    Several shards restart without a loop, because they would have to agree on its end.
+    """
     num_envs = config.num_envs // config.num_shards
-    return vectorize(env, num_envs, at_once=None if config.num_shards == 1 else num_envs)
+    at_once = None if config.num_shards == 1 else num_envs
+    return vectorize(env, num_envs, at_once, config.group_size)
+
+
+def _normalized(
+    config: Config, state: TrainState, transitions: Transition, reward: Array
+) -> tuple[Array, Any]:
+    """The rewards as the config has them normalised, and the new scale."""
+    valid = transitions.valid if config.whole_episodes else None
+    scale = state.normalizer.reward
+    return normalize_reward(
+        scale, reward, transitions.reset, config.gamma, valid, config.num_shards
+    )
+
+
+def _merged(moments: Any, rollout_moments: Any) -> Any:
+    """The moments with which the next rollout normalises.
+
+    This rollout's are merged after its update only, or the ratios of the update would not begin at 1.
+    """
+    return None if rollout_moments is None else merge_obs(moments, rollout_moments)
+
+
+def finished_in_all_shards(env_state: VectorState) -> EpisodeSums:
+    """The sums over the episodes that finished in the rollout."""
+    return jax.tree.map(lambda x: x.sum(dtype=x.dtype), env_state.finished)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -238,7 +247,7 @@ def annealed_lr(config: Config, iteration: Int[Array, ""]) -> Float[Array, ""]:
     return config.lr * jnp.maximum(0.0, 1 - progress)
 
 
-def _checked(config: Config | Mapping[str, Any]) -> Config:
+def _checked_config(config: Config | Mapping[str, Any]) -> Config:
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     require_scalars(config)
     return config
@@ -296,11 +305,16 @@ def _print_line(metrics: Metrics) -> None:
     print(f"timesteps {metrics.timesteps}: episode return {metrics.episode_return}", flush=True)
 
 
-def _batch(transitions: Transition, advantage: Array, target: Array, carry: PyTree) -> Batch:
-    shared = {
-        name: getattr(transitions, name) for name in Batch._fields if name in transitions._fields
-    }
-    return Batch(**shared, advantage=advantage, target=target, carry=carry)
+def _batch(
+    transitions: Transition,
+    advantage: Array,
+    target: Array,
+    extras: dict[str, PyTree],
+    carry: PyTree,
+) -> Batch:
+    names = set(Batch._fields) & set(Transition._fields)
+    shared = {name: getattr(transitions, name) for name in names}
+    return Batch(**shared, advantage=advantage, target=target, carry=carry, extras=extras)
 
 
 def _reward(reward_fn: Callable | Reward | None) -> Reward:
@@ -308,14 +322,9 @@ def _reward(reward_fn: Callable | Reward | None) -> Reward:
     if isinstance(reward_fn, Reward):
         return reward_fn
 
-    def step(
-        state: PyTree, transitions: Transition, config: Config, frozen: PyTree
-    ) -> tuple[Array, PyTree, dict]:
-        return (
-            transitions.reward if reward_fn is None else reward_fn(transitions, config, frozen),
-            state,
-            {},
-        )
+    def step(state: PyTree, transitions: Transition, config: Config, frozen: PyTree) -> Rewards:
+        own = transitions.reward if reward_fn is None else reward_fn(transitions, config, frozen)
+        return Rewards(own, state, metrics={}, extras={})
 
     return Reward(lambda config: (), step)
 

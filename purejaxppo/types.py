@@ -129,6 +129,54 @@ class Box:
 Space = Discrete | MultiDiscrete | Box
 
 
+@dataclass(frozen=True, init=False)
+class Dict:
+    """Observations with named parts: ``Dict({"board": Box(...), "action_mask": Box((9,), 0, 1)})``.
+
+    Such an observation is a dict of arrays. The part named ``action_mask``, where there is one, says
+    which actions are allowed (`action_mask_shape`). Raises `ConfigError` for anything else than names
+    of spaces.
+    """
+
+    spaces: tuple[tuple[str, Space], ...]  # sorted by name
+
+    def __init__(self, spaces: Mapping[str, Space] | tuple[tuple[str, Space], ...]):
+        try:
+            named = dict(spaces)
+        except (TypeError, ValueError):
+            named = {}
+        is_named = all(isinstance(name, str) and isinstance(x, Space) for name, x in named.items())
+        if not named or not is_named:
+            raise ConfigError(
+                f"Dict = {_shown(spaces)}: it must map at least one name to a Discrete, a "
+                "MultiDiscrete or a Box"
+            )
+        object.__setattr__(self, "spaces", tuple(sorted(named.items(), key=lambda part: part[0])))
+
+
+ObservationSpace = Space | Dict
+
+ACTION_MASK = "action_mask"  # the part of an observation that says which actions are allowed
+
+
+def parts_of(space: ObservationSpace) -> PyTree:
+    """The space as a tree that has the structure of its observations, with spaces for leaves."""
+    return dict(space.spaces) if isinstance(space, Dict) else space
+
+
+def action_mask_shape(space: Space) -> tuple[int, ...] | None:
+    """The shape of an ``action_mask`` for this action space; None where actions have none.
+
+    ``Discrete(n)`` has ``[n]``. ``MultiDiscrete(sizes)`` has ``[sum(sizes)]``, the masks of its
+    integers one after the other.
+    """
+    if isinstance(space, Discrete):
+        return (space.n,)
+    if isinstance(space, MultiDiscrete):
+        return (sum(space.sizes),)
+    return None
+
+
 def _real_numbers(name: str, value: Any) -> NDArray[np.float64] | None:
     """A number, a sequence or an array of real numbers, as an array; None for anything else.
 
@@ -163,7 +211,7 @@ class Step(NamedTuple):
     """What one step of one environment leads to."""
 
     state: PyTree  # the environment's state after the step
-    obs: Array  # observation of that state: the true successor, never one of the next episode
+    obs: PyTree  # observation of that state: the true successor, never one of the next episode
     reward: Float[Array, ""]
     terminated: Bool[Array, ""]  # the episode ended by itself: nothing is worth anything after it
     truncated: Bool[Array, ""]  # the episode was cut, by a time limit: the state has a value still
@@ -221,15 +269,12 @@ class Env(NamedTuple):
     """
 
     name: str
-    reset: Callable[[PRNGKey], tuple[PyTree, Array]]  # key -> state, obs
+    reset: Callable[[PRNGKey], tuple[PyTree, PyTree]]  # key -> state, obs
     step: Callable[[PRNGKey, PyTree, Array], Step]  # key, state, action -> Step
-    observation_space: Space
+    observation_space: ObservationSpace
     action_space: Space
     max_episode_steps: int | None  # bound on the length of an episode; None: no bound
     truncates: bool
-    action_mask: Callable[[PyTree], Bool[Array, "n"]] | None = (
-        None  # state -> the actions that are allowed
-    )
     settings: EnvSettings | None = ()
 
 
@@ -245,7 +290,7 @@ class VectorState(NamedTuple):
     """The state of B environments between two steps; of S shards of them, every field has S in front."""
 
     env: PyTree  # [B, ...] states of the environments
-    obs: Array  # [B, ...] what the agent sees next
+    obs: PyTree  # [B, ...] what the agent sees next
     reset: Bool[Array, "B"]  # obs is the first of its episode
     episode_return: Float[Array, "B"]  # of the running episode, undiscounted
     episode_length: Int[Array, "B"]
@@ -287,7 +332,7 @@ class Model(NamedTuple):
     ``obs[t]``.
     """
 
-    init: Callable[[PRNGKey, Array], PyTree]  # key, obs [B, ...] -> params
+    init: Callable[[PRNGKey, PyTree], PyTree]  # key, obs [B, ...] -> params
     initial_carry: Callable[[int], PyTree]  # B -> carry
     step: Callable[
         ..., tuple[PyTree, Distribution, Array]
@@ -303,7 +348,7 @@ class Model(NamedTuple):
 class Transition(NamedTuple):
     """A rollout, as the policy lived it."""
 
-    obs: Array  # [T, B, ...] what the model saw: normalised where the config says so
+    obs: PyTree  # [T, B, ...] what the model saw: normalised where the config says so
     action: Array  # [T, B, ...] as sampled, before any clipping
     log_prob: Float[Array, "T B"]  # of that action under the policy that took it
     value: Float[Array, "T B"]  # V(obs[t])
@@ -321,7 +366,7 @@ class Transition(NamedTuple):
 class Batch(NamedTuple):
     """What an update learns from."""
 
-    obs: Array  # [T, B, ...]
+    obs: PyTree  # [T, B, ...]
     action: Array  # [T, B, ...]
     log_prob: Float[Array, "T B"]
     value: Float[Array, "T B"]
@@ -331,6 +376,8 @@ class Batch(NamedTuple):
     mask: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
     carry: PyTree  # [B, ...] memory before step 0; () for a feed-forward model
+    # name -> [T, B, ...]: what the reward function adds, such as reference log-probabilities
+    extras: dict[str, PyTree] = {}  # noqa: RUF012
 
 
 # ------------------------------------------------------------------------------------- algorithms
@@ -346,12 +393,33 @@ class Update(NamedTuple):
     # key, params, update_state, batch -> params, update_state, metrics
 
 
+class Rewards(NamedTuple):
+    """What a reward function makes of a rollout."""
+
+    reward: Float[Array, "T B"]
+    state: PyTree  # the reward function's state for the next rollout
+    metrics: dict[str, Array]  # name -> one number
+    extras: dict[str, PyTree]  # name -> [T, B, ...]; they go into the `Batch`
+
+
 class Reward(NamedTuple):
-    """A reward function with memory, such as a coefficient that adapts."""
+    """A reward function with memory, such as an adaptive coefficient, or with more to say."""
 
     init: Callable[[Any], PyTree]  # config -> reward_state
-    step: Callable[..., tuple[Array, PyTree, dict[str, Array]]]
-    # reward_state, transitions, config, frozen -> rewards [T, B], reward_state, metrics
+    step: Callable[..., Rewards]  # reward_state, transitions, config, frozen -> Rewards
+
+
+class Estimator(Protocol):
+    """An advantage estimator."""
+
+    def __call__(
+        self, config: Any, transitions: Transition, reward: Float[Array, "T B"], /
+    ) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+        """The advantages and the targets of the value function.
+
+        ``reward`` replaces ``transitions.reward``: it comes from the reward function and its
+        normaliser. With ``group_size`` G, environments G·i … G·i + G − 1 began at the same start.
+        """
 
 
 class TrainState(NamedTuple):

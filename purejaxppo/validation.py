@@ -156,6 +156,21 @@ def require_that_it_can_run(config: Any) -> None:
         raise ConfigError(
             f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps"
         )
+    if config.group_size > 1 and not config.whole_episodes:
+        raise ConfigError(
+            f"group_size = {config.group_size}: environments share a start in whole episodes only: "
+            "set episodic=True, or group_size=1"
+        )
+    if config.num_envs % (config.group_size * config.num_shards):
+        shards = f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
+        raise ConfigError(
+            f"group_size = {config.group_size} does not divide num_envs = {config.num_envs}{shards}"
+        )
+    if config.critic_obs and config.shared_trunk:
+        raise ConfigError(
+            "critic_obs is for the value function only, and with a shared trunk the policy would see "
+            "it: set shared_trunk=False"
+        )
     _require_sense(config)
     if config.whole_episodes and config.anneal_lr:
         raise ConfigError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from purejaxppo.networks.actor_critic import feed_forward
 from purejaxppo.networks.distributions import Categorical, DiagonalGaussian
-from purejaxppo.types import Box, Discrete, Env, Model, MultiDiscrete, Step
+from purejaxppo.types import Box, Dict, Discrete, Env, Model, MultiDiscrete, Step
 
 DISCRETE, MULTI, BOX = Discrete(3), MultiDiscrete((2, 3, 4)), Box((2,), -1.0, 0.5)
 
@@ -80,6 +80,47 @@ def clock(limit=10, terminates=False, phases=5) -> Env:
         )
 
     return Env("clock", reset, step, Box((phases,), 0.0, 1.0), Discrete(2), limit, True)
+
+
+def masked_corridor(length=4, limit=12) -> Env:
+    """Walk from the left end to the right one: actions are left, right, and a trap.
+
+    The mask forbids the trap always, and left at the left end. A forbidden action ends the episode
+    with −10; the right end ends it with 1 minus 0.01 for each step before it. The parts of an
+    observation are of every kind.
+    """
+
+    def observe(state, key):
+        position, _ = state
+        return {
+            "position": 1.0 * position[None],
+            "goal": jnp.int32(length - 1),
+            "noise": jax.random.uniform(key, (2, 1)),
+            "action_mask": jnp.stack([position > 0, jnp.bool_(True), jnp.bool_(False)]),
+        }
+
+    def reset(key):
+        state = jnp.int32(0), jnp.int32(0)
+        return state, observe(state, key)
+
+    def step(key, state, action):
+        position, t = state
+        is_forbidden = (action == 2) | ((action == 0) & (position == 0))
+        position = position + jnp.where(action == 1, 1, -1)
+        state = jnp.clip(position, 0, length - 1), t + 1
+        arrived = position == length - 1
+        reward = jnp.where(is_forbidden, -10.0, jnp.where(arrived, 1.0, -0.01))
+        return Step(state, observe(state, key), reward, arrived | is_forbidden, t + 1 >= limit)
+
+    space = Dict(
+        {
+            "position": Box((1,), 0, length - 1),
+            "goal": Discrete(length),
+            "noise": Box((2, 1), 0, 1),
+            "action_mask": Box((3,), 0, 1),
+        }
+    )
+    return Env("corridor", reset, step, space, Discrete(3), limit, True)
 
 
 def memory_model(features: int, decay: float = 0.5) -> Model:

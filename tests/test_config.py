@@ -65,7 +65,7 @@ HIGHEST = {
 }
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches", "num_shards"}
-SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps"}
+SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps", "group_size"}
 
 
 def sentence_of(make):

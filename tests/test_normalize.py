@@ -17,7 +17,9 @@ from purejaxppo.normalize import (
     normalize_obs,
     normalize_reward,
 )
-from purejaxppo.types import Reward
+from purejaxppo.types import Box, Reward, Rewards
+
+SPACE = Box((1,), -np.inf, np.inf)
 
 merge_jit, moments_jit = jax.jit(merge), jax.jit(moments_of)
 
@@ -63,7 +65,7 @@ def test_the_reward_normaliser_equals_a_loop():
     running, returns, ended = np.zeros(B), [], np.ones(B, bool)
     normalize = jax.jit(normalize_reward)
     with jax.enable_x64(True):
-        scale = init_normalizer(jnp.zeros((B, 1)), False, True).reward
+        scale = init_normalizer(jnp.zeros((B, 1)), SPACE, False, True).reward
         for _ in range(3):
             reward, done = rng.normal(1.0, 2.0, (T, B)), rng.random((T, B)) < 0.3
             for t in range(T):
@@ -87,7 +89,7 @@ def test_the_reward_normaliser_equals_a_loop():
 def test_a_terminal_reward_counts_in_its_own_episode_only():
     """Reward 5 at the end of an episode, then 1 in the next: the returns are 5 and 1, not 0 and 1 + γ · 5."""
     _, scale = normalize_reward(
-        init_normalizer(jnp.zeros((1, 1)), False, True).reward,
+        init_normalizer(jnp.zeros((1, 1)), SPACE, False, True).reward,
         jnp.asarray([[5.0], [1.0]]),
         jnp.asarray([[True], [True]]),
         0.9,
@@ -103,7 +105,7 @@ def test_returns_of_steps_that_do_not_exist_do_not_count():
     reset = jnp.asarray([[True, True], [False, False], [True, False], [False, False]])
     valid = jnp.asarray([[True, True], [True, True], [False, True], [False, True]])
     _, scale = normalize_reward(
-        init_normalizer(jnp.zeros((2, 1)), False, True).reward, reward, reset, 1.0, valid
+        init_normalizer(jnp.zeros((2, 1)), SPACE, False, True).reward, reward, reset, 1.0, valid
     )
     returns = [1.0, 3.0, 3.0, 7.0, 12.0, 18.0]
     np.testing.assert_allclose(scale.moments.samples, 6)
@@ -115,7 +117,7 @@ def test_statistics_are_merged_after_the_update_and_equal_those_of_what_was_seen
     """`Transition.obs` has the moments of the earlier rollouts; the state after it has those of all of them."""
 
     def show(state, transitions, config, frozen):
-        return transitions.reward, state, {"obs": transitions.obs}
+        return Rewards(transitions.reward, state, {"obs": transitions.obs}, {})
 
     config = Config(
         num_envs=3,

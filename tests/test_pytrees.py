@@ -12,7 +12,7 @@ from purejaxppo.runs import chunks, programs, session
 from purejaxppo.runs import fit as fitting
 from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.sweeps import portions as sweep_parts
-from purejaxppo.types import Reward
+from purejaxppo.types import Reward, Rewards
 
 CONFIG = Config(
     num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=32, normalize_obs=True
@@ -167,7 +167,7 @@ def with_params(change):
 
 
 def vector_metric(state, transitions, config, frozen):
-    return transitions.reward, state, {"parts": jnp.zeros(3)}
+    return Rewards(transitions.reward, state, {"parts": jnp.zeros(3)}, {})
 
 
 FRESH = linear_model().init(jax.random.key(0), jnp.zeros((1, 3)))

@@ -145,7 +145,7 @@ def numbered(T, B, memory):
 @functools.cache
 def cutting(T, B, M, S, memory):
     batch = numbered(T, B, memory)
-    return jax.jit(lambda key: shuffled_minibatches(key, as_sequences(batch, S), M, S)[0])
+    return jax.jit(lambda key: shuffled_minibatches(key, as_sequences(batch, S), M, S))
 
 
 @given(

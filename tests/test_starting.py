@@ -69,7 +69,7 @@ RIGHT = {
 @pytest.fixture(scope="module")
 def policy():
     """Always right, with the moments of what it has seen."""
-    return Policy(NORMALISED, RIGHT, MOMENTS, MODEL, ENV.observation_space, ENV.action_space, False)
+    return Policy(NORMALISED, RIGHT, MOMENTS, MODEL, ENV.observation_space, ENV.action_space)
 
 
 def state_of(config, policy, reward=None):

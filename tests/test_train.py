@@ -13,7 +13,7 @@ from small_envs import BOX, DISCRETE, LINEAR, counter
 
 from purejaxppo import Config, make_train, make_trainer
 from purejaxppo.networks.distributions import Categorical
-from purejaxppo.types import Model, Reward
+from purejaxppo.types import Model, Reward, Rewards
 
 ENV = counter()
 CONFIG = Config(
@@ -262,7 +262,7 @@ def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
 
 def test_a_reward_with_memory_keeps_it_and_reports_metrics():
     def step(state, transitions, config, frozen):
-        return transitions.reward * state, state + 1, {"coefficient": state}
+        return Rewards(transitions.reward * state, state + 1, {"coefficient": state}, {})
 
     reward = Reward(init=lambda config: jnp.asarray(10.0), step=step)
     config = CONFIG.replace(total_timesteps=96, num_epochs=1)

@@ -125,7 +125,7 @@ def run_options(options: dict[str, Any]) -> RunOptions:
 
 def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, Any, Any]:
     """One option. A text that is no number stays one, so that `Config` words the error."""
-    if isinstance(check, tuple):
+    if isinstance(check, tuple | list):
         doc = f"{doc}: {', '.join(check)}"
     kind: Any = type(default)
     metavar = None

@@ -1,11 +1,22 @@
 """From observations to features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
+
+from purejaxppo.types import (
+    ACTION_MASK,
+    Box,
+    Dict,
+    Discrete,
+    MultiDiscrete,
+    ObservationSpace,
+    PyTree,
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": nn.tanh,
@@ -15,6 +26,29 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
 }
 HIDDEN_GAIN = float(np.sqrt(2))
+
+
+def features_of(
+    obs: PyTree, space: ObservationSpace, leave_out: Collection[str] = ()
+) -> Shaped[Array, "*batch features"]:
+    """Observations as vectors: finite sets as one-hot, boxes row by row, parts in order of names.
+
+    The ``action_mask`` and the parts named in ``leave_out`` are not among the features.
+    """
+    if isinstance(space, Dict):
+        names = [name for name, _ in space.spaces if name not in {ACTION_MASK, *leave_out}]
+        parts = dict(space.spaces)
+        features = [features_of(obs[name], parts[name]) for name in names]
+        return jnp.concatenate(features, axis=-1) if len(features) > 1 else features[0]
+    batch = obs.shape[: obs.ndim - len(space.shape)]
+    match space:
+        case Discrete(n):
+            return jax.nn.one_hot(obs, n)
+        case MultiDiscrete(sizes):
+            one_hot = [jax.nn.one_hot(obs[..., i], n) for i, n in enumerate(sizes)]
+            return jnp.concatenate(one_hot, axis=-1)
+        case Box():
+            return obs.reshape((*batch, int(np.prod(space.shape))))
 
 
 def dense(width: int, gain: float) -> nn.Dense:

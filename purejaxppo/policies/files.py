@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,17 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.config import Config, validate
-from purejaxppo.envs.wrappers import into_features
 from purejaxppo.networks.actor_critic import make_model
-from purejaxppo.normalize import Moments, no_moments
+from purejaxppo.normalize import ObsMoments, init_obs_moments
 from purejaxppo.policies.policy import Policy
 from purejaxppo.trees import as_stored, from_named, is_extended, named_leaves, require_trainable
-from purejaxppo.types import Box, ConfigError, Discrete, Env, Model, MultiDiscrete, PyTree, Space
+from purejaxppo.types import (
+    Box,
+    ConfigError,
+    Dict,
+    Discrete,
+    Env,
+    Model,
+    MultiDiscrete,
+    ObservationSpace,
+    PyTree,
+    Space,
+    parts_of,
+)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
-READABLE_VERSIONS = (1, 2)  # 1 could not tell bfloat16 and the like
+READABLE_VERSIONS = (1, 2, 3)  # 1 could not tell bfloat16; 1 and 2 normalised features
 
 
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
@@ -60,7 +72,7 @@ def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
             "config": config.to_dict(),
             "observation_space": _space_to_json(policy.observation_space),
             "action_space": _space_to_json(policy.action_space),
-            "own_model": not policy.flatten,
+            "own_model": policy.has_own_model,
             "dtypes": {name: str(x.dtype) for name, x in arrays.items() if is_extended(x.dtype)},
             "params_sha256": hashlib.sha256((temporary / "params.npz").read_bytes()).hexdigest(),
         }
@@ -96,9 +108,10 @@ def load_policy(
             f"the policy in {directory} has a model of its own: load_policy(directory, model=...)"
         )
 
-    model, flatten = (make_model(config, action_space), True) if model is None else (model, False)
-    params, moments = _in_place(directory, arrays, config, model, observation_space, flatten)
-    return Policy(config, params, moments, model, observation_space, action_space, flatten)
+    if model is None:
+        model = make_model(config, observation_space, action_space)
+    params, moments = _in_place(directory, description, arrays, config, model, observation_space)
+    return Policy(config, params, moments, model, observation_space, action_space)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -151,22 +164,25 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _in_place(
     directory: Path,
+    description: dict[str, Any],
     arrays: dict[str, np.ndarray],
     config: Config,
     model: Model,
-    space: Space,
-    flatten: bool,
-) -> tuple[PyTree, Moments | None]:
-    """The arrays as the parameters and the observation moments, each with the shape that this model needs."""
-    obs = jax.ShapeDtypeStruct(
-        (1, *space.shape), jnp.result_type(float) if isinstance(space, Box) else jnp.int32
-    )
-    if flatten:
-        obs = jax.eval_shape(lambda x: into_features(x, space), obs)
-    moments = no_moments(obs.shape[1:]) if config.normalize_obs else None
+    space: ObservationSpace,
+) -> tuple[PyTree, ObsMoments | None]:
+    """The arrays as the parameters and the observation moments, in the shapes that this model has."""
+
+    def shape_of(part: Space) -> jax.ShapeDtypeStruct:
+        dtype = jnp.result_type(float) if isinstance(part, Box) else jnp.int32
+        return jax.ShapeDtypeStruct((1, *part.shape), dtype)
+
+    obs = jax.tree.map(shape_of, parts_of(space))
+    moments = init_obs_moments(space) if config.normalize_obs else None
     tree = _named_parts(jax.eval_shape(model.init, jax.random.key(0), obs), moments)
     expected = named_leaves(tree)
     arrays = {name: _as_format_1_meant(x, expected.get(name)) for name, x in arrays.items()}
+    if description["format_version"] < 3:
+        arrays = _with_moments_of_observations(directory, arrays, expected)
     shapes, expected_shapes = (
         {name: x.shape for name, x in named.items()} for named in (arrays, expected)
     )
@@ -180,7 +196,26 @@ def _in_place(
     return loaded["params"], loaded["obs_moments"]
 
 
-def _named_parts(params: PyTree, moments: Moments | None) -> dict[str, PyTree]:
+def _with_moments_of_observations(
+    directory: Path, arrays: dict[str, np.ndarray], expected: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Formats 1 and 2 normalised features, which are the observations of a box as one vector."""
+    fitting = {}
+    for name, x in arrays.items():
+        if name.startswith("obs_moments/"):
+            if name not in expected:
+                raise ConfigError(
+                    f"the policy in {directory} normalises the one-hot features of a finite space, "
+                    "which versions of purejaxppo after format 2 do not: load it with the version "
+                    "that wrote it"
+                )
+            if x.size == math.prod(expected[name].shape):
+                x = x.reshape(expected[name].shape)
+        fitting[name] = x
+    return fitting
+
+
+def _named_parts(params: PyTree, moments: ObsMoments | None) -> dict[str, PyTree]:
     """What ``params.npz`` holds: ``params/…`` and, where there are moments, ``obs_moments/…``."""
     return {"params": params, "obs_moments": moments}
 
@@ -192,13 +227,18 @@ def _as_format_1_meant(x: np.ndarray, expected: Any) -> np.ndarray:
     return x.view(expected.dtype) if x.dtype.itemsize == expected.dtype.itemsize else x
 
 
-def _space_to_json(space: Space) -> dict[str, Any]:
+def _space_to_json(space: ObservationSpace) -> dict[str, Any]:
+    if isinstance(space, Dict):
+        parts = {name: _space_to_json(part) for name, part in space.spaces}
+        return {"kind": "dict", "spaces": parts}
     name = next(name for name, kind in SPACES.items() if isinstance(space, kind))
     return {"kind": name} | dataclasses.asdict(space)
 
 
-def _space_from_json(values: Any) -> Space:
+def _space_from_json(values: Any) -> Any:
     with contextlib.suppress(AttributeError, KeyError, TypeError, ConfigError):
+        if values["kind"] == "dict":
+            return Dict({name: _space_from_json(part) for name, part in values["spaces"].items()})
         space = SPACES[values["kind"]](**{name: x for name, x in values.items() if name != "kind"})
         if list(space.shape) == values.get("shape", list(space.shape)):
             return space

@@ -13,10 +13,21 @@ from jaxtyping import Array
 
 import purejaxppo.envs as envs
 from purejaxppo.config import Config
-from purejaxppo.envs.wrappers import into_box, into_features
+from purejaxppo.envs.wrappers import into_box
 from purejaxppo.networks.actor_critic import make_model
-from purejaxppo.normalize import Moments, Normalizer, normalize_obs
-from purejaxppo.types import Box, ConfigError, Env, Model, PRNGKey, PyTree, Space, Trained
+from purejaxppo.normalize import Normalizer, ObsMoments, normalize_obs
+from purejaxppo.types import (
+    Box,
+    ConfigError,
+    Dict,
+    Env,
+    Model,
+    ObservationSpace,
+    PRNGKey,
+    PyTree,
+    Space,
+    Trained,
+)
 
 
 def _static() -> Any:
@@ -28,18 +39,17 @@ def _static() -> Any:
 class Policy:
     """From the environment's own observations to its own actions, normalisation and bounds included.
 
-    One observation or any batch of them: the batch axes come before ``observation_space.shape``. It is a pytree of its
-    parameters, so it can be used inside `jax.jit` and `jax.vmap` and passed through them. ``flatten`` says that the
-    model sees observations as one vector.
+    It takes one observation or any batch of them: the batch axes come before those of the space. It
+    is a pytree of its parameters, so it can be used inside `jax.jit` and `jax.vmap` and passed
+    through them.
     """
 
     config: Config
     params: PyTree
-    obs_moments: Moments | None
+    obs_moments: ObsMoments | None
     model: Model = _static()
-    observation_space: Space = _static()
+    observation_space: ObservationSpace = _static()
     action_space: Space = _static()
-    flatten: bool = _static()
 
     @classmethod
     def from_state(
@@ -67,9 +77,14 @@ class Policy:
         params, moments = state.params, state.normalizer.obs
         if index is not None:
             params, moments = jax.tree.map(lambda x: x[index], (params, moments))
-        flatten = model is None
-        model = make_model(config, env.action_space) if model is None else model
-        return cls(config, params, moments, model, env.observation_space, env.action_space, flatten)
+        if model is None:
+            model = make_model(config, env.observation_space, env.action_space)
+        return cls(config, params, moments, model, env.observation_space, env.action_space)
+
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the model is the caller's own, and not the one that the config names."""
+        return self.model is not make_model(self.config, self.observation_space, self.action_space)
 
     @property
     def normalizer(self) -> Normalizer:
@@ -81,67 +96,71 @@ class Policy:
         return self.model.initial_carry(batch_size)
 
     def step(
-        self, carry: PyTree, obs: ArrayLike, reset: ArrayLike, key: PRNGKey | None = None
+        self, carry: PyTree, obs: PyTree, reset: ArrayLike, key: PRNGKey | None = None
     ) -> tuple[PyTree, Array]:
         """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
         sample."""
-        obs, reset = jnp.asarray(obs), jnp.asarray(reset)
         return _step(
             self.params,
             self.obs_moments,
             carry,
-            obs,
-            reset,
+            jax.tree.map(jnp.asarray, obs),
+            jnp.asarray(reset),
             key,
             model=self.model,
-            observation_space=self.observation_space,
             action_space=self.action_space,
-            flatten=self.flatten,
             squash=self.config.squash_actions,
         )
 
-    def act(self, obs: ArrayLike, key: PRNGKey | None = None) -> Array:
+    def act(self, obs: PyTree, key: PRNGKey | None = None) -> Array:
         """The action for one observation or a batch of them: the mode, or with a key a sample.
 
         A policy with memory needs `step`.
         """
         if jax.tree.leaves(self.initial_carry(1)):
             raise ConfigError("this policy has a memory: use policy.step(carry, obs, reset, key)")
-        obs, shape = jnp.asarray(obs), self.observation_space.shape
-        batch = obs.shape[: obs.ndim - len(shape)]
-        if obs.shape[len(batch) :] != shape:
-            raise ConfigError(
-                f"an observation has shape {shape} after any batch axes; this one has {obs.shape}"
-            )
-        rows = obs.reshape((math.prod(batch), *shape))
-        _, action = self.step((), rows, jnp.zeros(rows.shape[0], bool), key)
+        batch, rows = _as_rows(self.observation_space, obs)
+        _, action = self.step((), rows, jnp.zeros(math.prod(batch), bool), key)
         return action.reshape(batch + action.shape[1:])
 
 
-@partial(
-    jax.jit, static_argnames=("model", "observation_space", "action_space", "flatten", "squash")
-)
+def _as_rows(space: ObservationSpace, obs: PyTree) -> tuple[tuple[int, ...], PyTree]:
+    """The batch axes of observations, and the observations with one axis in their place."""
+    if isinstance(space, Dict):
+        names = [name for name, _ in space.spaces]
+        if not isinstance(obs, dict) or sorted(obs) != names:
+            kind = f"a dict of {', '.join(names)}"
+            raise ConfigError(f"an observation is {kind}; this one is a {type(obs).__name__}")
+        pairs = {name: _as_rows(part, obs[name]) for name, part in space.spaces}
+        batches = {name: batch for name, (batch, _) in pairs.items()}
+        if len(set(batches.values())) > 1:
+            raise ConfigError(f"the parts of the observation have other batch axes: {batches}")
+        return batches[names[0]], {name: rows for name, (_, rows) in pairs.items()}
+    obs = jnp.asarray(obs)
+    batch = obs.shape[: obs.ndim - len(space.shape)]
+    if obs.shape[len(batch) :] != space.shape:
+        raise ConfigError(
+            f"an observation has shape {space.shape} after any batch axes; this one has {obs.shape}"
+        )
+    return batch, obs.reshape((math.prod(batch), *space.shape))
+
+
+@partial(jax.jit, static_argnames=("model", "action_space", "squash"))
 def _step(
     params: PyTree,
-    moments: Moments | None,
+    moments: ObsMoments | None,
     carry: PyTree,
-    obs: Array,
+    obs: PyTree,
     reset: Array,
     key: PRNGKey | None,
     *,
     model: Model,
-    observation_space: Space,
     action_space: Space,
-    flatten: bool,
     squash: bool,
 ) -> tuple[PyTree, Array]:
     """A function of the module, so that policies that differ in their numbers only share one program."""
-    obs = into_features(obs, observation_space) if flatten else obs
     carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
     action = distribution.mode() if key is None else distribution.sample(key)
     return carry, into_box(action, action_space, squash) if isinstance(
         action_space, Box
     ) else action
-
-
-# ------------------------------------------------------------------------------------------ files

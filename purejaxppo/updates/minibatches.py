@@ -23,22 +23,20 @@ def as_sequences(batch: Batch, num_shards: int = 1) -> Batch:
 
 
 def shuffled_minibatches(
-    key: PRNGKey, batch: Batch, num_minibatches: int, num_shards: int = 1, beside: PyTree = ()
-) -> tuple[Batch, PyTree]:
+    key: PRNGKey, batch: Batch, num_minibatches: int, num_shards: int = 1
+) -> Batch:
     """A random partition of the sequences: [T, B, ...] becomes [M, T, B / M, ...], the carry [M, B / M, ...].
 
     Every minibatch has equally many sequences of each shard, in a random order of that shard's own, so that none has
-    to go to another device. ``beside`` holds further arrays [T, B, ...], which are cut in the same way.
+    to go to another device. The extras of the batch are cut in the same way.
     """
     order = shard_permutations(key, batch.mask.shape[1], num_shards)
     rows = jnp.moveaxis(order.reshape(num_shards, num_minibatches, -1), 1, 0)  # [M, S, B / S / M]
-    return jax.vmap(lambda rows: take_sequences(rows, batch, beside))(rows)
+    return jax.vmap(lambda rows: take_sequences(rows, batch))(rows)
 
 
-def take_sequences(
-    rows: Int[Array, "S k"], batch: Batch, beside: PyTree = ()
-) -> tuple[Batch, PyTree]:
-    """The sequences of each shard that its row of numbers names: [T, B, ...] becomes [T, S · k, ...]."""
+def take_sequences(rows: Int[Array, "S k"], batch: Batch) -> Batch:
+    """The sequences of each shard with the numbers in its row: [T, B, ...] becomes [T, S · k, ...]."""
 
     def along(axis: int, arrays: PyTree) -> PyTree:
         each = jax.vmap(
@@ -48,8 +46,8 @@ def take_sequences(
             jax.tree.map(lambda x: each(x, rows), split_shards(arrays, rows.shape[0], axis)), axis
         )
 
-    chosen, beside = along(1, (batch._replace(carry=()), beside))
-    return chosen._replace(carry=along(0, batch.carry)), beside
+    chosen = along(1, batch._replace(carry=()))
+    return chosen._replace(carry=along(0, batch.carry))
 
 
 def shard_permutations(key: PRNGKey, n: int, num_shards: int = 1) -> Int[Array, "S k"]:

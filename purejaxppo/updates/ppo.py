@@ -66,12 +66,12 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         def policy(params: PyTree) -> Distribution:
             return model.unroll(params, sequences.carry, sequences.obs, sequences.reset)[0]
 
-        old = policy(params) if penalised else None
+        if penalised:
+            extras = sequences.extras | {"old_policy": policy(params)}
+            sequences = sequences._replace(extras=extras)
 
-        def minibatch_step(
-            loop: Loop, minibatch: tuple[Batch, Distribution | None]
-        ) -> tuple[Loop, dict[str, Array]]:
-            gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, *minibatch, kl_coef)
+        def minibatch_step(loop: Loop, minibatch: Batch) -> tuple[Loop, dict[str, Array]]:
+            gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, minibatch, kl_coef)
             change, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
             metrics["grad_norm"] = optax.tree.norm(gradient)
             after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.continues)
@@ -83,7 +83,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
             minibatches = shuffled_minibatches(
-                key, sequences, config.num_minibatches, config.num_shards, old
+                key, sequences, config.num_minibatches, config.num_shards
             )
             return jax.lax.scan(minibatch_step, loop, minibatches)
 
@@ -97,9 +97,11 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             "first_ratio_deviation": deviation[0, 0],
             "largest_ratio_deviation": deviation.max(),
         }
-        if not adaptive or old is None:
+        if not adaptive:
             return loop.params, PPOState(loop.optimizer, ()), measured
-        kl = losses.masked_mean(old.kl(policy(loop.params)), sequences.mask)
+        kl = losses.masked_mean(
+            sequences.extras["old_policy"].kl(policy(loop.params)), sequences.mask
+        )
         state = PPOState(loop.optimizer, adapted(kl_coef, kl, config.kl_target))
         return loop.params, state, measured | {"kl": kl, "kl_coef": kl_coef}
 
@@ -107,10 +109,13 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
 
 def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """``(params, batch, old, kl_coef) -> (loss, metrics)`` of one minibatch; ``old`` is π_old where KL is penalised."""
+    """``(params, batch, kl_coef) -> (loss, metrics)`` of one minibatch.
+
+    Where the KL is penalised, the batch has π_old as the extra ``old_policy``.
+    """
 
     def loss(
-        params: PyTree, batch: Batch, old: Distribution | None, kl_coef: Array | float
+        params: PyTree, batch: Batch, kl_coef: Array | float
     ) -> tuple[Array, dict[str, Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
         log_ratio = losses.log_ratio(
@@ -125,7 +130,8 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
             surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
         else:
             surrogate = losses.surrogate(ratio, advantage, batch.mask)
-        if old is not None:
+        if "old_policy" in batch.extras:
+            old = batch.extras["old_policy"]
             surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
         if config.clip_value:
             value_loss = losses.clipped_value_loss(

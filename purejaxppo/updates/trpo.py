@@ -177,7 +177,7 @@ def make_value_steps(
         def epoch(
             carry: tuple[PyTree, PyTree], key: PRNGKey
         ) -> tuple[tuple[PyTree, PyTree], Array]:
-            minibatches, _ = shuffled_minibatches(
+            minibatches = shuffled_minibatches(
                 key, batch, config.num_minibatches, config.num_shards
             )
             return jax.lax.scan(minibatch_step, carry, minibatches)
@@ -194,4 +194,4 @@ def subsample_sequences(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1)
     if k == 1:
         return batch
     order = shard_permutations(key, batch.mask.shape[1], num_shards)
-    return take_sequences(order[:, : -(-order.shape[1] // k)], batch)[0]
+    return take_sequences(order[:, : -(-order.shape[1] // k)], batch)

@@ -156,9 +156,7 @@ def test_an_evaluation_fits_into_80_columns(monkeypatch):
     monkeypatch.setattr(show, "evaluate", lambda *_, **__: played)
     monkeypatch.setattr(show.envs, "of_config", lambda config: None)
     config = Config(env="MountainCarContinuous-v0")
-    policy = Policy(
-        config, {"w": np.ones(1)}, None, linear_model(), Discrete(2), Discrete(2), False
-    )
+    policy = Policy(config, {"w": np.ones(1)}, None, linear_model(), Discrete(2), Discrete(2))
     for encoding, sign in (("utf-8", "±"), ("ascii", "+/-"), ("latin-1", "±")):
         shown = Shown(80, encoding)
         show.show_evaluation(shown.console, [policy, policy], 128)

@@ -124,7 +124,7 @@ WRONG = {
     ),
     "an unknown space": (
         changed(space={"a": Box((3,), 0, 1)}),
-        "the observation_space of counter is a dict: it must be a Discrete, a MultiDiscrete or a Box",
+        "the observation_space of counter is a dict: it must be a Discrete, a MultiDiscrete or a Box, or a Dict of these",
     ),
     "an unknown action space": (
         counter()._replace(action_space=3),
@@ -205,9 +205,7 @@ def test_it_is_told_before_a_trainer_a_run_a_sweep_or_an_evaluation_is_made(name
     assert sentence_of(lambda: fit(CONFIG, env=env, directory=tmp_path / "run")) == expected
     assert sentence_of(lambda: sweep(CONFIG, env=env, directory=tmp_path / "sweep")) == expected
     fine = counter()
-    policy = Policy(
-        CONFIG, {}, None, linear_model(), fine.observation_space, fine.action_space, False
-    )
+    policy = Policy(CONFIG, {}, None, linear_model(), fine.observation_space, fine.action_space)
     assert sentence_of(lambda: evaluate(policy, env, jax.random.key(0), 2)) == expected
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,8 @@ from small_envs import counter
 from purejaxppo import Config, ConfigError, envs, make_train, make_trainer
 from purejaxppo.envs import gymnax as gymnax_adapter
 from purejaxppo.envs import wrappers
-from purejaxppo.envs.wrappers import flatten_observations, into_box
+from purejaxppo.envs.wrappers import into_box
+from purejaxppo.networks.encoders import features_of
 from purejaxppo.types import Box, Discrete, MultiDiscrete
 
 REPRESENTATIVE = (
@@ -364,13 +365,10 @@ def test_rewards_are_floats_and_ends_are_apart():
 )
 def test_observations_become_one_vector(space, obs, expected):
     dtype = jnp.float32 if isinstance(space, Box) else jnp.int32
-    env = counter()._replace(
-        observation_space=space,
-        reset=lambda key: (counter().reset(key)[0], jnp.asarray(obs, dtype)),
-    )
-    flat = flatten_observations(env)
-    assert flat.observation_space.shape == (len(expected),)
-    np.testing.assert_array_equal(flat.reset(jax.random.key(0))[1], expected)
+    x = jnp.asarray(obs, dtype)
+    np.testing.assert_array_equal(features_of(x, space), expected)
+    batch = jnp.broadcast_to(x, (4, 5, *x.shape))
+    np.testing.assert_array_equal(features_of(batch, space)[3, 4], expected)
 
 
 def test_actions_in_bfloat16_are_within_the_bounds_of_float32():

@@ -32,7 +32,9 @@ def test_learned_values_are_those_of_the_problem_that_goes_on(num_steps):
         vf_coef=1.0,
         max_grad_norm=10.0,
     )
-    model = mlp_actor_critic(Discrete(2), config.hidden_sizes)
+    model = mlp_actor_critic(
+        clock(LIMIT).observation_space, Discrete(2), hidden_sizes=config.hidden_sizes
+    )
     states = jnp.eye(5)
 
     def learned_values(terminates):

@@ -196,7 +196,6 @@ def test_the_normaliser_is_used_and_stays_frozen():
         obs_moments=moments,
         observation_space=env.observation_space,
         action_space=env.action_space,
-        flatten=False,
     )
     got = evaluate(policy, env, jax.random.key(0), 2)
     np.testing.assert_array_equal(got.returns, [3.0, 3.0])  # t = 5, 6, 7

@@ -9,7 +9,6 @@ import pytest
 from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, mixed_model
 
 from purejaxppo import Config, ConfigError, Policy, load_policy, make_trainer, save_policy
-from purejaxppo.envs.wrappers import into_features
 from purejaxppo.normalize import Moments
 from purejaxppo.trees import named_leaves
 from purejaxppo.types import Box, Discrete, Env, Step
@@ -183,9 +182,9 @@ def test_any_batch_of_observations_gives_that_batch_of_actions(policies, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
-    policy, env, model = policies[kind]
+    policy, env, _ = policies[kind]
     obs = observations(policy, 5)
-    features = np.asarray(obs if model is not None else into_features(obs, env.observation_space))
+    features = np.asarray(obs)
     moments = policy.obs_moments
     assert (moments is not None) == (kind in {"normalised", "own containers", "one of three"})
     if moments is not None:
@@ -211,9 +210,7 @@ def test_without_a_key_the_mode_and_with_one_a_sample(policies):
     sampled = np.asarray(policy.act(obs, jax.random.key(0)))
     np.testing.assert_array_equal(sampled, policy.act(obs, jax.random.key(0)))
     assert (sampled != np.asarray(policy.act(obs, jax.random.key(1)))).any()
-    _, distribution, _ = policy.model.step(
-        policy.params, (), obs[:1].reshape(1, -1), jnp.zeros(1, bool)
-    )
+    _, distribution, _ = policy.model.step(policy.params, (), obs[:1], jnp.zeros(1, bool))
     expected = np.asarray(jax.nn.softmax(distribution.logits[0]))
     np.testing.assert_allclose(np.bincount(sampled, minlength=3) / 3000, expected, atol=0.04)
 
@@ -273,11 +270,11 @@ def test_a_saved_policy_comes_back_bit_for_bit(policies, kind, tmp_path):
     where = save_policy(tmp_path / "a" / "policy", policy)
     assert sorted(path.name for path in where.iterdir()) == ["params.npz", "policy.json"]
     back = load_policy(where, env, model)
-    assert (back.config, back.observation_space, back.action_space, back.flatten) == (
+    assert (back.config, back.observation_space, back.action_space, back.has_own_model) == (
         policy.config,
         policy.observation_space,
         policy.action_space,
-        policy.flatten,
+        model is not None,
     )
     assert_same((back.params, back.obs_moments), (policy.params, policy.obs_moments))
     obs = observations(policy, 7)
@@ -380,10 +377,10 @@ def test_a_description_of_other_json_is_refused(saved, content):
 
 
 def test_a_newer_format_is_told_with_its_version(saved):
-    rewrite(saved, format_version=3)
+    rewrite(saved, format_version=4)
     message = sentence_of(lambda: load_policy(saved))
     assert message.startswith(
-        f"{saved} has format version 3, and this version of purejaxppo reads 1 and 2"
+        f"{saved} has format version 4, and this version of purejaxppo reads 1 and 2 and 3"
     )
 
 
@@ -463,7 +460,7 @@ def test_a_config_of_numpy_numbers_is_saved(policies, tmp_path):
         num_envs=np.int64(2), hidden_sizes=[np.int64(4)], lr=np.float32(0.5), env="grid"
     )
     policy = Policy(
-        config, policy.params, None, policy.model, env.observation_space, env.action_space, True
+        config, policy.params, None, policy.model, env.observation_space, env.action_space
     )
     back = load_policy(save_policy(tmp_path / "policy", policy))
     assert back.config == TINY.replace(lr=0.5, env="grid")
@@ -472,7 +469,7 @@ def test_a_config_of_numpy_numbers_is_saved(policies, tmp_path):
 def test_parameters_that_cannot_be_loaded_are_not_saved(policies, tmp_path):
     policy, env, model = policies["own model"]
     params = policy.params | {"steps": jnp.int32(3)}
-    policy = Policy(TINY, params, None, model, env.observation_space, env.action_space, False)
+    policy = Policy(TINY, params, None, model, env.observation_space, env.action_space)
     message = sentence_of(lambda: save_policy(tmp_path / "policy", policy))
     assert (
         message

@@ -25,8 +25,11 @@ from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
 from purejaxppo import Config, make_train
 from purejaxppo.networks.actor_critic import mlp_actor_critic
 from purejaxppo.train import annealed_lr, make_optimizer
+from purejaxppo.types import Box
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
+
+FEATURES = Box((4,), -np.inf, np.inf)
 
 
 @functools.cache
@@ -133,7 +136,7 @@ def test_minibatches_are_a_partition_of_steps_or_of_whole_sequences():
 
     @functools.partial(jax.jit, static_argnums=2)
     def minibatches(seed, batch, count):
-        return shuffled_minibatches(jax.random.key(seed), as_sequences(batch), count)[0]
+        return shuffled_minibatches(jax.random.key(seed), as_sequences(batch), count)
 
     flat = minibatches(0, batch, 5)
     assert flat.value.shape == (5, 1, 3) and flat.obs.shape == (5, 1, 3, 2)
@@ -202,7 +205,7 @@ def test_a_shared_trunk_is_one_trunk_and_separate_ones_are_two():
 
     hidden, policy, value = 4 * 8 + 8 + 8 * 8 + 8, 8 * 3 + 3, 8 + 1
     for shared in (True, False):
-        model = mlp_actor_critic(DISCRETE, (8, 8), shared_trunk=shared)
+        model = mlp_actor_critic(FEATURES, DISCRETE, hidden_sizes=(8, 8), shared_trunk=shared)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4)))
         params = jax.tree.map(lambda x: np.full(x.shape, 0.1, np.float32), shapes)
         assert set(params) == ({"policy", "value", "trunk"} if shared else {"policy", "value"})

@@ -11,7 +11,7 @@ import pytest
 from small_envs import LINEAR, counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, fit, make_train, make_trainer
-from purejaxppo.advantages import ADVANTAGES
+from purejaxppo.advantages import estimate_returns, returns
 from purejaxppo.config import BASELINES
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.metrics import with_nan
@@ -104,15 +104,7 @@ def estimates(config, params, batches=BATCHES):
         state = update.init(params)
         for key_rollout in keys:
             x = rollout(key_rollout, params, None, vector_env.reset(key_env), ())[0]
-            advantage, target = ADVANTAGES["returns"](
-                x.reward,
-                x.value,
-                x.next_value,
-                x.terminated,
-                x.truncated,
-                config.gamma,
-                config.gae_lambda,
-            )
+            advantage, target = estimate_returns(config, x, x.reward)
             batch = Batch(
                 x.obs,
                 x.action,
@@ -213,7 +205,7 @@ def test_returns_in_a_literal_example():
     terminated, truncated = (
         jnp.asarray(x)[:, None] for x in ([False, False, True], [False, True, False])
     )
-    advantage, G = ADVANTAGES["returns"](reward, value, successor, terminated, truncated, 0.5, 0.9)
+    advantage, G = returns(reward, value, successor, terminated, truncated, 0.5, 0.9)
     np.testing.assert_allclose(G[:, 0], [2.0, 2.0, 3.0], rtol=1e-6)
     np.testing.assert_allclose(advantage[:, 0], [1.5, 1.0, 1.0], rtol=1e-6)
 

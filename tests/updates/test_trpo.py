@@ -13,6 +13,7 @@ from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
 
 from purejaxppo import Config, ConfigError, make_train
 from purejaxppo.networks.actor_critic import mlp_actor_critic
+from purejaxppo.types import Box
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.minibatches import as_sequences
 from purejaxppo.updates.natural_gradient import (
@@ -21,6 +22,8 @@ from purejaxppo.updates.natural_gradient import (
     fisher_vector_product,
 )
 from purejaxppo.updates.trpo import subsample_sequences
+
+FEATURES = Box((2,), -np.inf, np.inf)
 
 CONFIG = Config(
     algorithm="trpo", num_envs=B, num_steps=T, num_epochs=2, num_minibatches=3, cg_damping=0.02
@@ -54,7 +57,7 @@ def compiled(gaussian=False):
     "space", [DISCRETE, MULTI, BOX], ids=["categorical", "multi-categorical", "gaussian"]
 )
 def test_fisher_products_are_those_of_the_hessian_and_of_the_outer_products_of_scores(space):
-    model = mlp_actor_critic(space, hidden_sizes=(3,))
+    model = mlp_actor_critic(FEATURES, space, hidden_sizes=(3,))
     obs = jax.random.normal(jax.random.key(0), (6, 2))
     params = jax.jit(model.init)(jax.random.key(1), obs)
     theta, rebuild = flat(jax.tree.map(lambda x: x + 0.3, params["policy"]))
@@ -350,6 +353,8 @@ def test_what_trpo_has_no_use_for_is_refused(changes, words):
 
 
 def test_a_model_with_a_shared_trunk_is_refused():
-    model = mlp_actor_critic(DISCRETE, hidden_sizes=(3,), shared_trunk=True)
+    model = mlp_actor_critic(
+        counter().observation_space, DISCRETE, hidden_sizes=(3,), shared_trunk=True
+    )
     with pytest.raises(ConfigError, match="'policy' and 'value' alone"):
         jax.eval_shape(make_train(CONFIG, counter(), model), jax.random.key(0))
