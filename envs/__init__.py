@@ -1,4 +1,7 @@
-"""Environments by name: ``make("CartPole-v1")`` or ``make("suite/name")``, `register` for your own, `list_envs`."""
+"""Environments by name: ``make("CartPole-v1")`` or ``make("suite/name")``.
+
+`register` adds an environment of your own, and `list_envs` lists the names.
+"""
 
 import difflib
 import inspect
@@ -15,20 +18,19 @@ if __name__ != "purejaxppo.envs":
 
 from purejaxppo.types import ConfigError, Env, plain_settings
 
-SUITES = (
-    "gymnax",
-)  # modules here, each with make and list_envs; the first has the names without a suite
-MOST_KEPT = 256  # environments that `make` remembers
+# Modules of this package, each with make and list_envs. Names without a suite belong to the first.
+SUITES = ("gymnax",)
+MOST_KEPT = 256  # size of the cache of `make`
 _registered: dict[str, Callable[..., Env]] = {}
-# What `make` remembers, by name, settings and precision: what made it, and the environment.
+# The cache of `make`: (name, settings, precision) -> (factory, environment).
 _made: dict[tuple[str, str, str], tuple[Callable[..., Env], Env]] = {}
 
 
 def register(name: str, factory: Callable[..., Env]) -> None:
-    """Let ``make(name, **settings)`` return ``factory(**settings)``; an earlier factory is replaced.
+    """Let ``make(name, **settings)`` return ``factory(**settings)``.
 
-    The factory is called once for the same settings, on which alone its environment must depend:
-    they are all that a config and a saved policy keep of it.
+    This replaces an earlier factory of the same name. The environment must depend on the settings
+    only: configs and saved policies store nothing else, and equal settings call the factory once.
     """
     if not name or not callable(factory):
         raise ConfigError("register takes a name and a function that returns an Env")
@@ -38,7 +40,7 @@ def register(name: str, factory: Callable[..., Env]) -> None:
 
 
 def list_envs(suite: str | None = None) -> list[str]:
-    """The names that `make` knows: of one suite, or registered ones and every suite."""
+    """The names that `make` accepts: those of ``suite``, or all names, registered ones first."""
     if suite is not None and suite not in SUITES:
         raise ConfigError(f"{suite!r} is not a suite; there is {', '.join(SUITES)}")
     if suite is not None:
@@ -52,17 +54,17 @@ def list_envs(suite: str | None = None) -> list[str]:
 
 
 def make(name: str, /, **settings: Any) -> Env:
-    """The environment ``name``, such as ``CartPole-v1`` or ``gymnax/CartPole-v1``, with the suite's own settings.
+    """The environment ``name``, such as ``CartPole-v1`` or ``gymnax/CartPole-v1``.
 
-    Called twice with the same name and settings it returns the same object, so that what was
-    compiled for an environment serves again. Raises `ConfigError` for a name that does not exist,
-    with the nearest that does, and for settings that the environment does not have.
+    ``settings`` are the suite's. The same name and settings return the same object, so that code
+    compiled for an environment is reused. Raises `ConfigError` for an unknown name, with the
+    closest known name, and for unknown settings.
     """
     return _make(name, settings)
 
 
 def of_config(config: Any) -> Env:
-    """The environment that a `Config` names by ``env`` and ``env_settings``."""
+    """The environment that a `Config` specifies by ``env`` and ``env_settings``."""
     if config.env_settings is None:
         raise ConfigError(
             f"the settings that {config.env} was made with were not recorded, because they were "
@@ -72,53 +74,52 @@ def of_config(config: Any) -> Env:
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Env:
-    maker, short = _maker(name)
-    build = partial(maker, short) if short else partial(_registered_env, name, maker)
+    factory, short_name = _factory(name)
+    build = partial(factory, short_name) if short_name else partial(_registered_env, name, factory)
     recorded = plain_settings(settings)
     if recorded is None:
         return build(**settings)._replace(settings=None)
-    key = short or name, repr(recorded), str(jnp.result_type(float))
-    if key in _made and _made[key][0] is maker:
+    key = short_name or name, repr(recorded), str(jnp.result_type(float))
+    if key in _made and _made[key][0] is factory:
         return _made[key][1]
-    with jax.ensure_compile_time_eval():  # inside of jit its constants would be traced
+    with jax.ensure_compile_time_eval():  # inside jit the constants would be traced
         env = build(**dict(recorded))._replace(settings=recorded)
     if len(_made) >= MOST_KEPT:
         del _made[next(iter(_made))]
-    _made[key] = maker, env
+    _made[key] = factory, env
     return env
 
 
-def _maker(name: str) -> tuple[Callable[..., Env], str]:
-    """The registered factory of this name and ""; else the ``make`` of a suite and its name there."""
+def _factory(name: str) -> tuple[Callable[..., Env], str]:
+    """The registered factory and ""; otherwise the ``make`` of a suite and the name in it."""
     if name in _registered:
         return _registered[name], ""
-    suite, _, short = name.rpartition("/")
+    suite, _, short_name = name.rpartition("/")
     suite = suite or SUITES[0]
-    own = "one of your own must be registered by envs.register, or given as an Env"
+    advice = "one of your own must be registered by envs.register, or given as an Env"
     if suite not in SUITES:
         hint = f": there is no suite {suite!r}, only {', '.join(SUITES)}"
-        raise ConfigError(f"{name!r} is not an environment{hint} ({own})")
+        raise ConfigError(f"{name!r} is not an environment{hint} ({advice})")
     known = _suite(suite).list_envs()
-    if short not in known and short not in getattr(_suite(suite), "DOWNLOADS", ()):
-        near = difflib.get_close_matches(short, [*known, *_registered], n=1, cutoff=0.4)
-        hint = (
-            f"; did you mean {near[0]!r}?"
-            if near
-            else "; `purejaxppo envs` lists what can be trained"
-        )
-        raise ConfigError(f"{name!r} is not an environment{hint} ({own})")
-    return _suite(suite).make, short
+    if short_name not in known and short_name not in getattr(_suite(suite), "DOWNLOADS", ()):
+        closest = difflib.get_close_matches(short_name, [*known, *_registered], n=1, cutoff=0.4)
+        if closest:
+            hint = f"; did you mean {closest[0]!r}?"
+        else:
+            hint = "; `purejaxppo envs` lists what can be trained"
+        raise ConfigError(f"{name!r} is not an environment{hint} ({advice})")
+    return _suite(suite).make, short_name
 
 
 def _registered_env(name: str, factory: Callable[..., Env], /, **settings: Any) -> Env:
-    """What the factory makes, under the name that it was registered by."""
+    """The environment of a registered factory, renamed to its registered name."""
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
         known = ", ".join(inspect.signature(factory).parameters) or "none"
-        told = f"{name!r} cannot be made with these settings: {error}; it has {known}"
-        raise ConfigError(told) from None
-    except ValueError:  # a function without a signature
+        message = f"{name!r} cannot be made with these settings: {error}; it has {known}"
+        raise ConfigError(message) from None
+    except ValueError:  # the factory has no signature
         pass
     env = factory(**settings)
     if not isinstance(env, Env):
@@ -134,8 +135,12 @@ def _suite(name: str) -> Any:
 
 
 def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], Any], None]:
-    """``draw(states, returns, path)``, which writes a GIF of an episode; `ConfigError` where the suite has none."""
-    suite, _, short = name.rpartition("/")
+    """A function ``draw(states, returns, path)`` that writes a GIF of an episode.
+
+    ``returns`` are the sums of the rewards up to each state. Raises `ConfigError` if the suite
+    cannot draw the environment.
+    """
+    suite, _, short_name = name.rpartition("/")
     if name in _registered or not hasattr(_suite(suite or SUITES[0]), "drawing"):
         raise ConfigError(f"{name} cannot be drawn: its suite brings no pictures")
-    return _suite(suite or SUITES[0]).drawing(short, **settings)
+    return _suite(suite or SUITES[0]).drawing(short_name, **settings)

@@ -1,4 +1,4 @@
-"""What every environment must keep to: its functions agree with its spaces and with each other."""
+"""The contract of `Env`: its functions agree with its spaces and with each other."""
 
 import functools
 import operator
@@ -24,13 +24,14 @@ from purejaxppo.types import (
 
 
 def require_consistent(env: Env) -> None:
-    """Raise `ConfigError` where reset and step disagree with the spaces or with each other.
+    """Raise `ConfigError` if reset or step contradicts the spaces or the other function.
 
-    ``reset`` returns ``(state, obs)`` and ``step`` a `Step`. An observation is one array of the shape of
-    its space, or a dict of such arrays; in a finite space it holds integers. Reward, flags and mask are scalars, and all but the
-    reward are bools. The states of reset and step have the same structure and shapes. Their types may
-    differ, because a fresh start is cast to the types that a step returns, but the next step must return
-    these types again. Nothing is run.
+    ``reset`` returns ``(state, obs)`` and ``step`` returns a `Step`. An observation is one array
+    with the shape of its space, or a dict of such arrays; in a finite space it holds integers. The
+    reward is a real scalar; ``terminated``, ``truncated`` and ``mask`` are bool scalars. The states
+    of reset and step have the same structure and shapes. Their dtypes may differ, because
+    `vectorize` casts a fresh start to the dtypes of a step, but the next step must return these
+    dtypes again. Nothing is executed.
     """
     for name, allowed in (("observation_space", Space | Dict), ("action_space", Space)):
         space = getattr(env, name)
@@ -53,15 +54,16 @@ def require_consistent(env: Env) -> None:
     _require_scalars(env, step)
     _require_agreement(env, "reset", {"state": state}, "step", {"state": step.state}, _are_castable)
 
-    # The vectoriser casts a fresh start to these types, and then they must stay.
+    # `vectorize` casts a fresh start to these dtypes, so the next step must return them again.
     cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.state)
     following = _step(env, key, cast)
-    before, after = ({"state": x.state, "obs": x.obs} for x in (step, following))
+    before = {"state": step.state, "obs": step.obs}
+    after = {"state": following.state, "obs": following.obs}
     _require_agreement(env, "one step", before, "the next", after, operator.eq)
 
 
 def _step(env: Env, key: Any, state: PyTree) -> Step:
-    """The shapes and types of a step."""
+    """The shapes and dtypes of a step."""
     dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
     action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
     step = jax.eval_shape(env.step, key, state, action)
@@ -110,27 +112,24 @@ def require_allowed_actions(env: Env) -> None:
 
 
 def _require_observation(env: Env, name: str, obs: Any) -> None:
-    """Arrays of real numbers, in the structure and of the shapes of their space."""
+    """Arrays of real numbers, in the structure and with the shapes of their space."""
     space = env.observation_space
-    if isinstance(space, Dict):
-        names = [part for part, _ in space.spaces]
-        if not isinstance(obs, dict) or sorted(obs) != names:
-            found = (
-                f"a dict of {', '.join(map(str, obs))}"
-                if isinstance(obs, dict)
-                else type(obs).__name__
-            )
-            raise ConfigError(
-                f"{name} of {env.name} returns {found} as obs: it must be a dict of {', '.join(names)}"
-            )
-        for part, of_part in space.spaces:
-            _require_part(env, name, f"obs[{part!r}]", of_part, obs[part])
-    else:
+    if not isinstance(space, Dict):
         _require_part(env, name, "obs", space, obs)
+        return
+    names = [part for part, _ in space.spaces]
+    if not isinstance(obs, dict) or sorted(obs) != names:
+        is_dict = isinstance(obs, dict)
+        found = f"a dict of {', '.join(map(str, obs))}" if is_dict else type(obs).__name__
+        raise ConfigError(
+            f"{name} of {env.name} returns {found} as obs: it must be a dict of {', '.join(names)}"
+        )
+    for part, part_space in space.spaces:
+        _require_part(env, name, f"obs[{part!r}]", part_space, obs[part])
 
 
 def _require_part(env: Env, name: str, part: str, space: Space, obs: Any) -> None:
-    """One array of the shape of its space."""
+    """One array with the shape of its space."""
     if not jax.tree_util.all_leaves([obs]):
         found = type(obs).__name__
         raise ConfigError(f"{name} of {env.name} returns a {found} as {part}: it must be one array")
@@ -170,7 +169,8 @@ def _require_scalars(env: Env, step: Step) -> None:
         if x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             words = "one real number" if name == "reward" else "one bool"
             raise ConfigError(
-                f"step of {env.name} returns a {name} of the shape {x.shape} and type {x.dtype}: it must be {words}"
+                f"step of {env.name} returns a {name} of the shape {x.shape} "
+                f"and type {x.dtype}: it must be {words}"
             )
 
 
@@ -180,21 +180,21 @@ def _require_agreement(
     tree: PyTree,
     other_name: str,
     other: PyTree,
-    types_fit: Callable[[Any, Any], bool],
+    are_compatible: Callable[[Any, Any], bool],
 ) -> None:
-    """The same structure and shapes, and types that fit."""
-    parts, other_parts = (_by_path(x) for x in (tree, other))
+    """The same structure and shapes, and compatible dtypes."""
+    leaves = _by_path(tree)
+    other_leaves = _by_path(other)
     rule = f"{name} and {other_name} of {env.name} must return the same structure, shapes and types"
-    if lone := sorted(parts.keys() ^ other_parts.keys()):
-        source = name if lone[0] in parts else other_name
-        raise ConfigError(f"{rule}: {lone[0]} comes from {source} only")
-    for path, x in parts.items():
-        y = other_parts[path]
-        if x.shape != y.shape or not types_fit(x.dtype, y.dtype):
+    if unmatched := sorted(leaves.keys() ^ other_leaves.keys()):
+        source = name if unmatched[0] in leaves else other_name
+        raise ConfigError(f"{rule}: {unmatched[0]} comes from {source} only")
+    for path, x in leaves.items():
+        y = other_leaves[path]
+        if x.shape != y.shape or not are_compatible(x.dtype, y.dtype):
             kinds = f"{x.dtype} of the shape {x.shape} and {y.dtype} of the shape {y.shape}"
             raise ConfigError(f"{rule}: {path} is {kinds}")
-    structure, other_structure = (jax.tree.structure(x) for x in (tree, other))
-    if structure != other_structure:  # type: ignore[operator]
+    if jax.tree.structure(tree) != jax.tree.structure(other):  # type: ignore[operator]
         words = "their states are made of different containers, such as a list and a tuple"
         raise ConfigError(f"{rule}: {words}")
 
@@ -205,6 +205,6 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def _are_castable(start: Any, step: Any) -> bool:
-    """Numbers can be cast to numbers; a random key is of its own kind."""
+    """Numbers can be cast to one another; a random key cannot be cast."""
     is_key = [jnp.issubdtype(dtype, jax.dtypes.prng_key) for dtype in (start, step)]
     return start == step or not any(is_key)

@@ -1,4 +1,7 @@
-"""gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks. `gymnax` itself takes seconds to import."""
+"""gymnax (Lange 2022): classic control, MinAtar, bsuite and small tasks.
+
+`gymnax` takes seconds to import, so the functions here import it when they need it.
+"""
 
 import contextlib
 import dataclasses
@@ -14,15 +17,10 @@ from jaxtyping import Array
 
 from purejaxppo.types import Box, ConfigError, Discrete, Env, PRNGKey, PyTree, Space, Step
 
-DOWNLOADS = ("MNISTBandit-bsuite",)  # cannot be made without fetching a data set
+DOWNLOADS = ("MNISTBandit-bsuite",)  # would download a data set
 
-DRAWN = (
-    "Catch-bsuite",
-    "FourRooms-misc",
-    "MetaMaze-misc",
-    "PointRobot-misc",
-    "Pong-misc",
-)  # besides the well-known
+# Environments that gymnax can draw, besides classic control and MinAtar.
+DRAWN = ("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc")
 
 
 def list_envs() -> list[str]:
@@ -33,9 +31,13 @@ def list_envs() -> list[str]:
 
 
 def make(name: str, /, **settings: Any) -> Env:
-    """The gymnax environment ``name``; ``settings`` are fields of its parameters or arguments of its constructor."""
+    """The gymnax environment ``name``.
+
+    ``settings`` are fields of its parameters or arguments of its constructor. Raises `ConfigError`
+    for unknown or invalid settings.
+    """
     env, params = original(name, **settings)
-    # gymnax computes bounds with JAX; inside of jit they would be traced
+    # gymnax computes bounds with JAX; inside jit they would be traced.
     with jax.ensure_compile_time_eval(), _refusing(name, settings):
         observation_space = _space(name, "observations", env.observation_space(params))
         action_space = _space(name, "actions", env.action_space(params))
@@ -46,11 +48,9 @@ def make(name: str, /, **settings: Any) -> Env:
 
     def step(key: PRNGKey, state: PyTree, action: Array) -> Step:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
-        if (
-            name == "MemoryChain-bsuite"
-        ):  # its step_env observes the state that was left, not the one reached
+        if name == "MemoryChain-bsuite":  # its step_env observes the state before the step
             obs = env.get_obs(state, params)
-        reward = jnp.asarray(reward, jnp.result_type(float))  # some count in integers
+        reward = jnp.asarray(reward, jnp.result_type(float))  # some are integers
         truncated = env.is_truncated(state, params) & ~terminated
         return Step(state, obs, reward, terminated, truncated)
 
@@ -66,7 +66,7 @@ def make(name: str, /, **settings: Any) -> Env:
 
 
 def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
-    """gymnax's own environment and parameters; `ConfigError` for settings that it does not have."""
+    """gymnax's environment and parameters. Raises `ConfigError` for unknown settings."""
     import gymnax
 
     if name in DOWNLOADS:
@@ -77,16 +77,16 @@ def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
     if not settings:
         return env, params
     fields = [field.name for field in dataclasses.fields(params)]
-    parameters = list(inspect.signature(type(env).__init__).parameters.values())[1:]
+    arguments = list(inspect.signature(type(env).__init__).parameters.values())[1:]
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = sorted([*fields, *(one.name for one in parameters if one.kind not in variable)])
+    known = sorted([*fields, *(x.name for x in arguments if x.kind not in variable)])
     if unknown := [key for key in settings if key not in known]:
         raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    own = {key: x for key, x in settings.items() if key not in fields}
-    with _refusing(name, own):
-        env, params = gymnax.make(name, **own)
+    constructor_settings = {key: x for key, x in settings.items() if key not in fields}
+    with _refusing(name, constructor_settings):
+        env, params = gymnax.make(name, **constructor_settings)
     changes = {
-        key: _of_kind(name, key, x, getattr(params, key))
+        key: _validated(name, key, x, getattr(params, key))
         for key, x in settings.items()
         if key in fields
     }
@@ -95,32 +95,32 @@ def original(name: str, /, **settings: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _refusing(name: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Settings that gymnax fails with, in whatever way, are refused in one sentence."""
+    """Turn any exception that ``settings`` cause in gymnax into a `ConfigError` of one sentence."""
     try:
         yield
     except Exception as error:
         if not settings:
             raise
-        told = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"{name} cannot be made with {settings}: {told[0]}") from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"{name} cannot be made with {settings}: {lines[0]}") from None
 
 
-def _of_kind(name: str, key: str, value: Any, default: Any) -> Any:
-    """The value for a field of the parameters, which must be of the kind of its default.
+def _validated(name: str, key: str, value: Any, default: Any) -> Any:
+    """The value of a field of the parameters, which must have the kind of its default.
 
-    Arrays and traced values are not looked at.
+    The contents of arrays and traced values are not checked.
     """
     value = value.item() if isinstance(value, np.generic) else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "max_steps_in_episode":
-        if not number or value < 1 or value != int(value):
+        if not is_number or value < 1 or value != int(value):
             raise ConfigError(f"{name}: {key} = {value!r}: it must be an integer of at least 1")
         return int(value)
     if isinstance(value, jax.Array | np.ndarray):
         return value
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ConfigError(f"{name}: {key} = {value!r}: it must be True or False")
-    if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+    if isinstance(default, int | float) and not isinstance(default, bool) and not is_number:
         raise ConfigError(f"{name}: {key} = {value!r}: it must be a number")
     if isinstance(default, jax.Array | np.ndarray):
         try:
@@ -131,33 +131,34 @@ def _of_kind(name: str, key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _space(name: str, what: str, space: Any) -> Space:
+def _space(name: str, plural: str, space: Any) -> Space:
     kind = type(space).__name__
     if kind == "Discrete":
         return Discrete(space.n)
     if kind == "Box":
         return Box(space.shape, space.low, space.high)
     raise ConfigError(
-        f"{name} has {what} of the kind {kind}; only Discrete and Box ones can be trained"
+        f"{name} has {plural} of the kind {kind}; only Discrete and Box ones can be trained"
     )
 
 
 def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], Any], None]:
-    """``draw(states, returns, path)`` by gymnax's visualiser; returns are those up to each state."""
-    for variable in (
-        "SDL_VIDEODRIVER",
-        "SDL_AUDIODRIVER",
-    ):  # classic control is drawn by a game library
+    """A function ``draw(states, returns, path)`` that writes a GIF by gymnax's visualiser.
+
+    ``returns`` are the sums of the rewards up to each state.
+    """
+    # pygame draws classic control, and must open neither a window nor a sound device.
+    for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):
         os.environ.setdefault(variable, "dummy")
     from gymnax.visualize import Visualizer, vis_gym
 
     env, params = original(name, **settings)
-    classic = name in vis_gym.SUPPORTED_GYM_ENVS
-    if not classic and name not in DRAWN and not name.endswith("-MinAtar"):
+    is_classic = name in vis_gym.SUPPORTED_GYM_ENVS
+    if not is_classic and name not in DRAWN and not name.endswith("-MinAtar"):
         raise ConfigError(f"{name} cannot be drawn: gymnax's visualiser has no picture of it")
 
     def draw(states: list[Any], returns: list[Any], path: Any) -> None:
-        if classic:
+        if is_classic:
             _draw_classic(name, states, params, path)
         else:
             Visualizer(env, params, states, returns).animate(str(path))
@@ -166,21 +167,21 @@ def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], An
 
 
 def _draw_classic(name: str, states: list[Any], params: Any, path: Any) -> None:
-    """Every second state as a frame. gymnax's own loop opens and closes a renderer for each, 0.3 s apiece."""
+    """Draw every second state with one renderer; gymnax opens one for each frame (0.3 s)."""
     import gymnasium
     from gymnax.visualize import vis_gym
     from PIL import Image
 
     screen = gymnasium.make(name, render_mode="rgb_array")
     screen.reset()
-    world: Any = screen.unwrapped
-    vis_gym.set_gym_params(world, name, params)
+    gym_env: Any = screen.unwrapped
+    vis_gym.set_gym_params(gym_env, name, params)
     frames = []
     for state in states[::2]:
-        world.state = vis_gym.get_gym_state(state, name)
+        gym_env.state = vis_gym.get_gym_state(state, name)
         if name == "Pendulum-v1":
-            world.last_u = np.asarray(state.last_u, float)
-        frame = Image.fromarray(np.asarray(world.render()))
+            gym_env.last_u = np.asarray(state.last_u, float)
+        frame = Image.fromarray(np.asarray(gym_env.render()))
         frame.thumbnail((300, 300))
         frames.append(frame.quantize(32))
     screen.close()

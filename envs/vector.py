@@ -1,4 +1,4 @@
-"""B environments at once, with one auto-reset for every suite."""
+"""B environments in parallel, with one auto-reset for every suite."""
 
 from collections.abc import Callable
 
@@ -8,23 +8,23 @@ from jaxtyping import Array, Bool
 
 from purejaxppo.types import Box, Env, EpisodeSums, PRNGKey, PyTree, Step, VectorEnv, VectorState
 
-SHARE_AT_ONCE = 32  # one environment in 32 ends at a typical step of CartPole: then one pass serves all that ended
+# In a typical step of CartPole 1 of 32 episodes ends: one pass of `restart` then resets them all.
+SHARE_AT_ONCE = 32
 
 
 def vectorize(
     env: Env, num_envs: int, at_once: int | None = None, group_size: int = 1
 ) -> VectorEnv:
-    """``num_envs`` copies of ``env`` that start again by themselves.
+    """``num_envs`` copies of ``env`` with auto-reset.
 
-    Every step has a fresh random key for each environment, and an episode that begins after the step begins at
-    ``env.reset`` of that key. Starts are therefore independent draws, whatever the lengths of the episodes are and in
-    whatever order they end. Drawing the starts of all environments at every step would give the same episodes, but
-    nearly all draws would be thrown away, so only the environments that ended draw, ``at_once`` of them at a time
-    (`restart`).
+    Every step has a fresh random key for each environment. If an episode ends in the step, the next
+    one begins at ``env.reset`` of that key, so initial states are independent draws whatever the
+    lengths and the order of the episodes. Resetting all environments at every step would give the
+    same episodes but discard nearly all resets. Therefore only the environments whose episode ended
+    are reset, ``at_once`` of them at a time (`restart`).
 
-    After ``reset`` each start is shared by ``group_size`` consecutive environments.
-
-    The `Step` that comes back is from before the reset: its ``obs`` is the final observation of an episode that ended.
+    After ``reset`` each start is shared by ``group_size`` consecutive environments. ``step`` returns
+    the `Step` before the reset: ``obs`` is the final observation of an episode that ended.
     """
     B = num_envs
     at_once = max(1, B // SHARE_AT_ONCE) if at_once is None else at_once
@@ -46,14 +46,12 @@ def vectorize(
         return state._replace(finished=_nothing_finished())
 
     def step(key: PRNGKey, state: VectorState, action: Array) -> tuple[VectorState, Step]:
-        keys = jax.random.split(
-            key, B + 1
-        )  # for the step of each environment, and for all restarts
+        keys = jax.random.split(key, B + 1)  # one for each environment, and one for all resets
         timestep = jax.vmap(env.step)(keys[:B], state.env, action)
         reward = jnp.asarray(timestep.reward, jnp.result_type(float))
         timestep = timestep._replace(reward=reward, mask=jnp.broadcast_to(timestep.mask, (B,)))
         done = timestep.terminated | timestep.truncated
-        draw = _reset_in_types_of_step(env)
+        draw = _reset_with_dtypes_of_step(env)
         states, obs = restart(draw, keys[B], done, (timestep.state, timestep.obs), at_once)
 
         episode_return = state.episode_return + reward
@@ -82,12 +80,12 @@ def restart(
     current: PyTree,
     at_once: int,
 ) -> PyTree:
-    """``current`` [B, ...] with ``draw(key_b)`` in the place of every row b that is ``done``.
+    """``current`` [B, ...] with each row b that is ``done`` replaced by ``draw(key_b)``.
 
-    ``key_b`` is ``fold_in(key, b)``, so what a row gets depends on nothing but the key and its number. That is the
-    invariant on which the shortcut relies: the rows that are done are drawn ``at_once`` at a time, in a loop of as many
-    passes as it takes, and the result is the same for any ``at_once``. With ``at_once=B`` there is no loop: all rows
-    are drawn and those that are not done are dropped, which needs no communication between rows.
+    Invariant: ``key_b = fold_in(key, b)``, so a new row depends only on the key and on b, and the
+    result is the same for any ``at_once``. A loop draws the rows that are done, ``at_once`` of them
+    in each pass. With ``at_once=B`` there is no loop: all rows are drawn and those that are not
+    done are discarded, which needs no communication between rows.
     """
     B = done.shape[0]
 
@@ -98,25 +96,23 @@ def restart(
         return where_rows(done, draw_rows(jnp.arange(B)), current)
 
     def one_pass(loop: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        waiting, current = loop
-        (rows,) = jnp.nonzero(
-            waiting, size=at_once, fill_value=B
-        )  # row B does not exist: nothing is written there
+        pending, current = loop
+        # Row B does not exist: nothing is written there.
+        (rows,) = jnp.nonzero(pending, size=at_once, fill_value=B)
         current = jax.tree.map(
             lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(rows)
         )
-        return waiting.at[rows].set(False, mode="drop"), current
+        return pending.at[rows].set(False, mode="drop"), current
 
     return jax.lax.while_loop(lambda loop: loop[0].any(), one_pass, (done, current))[1]
 
 
 def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
-    """Row by row: ``condition`` is [B], the leaves of ``new`` and ``old`` are [B, ...]."""
+    """`jnp.where` by row: ``condition`` is [B], the leaves of ``new`` and ``old`` are [B, ...]."""
 
     def choose(new: Array, old: Array) -> Array:
-        if jnp.issubdtype(
-            new.dtype, jax.dtypes.prng_key
-        ):  # jnp.where would count as a use of both keys
+        if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+            # jax_debug_key_reuse would count jnp.where as a use of both keys.
             data = choose(jax.random.key_data(new), jax.random.key_data(old))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
         return jnp.where(condition.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
@@ -125,20 +121,20 @@ def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:
 
 
 def fresh_starts(env: Env, key: PRNGKey, count: int) -> tuple[PyTree, PyTree]:
-    """``count`` independent initial (state, obs)."""
-    return jax.vmap(_reset_in_types_of_step(env))(jax.random.split(key, count))
+    """``count`` independent initial ``(state, obs)``, each [count, ...]."""
+    return jax.vmap(_reset_with_dtypes_of_step(env))(jax.random.split(key, count))
 
 
-def _reset_in_types_of_step(env: Env) -> Callable[[PRNGKey], tuple[PyTree, PyTree]]:
-    """``env.reset`` in the types that a step has: a loop over steps needs them to be the same."""
+def _reset_with_dtypes_of_step(env: Env) -> Callable[[PRNGKey], tuple[PyTree, PyTree]]:
+    """``env.reset`` cast to the dtypes of a step, because a loop over steps needs equal dtypes."""
 
     def reset(key: PRNGKey) -> tuple[PyTree, PyTree]:
         state, obs = env.reset(key)
         dtype = jnp.result_type(float) if isinstance(env.action_space, Box) else jnp.int32
         action = jax.ShapeDtypeStruct(env.action_space.shape, dtype)
         timestep = jax.eval_shape(env.step, key, state, action)
-        types = (timestep.state, timestep.obs)
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), (state, obs), types)
+        target = (timestep.state, timestep.obs)
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), (state, obs), target)
 
     return reset
 

@@ -1,1 +1,1 @@
-"""Trained policies: used, saved, evaluated and rendered."""
+"""Trained policies: use, files, evaluation and rendering."""

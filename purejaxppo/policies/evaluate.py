@@ -1,4 +1,4 @@
-"""How good a policy is: whole fresh episodes, apart from training and its keys."""
+"""Evaluation of a policy on fresh, complete episodes, with keys independent of training."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,17 +18,17 @@ from purejaxppo.validation import integer
 class EpisodeStatistics(NamedTuple):
     """One entry for each of n episodes."""
 
-    returns: Float[Array, "n"]  # sum of the rewards of each episode, undiscounted
-    lengths: Int[Array, "n"]  # steps of each episode
+    returns: Float[Array, "n"]  # undiscounted sum of the rewards of an episode
+    lengths: Int[Array, "n"]  # steps of an episode
 
 
 class _Episodes(NamedTuple):
     key: PRNGKey
-    state: PyTree
-    obs: Array
-    carry: PyTree
-    running: Bool[Array, "n"]
-    statistics: EpisodeStatistics
+    state: PyTree  # [n, ...] states of the environments
+    obs: Array  # [n, ...]
+    carry: PyTree  # [n, ...] memory of the policy
+    running: Bool[Array, "n"]  # the episode has not ended
+    statistics: EpisodeStatistics  # so far
 
 
 def evaluate(
@@ -40,19 +40,21 @@ def evaluate(
     *,
     max_steps: int | None = None,
 ) -> EpisodeStatistics:
-    """``num_episodes`` whole episodes of ``policy`` in ``env``, side by side.
+    """Play ``num_episodes`` complete episodes of ``policy`` in ``env``, in parallel.
 
-    ``env=None`` is the environment that the policy was trained in, settings included; one of the
-    caller's own that is not registered must be given. Deterministic takes the most probable action,
-    else actions are sampled. The normaliser stays as training left it. An episode counts once and
-    ends by termination or by the environment's time limit, so short episodes are not preferred.
+    ``env=None`` means the environment and settings of training; an environment that is not
+    registered must be passed. ``deterministic`` takes the mode of the action distribution,
+    otherwise actions are sampled. The normaliser stays fixed. Each of the ``num_episodes``
+    environments plays one episode, until termination or truncation, so the statistics are not
+    biased towards short episodes.
 
-    After ``max_steps`` steps the episodes that still run count as they stand: with the return so
-    far and the length ``max_steps``. Where the environment has no bound on the length of an
-    episode, ``max_steps`` is required, because a policy may never end one.
+    ``max_steps`` cuts off episodes that are still running after ``max_steps`` steps: they count
+    with their return so far and this length. It is required if the environment has no time limit,
+    because an episode may then never end.
 
-    It compiles itself, once for an environment, a configuration and a number of episodes, and can
-    be used inside `jax.jit` and `jax.vmap`.
+    The function is compiled once for each environment, configuration and number of episodes, and
+    works inside `jax.jit` and `jax.vmap`. Raises `ConfigError` for invalid numbers, and for an
+    environment whose spaces are not those of the policy.
     """
     if num_episodes < 1:
         raise ConfigError(f"num_episodes = {num_episodes}: it must be an integer of at least 1")
@@ -83,31 +85,36 @@ def _evaluate(
 ) -> EpisodeStatistics:
     def step(now: _Episodes) -> _Episodes:
         key_action, key_env, key_next = jax.random.split(now.key, 3)
-        first = now.statistics.lengths == 0
+        reset = now.statistics.lengths == 0
         carry, action = policy.step(
-            now.carry, now.obs, first, None if deterministic else key_action
+            now.carry, now.obs, reset, None if deterministic else key_action
         )
-        out = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
-        returns = now.statistics.returns + jnp.where(now.running, out.reward, 0)
+        timestep = jax.vmap(env.step)(jax.random.split(key_env, num_episodes), now.state, action)
+        returns = now.statistics.returns + jnp.where(now.running, timestep.reward, 0)
         lengths = now.statistics.lengths + now.running
-        running = now.running & ~(out.terminated | out.truncated)
+        running = now.running & ~(timestep.terminated | timestep.truncated)
         if max_steps is not None:
             running &= lengths < max_steps
         return _Episodes(
-            key_next, out.state, out.obs, carry, running, EpisodeStatistics(returns, lengths)
+            key=key_next,
+            state=timestep.state,
+            obs=timestep.obs,
+            carry=carry,
+            running=running,
+            statistics=EpisodeStatistics(returns, lengths),
         )
 
     key_reset, key_run = jax.random.split(key)
     state, obs = fresh_starts(env, key_reset, num_episodes)
-    nothing = EpisodeStatistics(
+    zeros = EpisodeStatistics(
         jnp.zeros(num_episodes, jnp.result_type(float)), jnp.zeros(num_episodes, jnp.int32)
     )
     start = _Episodes(
-        key_run,
-        state,
-        obs,
-        policy.initial_carry(num_episodes),
-        jnp.ones(num_episodes, bool),
-        nothing,
+        key=key_run,
+        state=state,
+        obs=obs,
+        carry=policy.initial_carry(num_episodes),
+        running=jnp.ones(num_episodes, bool),
+        statistics=zeros,
     )
     return jax.lax.while_loop(lambda now: now.running.any(), step, start).statistics

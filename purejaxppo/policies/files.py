@@ -1,4 +1,4 @@
-"""The files of a policy: saved, and loaded without running code from them."""
+"""Save and load policies. Loading never executes code from the files."""
 
 import contextlib
 import dataclasses
@@ -36,20 +36,19 @@ from purejaxppo.types import (
 )
 
 FORMAT_VERSION = 3
-
-
-READABLE_VERSIONS = (1, 2, 3)  # 1 could not tell bfloat16; 1 and 2 normalised features
-
-
+# Version 1 did not record extended dtypes such as bfloat16. Versions 1 and 2 normalised features, as
+# one vector, and not observations.
+READABLE_VERSIONS = (1, 2, 3)
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
 
 
 def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
-    """Write the policy as ``policy.json`` (format version, config, spaces, checksum) and ``params.npz`` (plain arrays).
+    """Write the policy to a new directory and return its path.
 
-    The parameters may be any pytree of floating-point arrays. Types that NumPy does not have, such as
-    bfloat16, are stored as float32, and ``policy.json`` names them. The directory must not exist; it
-    appears whole or not at all.
+    ``policy.json`` holds the format version, the config, the spaces and a checksum; ``params.npz``
+    holds plain arrays. The parameters may be any pytree of floating-point arrays. Dtypes that NumPy
+    lacks, such as bfloat16, are stored as float32, and ``policy.json`` records them. The write is
+    atomic. Raises `ConfigError` if the directory exists or cannot be written.
     """
     directory = Path(directory)
     if directory.exists():
@@ -88,13 +87,13 @@ def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
 def load_policy(
     directory: str | os.PathLike, env: Env | None = None, model: Model | None = None
 ) -> Policy:
-    """The policy that `save_policy` wrote. A policy with a model of the caller's own needs that ``model`` again.
+    """Load a policy that `save_policy` wrote; one with a custom model needs that ``model``.
 
-    Nothing in the files is run. Raises `ConfigError` for a directory that is no policy, is damaged, comes from a newer
-    version or does not fit ``env``.
+    No code in the files is executed. Raises `ConfigError` if the directory is not a policy, is
+    damaged, has an unknown format version or does not fit ``env``.
     """
     directory = Path(directory)
-    description, arrays = _read(directory)
+    description, arrays = _read_files(directory)
     config = Config.from_dict(description["config"])
     observation_space = _space_from_json(description["observation_space"])
     action_space = _space_from_json(description["action_space"])
@@ -110,46 +109,50 @@ def load_policy(
 
     if model is None:
         model = make_model(config, observation_space, action_space)
-    params, moments = _in_place(directory, description, arrays, config, model, observation_space)
-    return Policy(config, params, moments, model, observation_space, action_space)
+    params, moments = _restore(directory, description, arrays, config, model, observation_space)
+    return Policy(
+        config=config,
+        params=params,
+        obs_moments=moments,
+        model=model,
+        observation_space=observation_space,
+        action_space=action_space,
+    )
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The description and the arrays, checked to be ours, whole and of a version that is known."""
+def _read_files(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays, with format, version, checksum and dtypes verified."""
     not_ours = ConfigError(
-        f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
+        f"{directory} is not a policy of purejaxppo: "
+        "it needs a policy.json and a params.npz of its own"
     )
     try:
         description = json.loads((directory / "policy.json").read_text())
-        packed = (directory / "params.npz").read_bytes()
+        npz_bytes = (directory / "params.npz").read_bytes()
     except (OSError, ValueError, RecursionError):
         raise not_ours from None
     if not isinstance(description, dict) or description.get("format") != "purejaxppo policy":
         raise not_ours
     if description.get("format_version") not in READABLE_VERSIONS:
         raise ConfigError(
-            f"{directory} has format version {description.get('format_version')}, and this version of purejaxppo reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: load it with the version that wrote it"
+            f"{directory} has format version {description.get('format_version')}, and this version "
+            f"of purejaxppo reads {' and '.join(map(str, READABLE_VERSIONS))}: load it with the "
+            "version that wrote it"
         )
-    missing = {
-        "config",
-        "observation_space",
-        "action_space",
-        "own_model",
-        "params_sha256",
-    } - description.keys()
+    required = {"config", "observation_space", "action_space", "own_model", "params_sha256"}
+    missing = required - description.keys()
     if missing:
         raise ConfigError(
             f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}"
         )
-    if hashlib.sha256(packed).hexdigest() != description["params_sha256"]:
+    if hashlib.sha256(npz_bytes).hexdigest() != description["params_sha256"]:
         raise ConfigError(
             f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved"
         )
     try:
-        with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+        with np.load(io.BytesIO(npz_bytes), allow_pickle=False) as file:
             arrays = dict(file)
-    except ValueError:  # pickled objects, which are never loaded
+    except ValueError:  # pickled objects are never loaded
         raise ConfigError(
             f"{directory / 'params.npz'} is damaged: it holds something else than numbers"
         ) from None
@@ -162,7 +165,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return description, arrays | extended
 
 
-def _in_place(
+def _restore(
     directory: Path,
     description: dict[str, Any],
     arrays: dict[str, np.ndarray],
@@ -170,7 +173,7 @@ def _in_place(
     model: Model,
     space: ObservationSpace,
 ) -> tuple[PyTree, ObsMoments | None]:
-    """The arrays as the parameters and the observation moments, in the shapes that this model has."""
+    """The parameters and the observation moments, checked against the shapes of ``model``."""
 
     def shape_of(part: Space) -> jax.ShapeDtypeStruct:
         dtype = jnp.result_type(float) if isinstance(part, Box) else jnp.int32
@@ -180,27 +183,29 @@ def _in_place(
     moments = init_obs_moments(space) if config.normalize_obs else None
     tree = _named_parts(jax.eval_shape(model.init, jax.random.key(0), obs), moments)
     expected = named_leaves(tree)
-    arrays = {name: _as_format_1_meant(x, expected.get(name)) for name, x in arrays.items()}
+    arrays = {name: _decode_format_1(x, expected.get(name)) for name, x in arrays.items()}
     if description["format_version"] < 3:
-        arrays = _with_moments_of_observations(directory, arrays, expected)
-    shapes, expected_shapes = (
-        {name: x.shape for name, x in named.items()} for named in (arrays, expected)
-    )
-    if shapes != expected_shapes or not all(
-        jnp.issubdtype(x.dtype, np.floating) for x in arrays.values()
-    ):
+        arrays = _decode_feature_moments(directory, arrays, expected)
+    shapes = {name: x.shape for name, x in arrays.items()}
+    expected_shapes = {name: x.shape for name, x in expected.items()}
+    all_floating = all(jnp.issubdtype(x.dtype, np.floating) for x in arrays.values())
+    if shapes != expected_shapes or not all_floating:
         raise ConfigError(
-            f"the parameters in {directory} do not fit the model: other sizes or another network made them"
+            f"the parameters in {directory} do not fit the model: "
+            "other sizes or another network made them"
         )
     loaded = from_named({name: jnp.asarray(x) for name, x in arrays.items()}, tree)
     return loaded["params"], loaded["obs_moments"]
 
 
-def _with_moments_of_observations(
+def _decode_feature_moments(
     directory: Path, arrays: dict[str, np.ndarray], expected: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Formats 1 and 2 normalised features, which are the observations of a box as one vector."""
-    fitting = {}
+    """Moments of features, as formats 1 and 2 have them, as moments of observations.
+
+    The features of a box are its elements in row-major order.
+    """
+    decoded = {}
     for name, x in arrays.items():
         if name.startswith("obs_moments/"):
             if name not in expected:
@@ -211,17 +216,17 @@ def _with_moments_of_observations(
                 )
             if x.size == math.prod(expected[name].shape):
                 x = x.reshape(expected[name].shape)
-        fitting[name] = x
-    return fitting
+        decoded[name] = x
+    return decoded
 
 
 def _named_parts(params: PyTree, moments: ObsMoments | None) -> dict[str, PyTree]:
-    """What ``params.npz`` holds: ``params/…`` and, where there are moments, ``obs_moments/…``."""
+    """The content of ``params.npz``: ``params/…`` and, with normalisation, ``obs_moments/…``."""
     return {"params": params, "obs_moments": moments}
 
 
-def _as_format_1_meant(x: np.ndarray, expected: Any) -> np.ndarray:
-    """Format 1 kept the bytes of bfloat16 and the like without the type's name, which the model knows."""
+def _decode_format_1(x: np.ndarray, expected: Any) -> np.ndarray:
+    """Format 1 stored extended dtypes as raw bytes without their name, which the model gives."""
     if x.dtype.kind != "V" or expected is None or not is_extended(expected.dtype):
         return x
     return x.view(expected.dtype) if x.dtype.itemsize == expected.dtype.itemsize else x

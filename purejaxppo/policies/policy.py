@@ -1,4 +1,4 @@
-"""A trained policy: taken out of a run, used, saved and loaded without running code from the file."""
+"""`Policy`: the trained policy of a run, from observations to actions."""
 
 import dataclasses
 import math
@@ -37,16 +37,15 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """From the environment's own observations to its own actions, normalisation and bounds included.
+    """Maps raw observations to actions of the environment, with normalisation and action bounds.
 
-    It takes one observation or any batch of them: the batch axes come before those of the space. It
-    is a pytree of its parameters, so it can be used inside `jax.jit` and `jax.vmap` and passed
-    through them.
+    Any batch axes come before ``observation_space.shape``. A policy is a pytree, so it can be used
+    inside `jax.jit` and `jax.vmap` and passed through them.
     """
 
     config: Config
     params: PyTree
-    obs_moments: ObsMoments | None
+    obs_moments: ObsMoments | None  # None without observation normalisation
     model: Model = _static()
     observation_space: ObservationSpace = _static()
     action_space: Space = _static()
@@ -60,7 +59,11 @@ class Policy:
         env: Env | None = None,
         model: Model | None = None,
     ) -> "Policy":
-        """The policy of a training state; of a vmapped one, that of agent ``index``, which is then required."""
+        """The policy of a training state; a vmapped state requires the ``index`` of an agent.
+
+        ``env`` and ``model`` must be passed if training used custom ones. Raises `ConfigError` for
+        an ``index`` that is missing, superfluous or out of range.
+        """
         env = envs.of_config(config) if env is None else env
         config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
         agents = np.shape(state.iteration)
@@ -74,32 +77,43 @@ class Policy:
             raise ConfigError(
                 f"index = {index}: this state holds {agents[0]} agents, 0 … {agents[0] - 1}"
             )
-        params, moments = state.params, state.normalizer.obs
+        params = state.params
+        moments = state.normalizer.obs
         if index is not None:
             params, moments = jax.tree.map(lambda x: x[index], (params, moments))
         if model is None:
             model = make_model(config, env.observation_space, env.action_space)
-        return cls(config, params, moments, model, env.observation_space, env.action_space)
+        return cls(
+            config=config,
+            params=params,
+            obs_moments=moments,
+            model=model,
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+        )
 
     @property
     def has_own_model(self) -> bool:
-        """Whether the model is the caller's own, and not the one that the config names."""
+        """Whether the model was given by the caller, and is not the one that the config names."""
         return self.model is not make_model(self.config, self.observation_space, self.action_space)
 
     @property
     def normalizer(self) -> Normalizer:
-        """What a run that starts from this policy goes on with, as a training state has it."""
+        """The normaliser of a run that starts from this policy."""
         return Normalizer(self.obs_moments, None)
 
     def initial_carry(self, batch_size: int) -> PyTree:
-        """The memory at the start of ``batch_size`` episodes; empty for a policy without memory."""
+        """The memory at the start of ``batch_size`` episodes; empty for a policy without any."""
         return self.model.initial_carry(batch_size)
 
     def step(
         self, carry: PyTree, obs: PyTree, reset: ArrayLike, key: PRNGKey | None = None
     ) -> tuple[PyTree, Array]:
-        """``(carry, action)`` for a batch obs [B, ...], reset [B] (memory is cleared first): the mode, or with a key a
-        sample."""
+        """``(carry, action)`` for a batch: the mode of the distribution, or with ``key`` a sample.
+
+        ``carry`` is the memory and ``obs`` is [B, ...]; where ``reset`` [B] is true, the memory is
+        cleared first.
+        """
         return _step(
             self.params,
             self.obs_moments,
@@ -113,9 +127,9 @@ class Policy:
         )
 
     def act(self, obs: PyTree, key: PRNGKey | None = None) -> Array:
-        """The action for one observation or a batch of them: the mode, or with a key a sample.
+        """The action for an observation, or a batch: the mode, or with ``key`` a sample.
 
-        A policy with memory needs `step`.
+        Raises `ConfigError` for a policy with memory, which needs `step`, and for a wrong shape.
         """
         if jax.tree.leaves(self.initial_carry(1)):
             raise ConfigError("this policy has a memory: use policy.step(carry, obs, reset, key)")
@@ -158,9 +172,12 @@ def _step(
     action_space: Space,
     squash: bool,
 ) -> tuple[PyTree, Array]:
-    """A function of the module, so that policies that differ in their numbers only share one program."""
+    """`Policy.step` with the fields of the policy as arguments.
+
+    It is at module level, so that policies that differ only in their arrays share one compilation.
+    """
     carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
     action = distribution.mode() if key is None else distribution.sample(key)
-    return carry, into_box(action, action_space, squash) if isinstance(
-        action_space, Box
-    ) else action
+    if isinstance(action_space, Box):
+        action = into_box(action, action_space, squash)
+    return carry, action

@@ -1,4 +1,4 @@
-"""A trained policy as a moving picture."""
+"""Animations of a trained policy."""
 
 import os
 from pathlib import Path
@@ -15,9 +15,11 @@ from purejaxppo.types import ConfigError, Env, PyTree
 def animate(
     policy: Policy, path: str | os.PathLike, key: int = 0, max_steps: int = 500
 ) -> tuple[Path, float]:
-    """Write a GIF of one episode under the most probable actions; returns its path and the episode's return.
+    """Write a GIF of one episode with the mode of each action distribution.
 
-    Raises `ConfigError` where the suite cannot draw the environment, or the file cannot be written.
+    Returns the path and the return of the episode, which ends after ``max_steps`` steps at the
+    latest. Raises `ConfigError` if the suite cannot draw the environment or the file cannot be
+    written.
     """
     path = Path(path)
     if path.suffix.lower() != ".gif":
@@ -39,17 +41,22 @@ def animate(
 
 
 def play(policy: Policy, env: Env, key: int, max_steps: int) -> tuple[list[PyTree], list[float]]:
-    """The states of one episode, the first included, and the reward that led to each (0 for the first)."""
+    """Play one episode: its states, and the reward on arrival in each (0 for the initial state)."""
     key_reset, key_steps = jax.random.split(jax.random.key(key))
     state, obs = env.reset(key_reset)
-    carry, reset, env_step = policy.initial_carry(1), jnp.ones(1, bool), jax.jit(env.step)
-    states, rewards = [state], [0.0]
+    carry = policy.initial_carry(1)
+    reset = jnp.ones(1, bool)
+    env_step = jax.jit(env.step)
+    states = [state]
+    rewards = [0.0]
     for step_key in jax.random.split(key_steps, max_steps):
         carry, action = policy.step(carry, jnp.asarray(obs)[None], reset)
-        out: Any = env_step(step_key, state, action[0])
-        state, obs, reset = out.state, out.obs, jnp.zeros(1, bool)
+        timestep: Any = env_step(step_key, state, action[0])
+        state = timestep.state
+        obs = timestep.obs
+        reset = jnp.zeros(1, bool)
         states.append(state)
-        rewards.append(float(out.reward))
-        if out.terminated or out.truncated:
+        rewards.append(float(timestep.reward))
+        if timestep.terminated or timestep.truncated:
             break
     return states, rewards

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: on which devices, for how many bytes, and what a compiled program says when it fails."""
+"""Ahead-of-time compilation: devices, memory and errors of compiled programs."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,38 +18,38 @@ T = TypeVar("T")
 
 
 def compile_all(*programs: tuple[Any, tuple[Any, ...]]) -> list[Callable[..., Any]]:
-    """Jitted functions, each with the shapes of its arguments, compiled at the same time.
+    """Compile jitted functions in parallel, each for the shapes of its arguments.
 
-    Under `jax.disable_jit` nothing is compiled: they come back as they are.
+    Under `jax.disable_jit` the functions are returned unchanged.
     """
     if jit_is_disabled():
         return [function for function, _ in programs]
     lowered = [function.lower(*shapes) for function, shapes in programs]
-    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+    with ThreadPoolExecutor() as pool:  # XLA releases Python's global lock
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
 def telling_nan(compiled: Callable[..., T]) -> Callable[..., T]:
-    """A compiled program that says what ``jax_debug_nans`` found, as JAX says it of what `jax.jit` calls."""
+    """``compiled`` with the `FloatingPointError` of ``jax_debug_nans`` that `jax.jit` raises."""
 
     def call(*inputs: Any) -> T:
         try:
             return compiled(*inputs)
         except Exception as error:
-            if (
-                type(error).__name__ != "InternalFloatingPointError"
-            ):  # JAX has no public name for it
+            # JAX has no public name for this error.
+            if type(error).__name__ != "InternalFloatingPointError":
                 raise
-            found = "jax_debug_nans or jax_debug_infs found a value that is not finite in the results of training"
-            raise FloatingPointError(
-                f"{found}; with jax.disable_jit too it names the operation"
-            ) from error
+            message = (
+                "jax_debug_nans or jax_debug_infs found a value that is not finite in the results "
+                "of training; with jax.disable_jit too it names the operation"
+            )
+            raise FloatingPointError(message) from error
 
     return call
 
 
 def memory_of(compiled: Any) -> int:
-    """The bytes that a compiled program needs on each device, by the compiler's own analysis; 0 where it has none."""
+    """Bytes that a compiled program needs on each device; 0 if the compiler has no estimate."""
     analysis = None if jit_is_disabled() else compiled.memory_analysis()
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) if analysis else 0
 
@@ -57,9 +57,10 @@ def memory_of(compiled: Any) -> int:
 def mesh_of(
     config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """As many devices as divide the agents evenly, or the shards of one; a single one under `jax.disable_jit`.
+    """A mesh of the most devices that divide the agents evenly, or the shards of a single agent.
 
-    Raises `ConfigError` where there is not as much for each process.
+    It has one device under `jax.disable_jit`. Raises `ConfigError` if the processes cannot have
+    equal portions.
     """
     if jit_is_disabled():
         devices = jax.devices()[:1]
@@ -69,14 +70,11 @@ def mesh_of(
     return Mesh(np.array(devices), ("agents",))
 
 
-def device_name(placed: NamedSharding | None) -> str:
-    """The kind of the devices that are used, and how many."""
-    devices = jax.devices()[:1] if placed is None else list(placed.mesh.devices.flat)
-    first = devices[0]
-    name = (
-        first.platform
-        if first.device_kind == first.platform
-        else f"{first.platform} ({first.device_kind})"
-    )
-    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return name if len(devices) == 1 else f"{len(devices)} × {name}{several}"
+def device_name(sharding: NamedSharding | None) -> str:
+    """The kind and the number of the devices of a sharding; of the default device for None."""
+    devices = jax.devices()[:1] if sharding is None else list(sharding.mesh.devices.flat)
+    platform = devices[0].platform
+    kind = devices[0].device_kind
+    name = platform if kind == platform else f"{platform} ({kind})"
+    suffix = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return name if len(devices) == 1 else f"{len(devices)} × {name}{suffix}"

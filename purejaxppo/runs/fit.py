@@ -1,4 +1,4 @@
-"""`fit`: a training run as a person meets it, with progress, checkpoints and a run directory around `make_trainer`."""
+"""`fit`: `make_trainer` with progress, evaluations, checkpoints and a run directory."""
 
 import dataclasses
 import os
@@ -42,27 +42,42 @@ def fit(
     on_start: Callable[[RunPlan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """Train ``seeds`` agents at once, in chunks between which ``on_progress`` is called.
+    """Train ``seeds`` agents in parallel, with progress, evaluations, checkpoints and files.
 
-    The same iterations as ``make_train(config)(key)``, for several seeds as ``vmap(train)(split(key, seeds))``. Where
-    there are several devices, the agents are spread over them; a single one with ``num_shards`` has its environments on
-    several. It stops early when every agent has diverged, and with what there is at Ctrl-C or SIGTERM. Processes that
-    `connect` joins call it with the same arguments, and get the same result.
+    The iterations run in chunks and are those of ``make_train(config)(key)``, or for several seeds
+    those of ``vmap(train)(split(key, seeds))``. Agents are spread over the devices; a
+    single agent with ``num_shards`` spreads its environments. Training stops early if every agent
+    has diverged; Ctrl-C and SIGTERM stop it after a chunk, with the results so far. Processes that
+    `connect` has joined must pass the same arguments, and get the same result.
 
-    ``key`` is an integer or a random key. ``directory``, which must not exist, gets what `run_directory` describes, a
-    checkpoint every ``checkpoint_seconds`` among it. With ``resume`` a run in it that was killed or interrupted goes on
-    from its newest checkpoint, or from the start where it has none yet, and ends with the same numbers, bit for bit on
-    the same device, as if nothing had happened. The same ``env``, ``model``, ``reward_fn``, ``params`` and ``frozen``
-    are the caller's to give. The name and the settings of an ``env`` that is given replace those of
-    the config.
+    Main arguments:
+        config: a `Config`, or a mapping with its fields.
+        seeds: the number of agents.
+        key: an integer or a random key.
+        params: initial parameters of every agent: a trained `Policy` (``run.policy()``) or the
+            `TrainState` of one agent, both with the moments that normalise its observations, or
+            parameters alone, with which normalisation starts anew.
+        directory: a new directory, for the files that `run_directory` lists.
+        resume: continue the killed or interrupted run in ``directory`` from its newest checkpoint,
+            or from the start if it has none. The result equals that of an uninterrupted run, bit
+            for bit on the same device. ``env``, ``model``, ``reward_fn``, ``params`` and
+            ``frozen`` are not stored: pass the same ones again.
+        eval_every: iterations between two evaluations; 0 for none. They play fresh episodes with
+            keys of their own, so they do not change training. `Run.best_policy` is the policy with
+            the highest mean return.
 
-    ``params`` is what every agent starts from: a trained `Policy` (``run.policy()``) or the
-    `TrainState` of one agent, with the moments that normalise its observations, or parameters alone,
-    with which normalisation starts anew.
+    Other arguments:
+        env: the environment; its name and settings replace those of ``config``.
+        model, reward_fn: a custom network and custom rewards, as in `make_trainer`.
+        frozen: arrays passed to ``reward_fn``.
+        checkpoint_seconds: time between two checkpoints in ``directory``.
+        eval_episodes: episodes in an evaluation, for each agent.
+        eval_deterministic: take the mode of the action distribution instead of a sample.
+        loggers: ``tensorboard`` and ``wandb``.
+        on_start: called with the `RunPlan` after compilation.
+        on_progress: called with the `Progress` after each chunk.
 
-    Every ``eval_every`` iterations the policies play ``eval_episodes`` fresh episodes, with keys of their own, so that
-    training is the same whatever is asked for; `Run.best_policy` is the one of the highest mean. ``loggers`` are
-    ``tensorboard`` and ``wandb``.
+    Raises `ConfigError` for arguments that are invalid or do not fit together.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     agents = None if integer("seeds", seeds, 1) == 1 else seeds
@@ -72,32 +87,33 @@ def fit(
     env = envs.of_config(config) if env is None else env
     if evaluation and env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated"
+            f"{env.name} has no bound on the length of an episode, "
+            "so its policies cannot be evaluated"
         )
     config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
-    require_storable(config, env, model, reward_fn, params, frozen)  # before a directory is made
+    # All errors in the arguments are raised before the directory is made.
+    require_storable(config, env, model, reward_fn, params, frozen)
     params = None if params is None else starting_point(params)
     mesh_of(config, agents)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
-    asked = fingerprint(config, seeds, eval_every, eval_episodes, eval_deterministic)
-    with run_directory.open_run_directory(directory, asked, named_key, resume) as home:
+    identity = fingerprint(config, seeds, eval_every, eval_episodes, eval_deterministic)
+    with run_directory.open_run_directory(directory, identity, named_key, resume) as home:
         checkpointing = None
         if home is not None:
-            log = partial(
-                open_loggers, loggers, home, [f"seed_{seed}" for seed in range(seeds)], asked
-            )
+            names = [f"seed_{seed}" for seed in range(seeds)]
+            open_log = partial(open_loggers, loggers, home, names, identity)
             checkpointing = CheckpointPolicy(
-                Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, log
+                Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, open_log
             )
         programs = compile_programs(
             config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen
         )
         plan = RunPlan(
-            config,
-            seeds,
-            device_name(programs.sharding),
-            programs.memory_bytes,
-            programs.compile_seconds,
+            config=config,
+            seeds=seeds,
+            device=device_name(programs.sharding),
+            memory_bytes=programs.memory_bytes,
+            compile_seconds=programs.compile_seconds,
         )
         if on_start:
             on_start(plan)
@@ -111,18 +127,18 @@ def fit(
             on_progress=on_progress,
         )
         run = Run(
-            config,
-            seeds,
-            processes.gather_to_host(result.state),
-            result.metrics,
-            plan,
-            result.seconds,
-            result.interrupted,
-            env,
-            model,
-            processes.gather_to_host(result.best),
-            result.evaluations,
-            result.resumed_at,
+            config=config,
+            seeds=seeds,
+            state=processes.gather_to_host(result.state),
+            metrics=result.metrics,
+            plan=plan,
+            train_seconds=result.seconds,
+            interrupted=result.interrupted,
+            env=env,
+            model=model,
+            best=processes.gather_to_host(result.best),
+            evaluations=result.evaluations,
+            resumed_at=result.resumed_at,
         )
         if home is not None:
             processes.on_main_process(partial(write, home, run))
@@ -136,10 +152,14 @@ def fingerprint(
     eval_episodes: int = 128,
     eval_deterministic: bool = True,
 ) -> dict[str, Any]:
-    """What a run has to have in common with the one that it goes on with, as ``config.json`` has it."""
+    """The part of ``config.json`` that must be equal for a run to be resumed."""
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
-    played = evaluation._asdict() if evaluation else None
-    return {"kind": "fit", "config": config.to_dict(), "seeds": seeds, "evaluation": played}
+    return {
+        "kind": "fit",
+        "config": config.to_dict(),
+        "seeds": seeds,
+        "evaluation": evaluation._asdict() if evaluation else None,
+    }
 
 
 def _evaluation(every: int, episodes: int, deterministic: bool) -> Evaluation | None:

@@ -1,4 +1,4 @@
-"""Compiled training: the programs that run one agent, or many at once on all devices, and the loop that calls them."""
+"""Compiled programs that initialise, train and evaluate one agent, or many on all devices."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,43 +33,45 @@ from purejaxppo.types import (
     TrainState,
 )
 
-CHUNK_ITERATIONS = 512  # most iterations between two looks: the size of the buffer of metrics
+CHUNK_ITERATIONS = 512  # maximum iterations in a chunk: the size of the metrics buffer
 
-AgentState = TrainState | Population  # of agents on their own, or of those that copy one another
-Swept = Mapping[str, Array]  # hyper-parameters in which the agents differ, each [agents]
+AgentState = TrainState | Population  # of independent agents, or of a population
+Swept = Mapping[str, Array]  # swept hyper-parameters, each [agents]
 
 
 class Programs(NamedTuple):
-    """The training of some number of agents, compiled; with ``agents=None`` of one, without an axis for it."""
+    """The compiled training of a number of agents.
+
+    ``agents=None`` is a single agent, and no array has an axis of agents.
+    """
 
     config: Config
     env: Env
     model: Model | None
     agents: int | None
-    sharding: (
-        NamedSharding | None
-    )  # where keys, hyper-parameters and metrics are, if on more than one device
-    state_sharding: PyTree  # likewise the state: a sharding for each of its leaves, or one for all
+    # Of keys, hyper-parameters and metrics; None on a single device.
+    sharding: NamedSharding | None
+    # Of the state: one sharding, or a tree with one for each leaf; None on a single device.
+    state_sharding: PyTree
     init: Callable[[PRNGKey, Swept], AgentState]  # keys [agents]
-    chunk: Callable[
-        [Swept, AgentState, Metrics, int], tuple[AgentState, Metrics]
-    ]  # uses up state and rows
-    shapes: AgentState
+    # (swept, state, buffer, count) -> (state, buffer); donates state and buffer.
+    chunk: Callable[[Swept, AgentState, Metrics, int], tuple[AgentState, Metrics]]
+    shapes: AgentState  # of the state
     buffer: Metrics  # shapes [agents, capacity] of the metrics of a chunk
-    memory_bytes: int  # what a chunk needs for its state and temporaries, on each device
+    memory_bytes: int  # for the state and the temporaries of a chunk, on each device
     compile_seconds: float
 
     @property
     def agent_index(self) -> tuple[slice, ...]:
-        """The index of all agents; of one without an axis, nothing."""
+        """The index of the axis of agents: ``(slice(None),)``, or ``()`` without that axis."""
         return () if self.agents is None else (slice(None),)
 
     def put(self, tree: PyTree) -> PyTree:
-        """Arrays [agents, ...] on the devices whose agents they belong to; those of one agent on all of its devices."""
+        """Move arrays [agents, ...] to the devices of their agents, by ``sharding``."""
         return device_put_global(tree, self.sharding)
 
     def keys(self, key: PRNGKey) -> PRNGKey:
-        """A key for each agent: the key itself for one, else it is split."""
+        """The keys [agents] split from ``key``; for a single agent the key itself."""
         return self.put(key if self.agents is None else jax.random.split(key, self.agents))
 
 
@@ -86,51 +88,64 @@ def compile_programs(
     devices: Sequence[jax.Device] | None = None,
     exchange: tuple[Exchange, Bounds] | None = None,
 ) -> Programs:
-    """Compile the training of ``agents`` agents that differ in their keys and in the hyper-parameters ``swept``.
+    """Compile the training of agents that differ in their keys and ``swept`` hyper-parameters.
 
-    They are spread over the devices of all processes, of which as many are used as divide their number: each runs its
-    own agents, and nothing is communicated but what a population copies in an ``exchange``. One agent with
-    ``num_shards`` has its environments on as many devices as divide the shards.
+    Agents are spread evenly over the largest possible number of devices of all processes. Each
+    device runs its agents without communication, except in an ``exchange``. A single agent with
+    ``num_shards`` spreads its environments in the same way.
 
-    Raises `ConfigError` for what cannot run.
+    Main arguments:
+        config, env: the configuration and the environment of every agent.
+        agents: the number of agents; None for a single one without an axis of agents.
+        swept: names of the hyper-parameters that `Programs.init` and `Programs.chunk` take.
+
+    Other arguments:
+        model, reward_fn: a custom network and custom rewards, as in `make_trainer`.
+        params: initial parameters of every agent, as in `fit`.
+        frozen: arrays passed to ``reward_fn``.
+        devices: the devices to choose from; by default those of all processes.
+        exchange: makes the agents a population, with bounds for its hyper-parameters.
+
+    Raises `ConfigError` for an invalid or unsupported configuration.
     """
     started = time.perf_counter()
     trainer_of = partial(make_trainer, env=env, model=model, reward_fn=reward_fn)
     mesh = mesh_of(config, agents, devices)
     is_population = exchange is not None
     inputs, buffer = _shapes(config, trainer_of, agents, swept, params, frozen, is_population)
-    init, chunk = _of_one(config, trainer_of, params)
+    init, chunk = _single_agent_functions(config, trainer_of, params)
     if exchange:
         axis = mesh.axis_names[0] if mesh.size > 1 else None
         population = make_population(config, trainer_of, *exchange, axis)
-        init, chunk = _of_population(config, *population, params)
+        init, chunk = _population_functions(config, *population, params)
     elif agents is not None:
         init = jax.vmap(init)
         chunk = jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
     if agents is not None and mesh.size > 1:
-        everywhere = PartitionSpec()
+        unsharded = PartitionSpec()
         sharded = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
         init = sharded(init, in_specs=AGENTS)
-        chunk = sharded(chunk, in_specs=(everywhere, AGENTS, AGENTS, AGENTS, everywhere))
+        chunk = sharded(chunk, in_specs=(unsharded, AGENTS, AGENTS, AGENTS, unsharded))
     shapes = jax.eval_shape(init, *inputs)
-    sharding, state_placement = None, None
+    sharding = None
+    sharding_of_state = None
     init_shardings: dict[str, Any] = {}
     chunk_shardings: dict[str, Any] = {}
     if mesh.size > 1:
-        sharding, state_placement = _shardings(mesh, agents, shapes)
-        frozen = device_put_global(frozen, replicated(mesh))
-        inputs_of_chunk = (replicated(mesh), sharding, state_placement, sharding, replicated(mesh))
-        init_shardings = {"in_shardings": sharding, "out_shardings": state_placement}
+        sharding, sharding_of_state = _shardings(mesh, agents, shapes)
+        on_all = replicated(mesh)
+        frozen = device_put_global(frozen, on_all)
+        init_shardings = {"in_shardings": sharding, "out_shardings": sharding_of_state}
         chunk_shardings = {
-            "in_shardings": inputs_of_chunk,
-            "out_shardings": (state_placement, sharding),
+            "in_shardings": (on_all, sharding, sharding_of_state, sharding, on_all),
+            "out_shardings": (sharding_of_state, sharding),
         }
     jitted_init = jax.jit(init, **init_shardings)
     jitted_chunk = jax.jit(chunk, donate_argnums=(2, 3), **chunk_shardings)
     compiled_init, compiled_chunk = compile_all(
         (jitted_init, inputs), (jitted_chunk, (frozen, inputs[1], shapes, buffer, 1))
     )
-    # At first the devices wait half a minute for one another: all must be ready.
+    # The first collective times out after half a minute, so all processes must be ready for it.
     broadcast_from_main(None)
     return Programs(
         config=config,
@@ -138,7 +153,7 @@ def compile_programs(
         model=model,
         agents=agents,
         sharding=sharding,
-        state_sharding=state_placement,
+        state_sharding=sharding_of_state,
         init=compiled_init,
         chunk=partial(telling_nan(compiled_chunk), frozen),
         shapes=shapes,
@@ -151,8 +166,10 @@ def compile_programs(
 TrainerOf = Callable[[Config], Trainer]
 
 
-def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Callable, Callable]:
-    """The two functions that are compiled, of one agent."""
+def _single_agent_functions(
+    config: Config, trainer_of: TrainerOf, params: PyTree
+) -> tuple[Callable, Callable]:
+    """``init`` and ``chunk`` of one agent, before compilation."""
 
     def init(key: PRNGKey, swept: Swept) -> TrainState:
         return trainer_of(config.replace(**swept)).init(key, params)
@@ -160,24 +177,23 @@ def _of_one(config: Config, trainer_of: TrainerOf, params: PyTree) -> tuple[Call
     def chunk(
         frozen: PyTree, swept: Swept, state: TrainState, buffer: Metrics, count: Array | int
     ) -> tuple[TrainState, Metrics]:
-        """``count`` iterations; how many is not compiled in, so that one program serves every chunk."""
+        """``count`` iterations; the count is an argument, so that one program runs every chunk."""
         step = partial(trainer_of(config.replace(**swept)).step, frozen=frozen)
         return run_iterations(config, step, state, buffer, count)
 
     return init, chunk
 
 
-def _of_population(
+def _population_functions(
     config: Config, init: Callable, step: Callable, params: PyTree
 ) -> tuple[Callable, Callable]:
-    """The two functions that are compiled, of agents that copy one another."""
+    """``init`` and ``chunk`` of a population, before compilation."""
 
     def chunk(
         frozen: PyTree, swept: Swept, state: Population, buffer: Metrics, count: Array | int
     ) -> tuple[Population, Metrics]:
-        buffer = jax.tree.map(
-            lambda x: jnp.swapaxes(x, 0, 1), buffer
-        )  # an iteration's metrics are a row
+        # `run_iterations` writes the metrics of an iteration to a row.
+        buffer = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), buffer)
         state, buffer = run_iterations(config, partial(step, frozen=frozen), state, buffer, count)
         return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), buffer)
 
@@ -191,21 +207,20 @@ def _shapes(
     swept: Sequence[str],
     params: PyTree,
     frozen: PyTree,
-    population: bool,
+    is_population: bool,
 ) -> tuple[tuple[PyTree, PyTree], Metrics]:
-    """The shapes of the keys and the hyper-parameters, and of the metrics of a chunk."""
+    """The shapes of (keys, hyper-parameters) and of the metrics buffer of a chunk."""
     inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
 
-    def one_row(key: PRNGKey, swept: Swept) -> Metrics:
+    def metrics_row(key: PRNGKey, swept: Swept) -> Metrics:
         return _first_metrics(trainer_of(config.replace(**swept)), key, params, frozen)
 
-    row = jax.eval_shape(one_row, *inputs)
+    row = jax.eval_shape(metrics_row, *inputs)
     _require_scalar_metrics(row)
-    if population:
+    if is_population:
         row = row._replace(extra=row.extra | own_metrics(inputs[1], jnp.zeros((), jnp.int32)))
-    buffer = jax.eval_shape(
-        lambda: metrics_buffer(row, min(CHUNK_ITERATIONS, config.num_iterations))
-    )
+    capacity = min(CHUNK_ITERATIONS, config.num_iterations)
+    buffer = jax.eval_shape(lambda: metrics_buffer(row, capacity))
     if agents is None:
         return inputs, buffer
     return jax.tree.map(
@@ -221,17 +236,18 @@ def require_storable(
     params: PyTree = None,
     frozen: PyTree = None,
 ) -> None:
-    """Raise `ConfigError` for a run that cannot start, or whose parameters or metrics cannot be written to files.
+    """Raise `ConfigError` if a run cannot start, or its parameters or metrics cannot be stored.
 
-    Errors that a model or reward function of the caller's own raises in an iteration come from here as
-    well, before anything is compiled.
+    Errors of a custom model or reward function in an iteration are raised here too, before
+    anything is compiled.
     """
     trainer = make_trainer(config, env, model, reward_fn)
     key = jax.eval_shape(lambda: jax.random.key(0))
     fresh = jax.eval_shape(lambda key: trainer.init(key).params, key)
     require_trainable(fresh)
     if params is not None:
-        jax.eval_shape(lambda key: trainer.init(key, params), key)  # refuses what does not fit
+        # Raises an error if `params` does not fit the model.
+        jax.eval_shape(lambda key: trainer.init(key, params), key)
         require_trainable(starting_point(params).params)
     if model is not None or reward_fn is not None:
         row = jax.eval_shape(lambda key: _first_metrics(trainer, key, params, frozen), key)
@@ -247,32 +263,36 @@ Evaluate = Any  # a jitted (swept, state, keys [agents]) -> EpisodeStatistics [a
 
 
 def make_evaluate(programs: Programs, episodes: int, deterministic: bool) -> Evaluate:
-    """``(swept, state, keys [agents]) -> EpisodeStatistics [agents, episodes]`` of the policies of a state.
+    """A jitted ``(swept, state, keys [agents]) -> EpisodeStatistics [agents, episodes]``.
 
-    An agent that diverged, whose parameters are not numbers, plays something; its returns are NaN.
+    The returns of an agent with non-finite parameters are NaN.
     """
-    config, env, model, agents = programs.config, programs.env, programs.model, programs.agents
+    config = programs.config
+    env = programs.env
+    model = programs.model
+    agents = programs.agents
 
-    def one(swept: Swept, state: AgentState, key: PRNGKey) -> EpisodeStatistics:
+    def evaluate_agent(swept: Swept, state: AgentState, key: PRNGKey) -> EpisodeStatistics:
         policy = Policy.from_state(config.replace(**swept), state, None, env, model)
-        played = evaluate(policy, env, key, episodes, deterministic)
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
-        return played._replace(returns=jnp.where(finite, played.returns, jnp.nan))
+        statistics = evaluate(policy, env, key, episodes, deterministic)
+        is_finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(policy.params)]).all()
+        return statistics._replace(returns=jnp.where(is_finite, statistics.returns, jnp.nan))
 
-    play = one if agents is None else jax.vmap(one)
-    if programs.sharding is None:
-        return jax.jit(play)
-    mesh = programs.sharding.mesh
-    if agents is not None:
-        play = jax.shard_map(play, mesh=mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False)
+    play = evaluate_agent if agents is None else jax.vmap(evaluate_agent)
     sharding = programs.sharding
+    if sharding is None:
+        return jax.jit(play)
+    if agents is not None:
+        play = jax.shard_map(
+            play, mesh=sharding.mesh, in_specs=AGENTS, out_specs=AGENTS, check_vma=False
+        )
     return jax.jit(
         play, in_shardings=(sharding, programs.state_sharding, sharding), out_shardings=sharding
     )
 
 
 def _shardings(mesh: Mesh, agents: int | None, shapes: AgentState) -> tuple[NamedSharding, PyTree]:
-    """Where keys, hyper-parameters and metrics are, and where the state is."""
+    """The sharding of keys, hyper-parameters and metrics, and that of the state."""
     if isinstance(shapes, TrainState) and agents is None:
         return replicated(mesh), state_sharding(mesh, shapes)
     return NamedSharding(mesh, AGENTS), NamedSharding(mesh, AGENTS)

@@ -1,4 +1,4 @@
-"""What a training run returns, what it leaves in its directory, and its policies read back."""
+"""The result of a training run, its files, and loading its policies."""
 
 import dataclasses
 import os
@@ -20,43 +20,43 @@ from purejaxppo.types import ConfigError, Env, Metrics, Model, TrainState
 
 
 class RunPlan(NamedTuple):
-    """What is about to run, known once it is compiled."""
+    """A run after compilation and before its first iteration."""
 
     config: Config
     seeds: int
     device: str
-    memory_bytes: int  # what the compiled program needs for its state and temporaries
+    memory_bytes: int  # for the state and the temporaries of the compiled program, on each device
     compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `fit` returns: metrics as NumPy arrays [seeds, iterations]; of several seeds the state has them first."""
+    """The result of `fit`."""
 
     config: Config
     seeds: int
-    state: TrainState
-    metrics: Metrics
+    state: TrainState  # [seeds, ...] for several seeds
+    metrics: Metrics  # NumPy arrays [seeds, iterations]
     plan: RunPlan
     train_seconds: float
-    interrupted: bool  # stopped by the user before all iterations were run
+    interrupted: bool  # by Ctrl-C or SIGTERM, before the last iteration
     env: Env
     model: Model | None
-    best: Best | None = None  # by the evaluations during training; None without any
-    evaluations: Table | None = (
-        None  # columns iteration, timesteps, return_mean, …, each [seeds, evaluations]
-    )
-    resumed_at: int = 0  # the iteration of the checkpoint that the run went on from
+    best: Best | None = None  # None without evaluations during training
+    # Columns iteration, timesteps, return_mean, …, each [seeds, evaluations].
+    evaluations: Table | None = None
+    resumed_at: int = 0  # iteration of the checkpoint that the run resumed from; 0 without one
 
     def policy(self, seed: int = 0) -> Policy:
-        """The trained policy of one of the seeds."""
+        """The final policy of one seed."""
         index = seed if self.seeds > 1 else None
         return Policy.from_state(self.config, self.state, index, self.env, self.model)
 
     def best_policy(self, seed: int = 0) -> Policy:
-        """The policy with the highest mean return in an evaluation during training (``eval_every``).
+        """The policy with the highest mean return in an evaluation during training.
 
-        The highest of several noisy means is higher than what it estimates: evaluate it again before quoting it.
+        The maximum of several noisy means is biased upwards: evaluate the policy again before
+        quoting its return. Raises `ConfigError` without an evaluation (``eval_every``).
         """
         index = seed if self.seeds > 1 else None
         if self.best is None or not self.best.iteration.reshape(-1)[seed]:
@@ -67,15 +67,18 @@ class Run:
 
     @property
     def diverged_at(self) -> list[int | None]:
-        """For each seed the first iteration (counted from 1) at which loss or gradient were not finite, or None."""
+        """The first iteration with a non-finite loss or gradient, counted from 1, for each seed.
+
+        None for a seed that did not diverge.
+        """
         finite = finite_so_far(self.metrics)
         return [None if row.all() else int(row.argmin()) + 1 for row in finite]
 
 
 def write(directory: Path, run: Run) -> None:
-    """The picture and the policies of a run that has ended; each appears whole or not at all.
+    """Write the learning curve and the policies of a run, each atomically.
 
-    Of one that was interrupted the checkpoints stay, so that it can go on.
+    An interrupted run keeps its checkpoints, so that it can be resumed.
     """
     from purejaxppo.analysis.plots import learning_curve
 
@@ -84,27 +87,29 @@ def write(directory: Path, run: Run) -> None:
         directory / "learning_curve.png",
         lambda path: learning_curve(run.metrics, title).savefig(path, format="png"),
     )
-    best = np.zeros(run.seeds) if run.best is None else np.reshape(run.best.iteration, -1)
-    seeds = {"policy": range(run.seeds), "best_policy": np.flatnonzero(best).tolist()}
+    best_at = np.zeros(run.seeds) if run.best is None else np.reshape(run.best.iteration, -1)
+    seeds = {"policy": range(run.seeds), "best_policy": np.flatnonzero(best_at).tolist()}
     for name, policy in (("policy", run.policy), ("best_policy", run.best_policy)):
-        shutil.rmtree(directory / name, ignore_errors=True)  # of before a resume
+        shutil.rmtree(directory / name, ignore_errors=True)  # from before a resume
         for seed in seeds[name]:
-            save_policy(
-                directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name,
-                policy(seed),
-            )
+            path = directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name
+            save_policy(path, policy(seed))
     if not run.interrupted:
         run_directory.end(directory)
 
 
 def load_policies(directory: str | os.PathLike) -> list[Policy]:
-    """The policies of a run, by seed; also of a directory that is one policy."""
+    """Load the policies of a run, ordered by seed; a directory with one policy gives that one.
+
+    Raises `ConfigError` if there is no such directory or a policy cannot be loaded.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a run: there is no such directory")
     home = directory / "policy" if (directory / "policy").is_dir() else directory
-    number = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
-    seeds = sorted(
-        (path for path in number if number[path].isdecimal()), key=lambda path: int(number[path])
+    seed_of = {path: path.name.removeprefix("seed_") for path in home.glob("seed_*")}
+    seed_directories = sorted(
+        (path for path in seed_of if seed_of[path].isdecimal()),
+        key=lambda path: int(seed_of[path]),
     )
-    return [load_policy(path) for path in seeds or [home]]
+    return [load_policy(path) for path in seed_directories or [home]]

@@ -1,4 +1,4 @@
-"""One run of compiled programs, from its start or its newest checkpoint to its end, and what happens in between."""
+"""One run of compiled programs: training with logs, evaluations, checkpoints and progress."""
 
 import contextlib
 import signal
@@ -23,7 +23,7 @@ from purejaxppo.runs.programs import AgentState, Evaluate, Programs, Swept, make
 from purejaxppo.runs.tables import Table
 from purejaxppo.types import Metrics, PRNGKey, PyTree
 
-EVALUATION = 0x5E7A1  # folded into an agent's key, it begins the keys of its evaluations
+EVALUATION = 0x5E7A1  # folded into an agent's key, it gives the base key of its evaluations
 
 
 class Evaluation(NamedTuple):
@@ -35,58 +35,59 @@ class Evaluation(NamedTuple):
 
 
 class Best(NamedTuple):
-    """Of each agent the policy that had the highest mean return in an evaluation; `Policy.from_state` takes it."""
+    """The policy with the highest mean return in an evaluation, for each agent.
+
+    `Policy.from_state` accepts it.
+    """
 
     params: PyTree
     normalizer: Normalizer
-    iteration: Array  # [agents] after which it was evaluated; 0 before the first one
-    score: Array  # [agents] its mean return; -∞ before the first one
+    iteration: Array  # [agents] of the evaluation; 0 before the first one
+    score: Array  # [agents] mean return in the evaluation; -∞ before the first one
 
 
 class Progress(NamedTuple):
-    """Where a run stands after a chunk."""
+    """The progress of a run after a chunk."""
 
     iterations: int
-    timesteps: int  # of one agent, with whole episodes of the one that is furthest behind
-    timesteps_of_all: int  # agents together
-    episode_return: (
-        float  # of the episodes that finished in the chunk, all agents; NaN where none did
-    )
+    timesteps: int  # of one agent; with whole episodes the minimum over the agents
+    timesteps_of_all: int  # sum over the agents
+    episode_return: float  # mean over the episodes finished in the chunk; NaN without any
     steps_per_second: float  # of all agents together
 
 
 class SessionResult(NamedTuple):
-    """What a session leaves."""
+    """The result of `run_session`."""
 
     state: AgentState
     best: Best | None  # None without evaluations
     metrics: Metrics  # [agents, iterations]
     evaluations: Table | None  # [agents, evaluations]
-    interrupted: bool  # by Ctrl-C or SIGTERM, before the end
-    resumed_at: int  # the iteration of the checkpoint that it went on from; 0 without one
+    interrupted: bool  # by Ctrl-C or SIGTERM
+    resumed_at: int  # iteration of the checkpoint that it resumed from; 0 without one
     seconds: float
 
 
 class CheckpointPolicy(NamedTuple):
-    """Where a session's checkpoints and rows go."""
+    """Checkpoints and logs of a session."""
 
     checkpoints: Checkpoints
     seconds: float  # between two checkpoints
     resume: bool
-    open_log: Callable[[Mapping[str, Table] | None], Logger]  # given the rows before a resume
+    open_log: Callable[[Mapping[str, Table] | None], Logger]  # gets the rows before a resume
 
 
 class TableLog:
-    """The rows of a session: all of them, and those that no checkpoint has yet."""
+    """The rows of a session, by kind."""
 
     def __init__(self, before: Mapping[str, Table], log: Logger | None):
         self.all: dict[str, list[Table]] = {kind: [table] for kind, table in before.items()}
-        self.pending: dict[str, list[Table]] = {}
+        self.pending: dict[str, list[Table]] = {}  # in no checkpoint yet
         self.log = log
 
     def add(self, kind: str, table: Table) -> None:
-        for parts in (self.all, self.pending):
-            parts.setdefault(kind, []).append(table)
+        for tables_of in (self.all, self.pending):
+            tables_of.setdefault(kind, []).append(table)
         if self.log:
             self.log.write(kind, table)
 
@@ -104,78 +105,76 @@ def run_session(
     on_progress: Callable[[Progress], None] | None = None,
     counted: int | None = None,
 ) -> SessionResult:
-    """Train the agents to their end, chunk by chunk: log, evaluate, save a checkpoint now and then, tell the progress.
+    """Train the agents in chunks; between chunks log, evaluate, report, and save if due.
 
-    A checkpoint that cannot be written is told by a warning, and training goes on. The progress is that of the first
-    ``counted`` agents; the others only fill the program up. Of several processes the first one logs, its clock says
-    when a checkpoint is due, and any can be interrupted.
+    If a checkpoint cannot be written, a warning is issued and training continues. ``on_progress``
+    gets the progress of the first ``counted`` agents; the others are padding. With several
+    processes the main process logs and its clock decides when a checkpoint is due; a signal to any
+    process stops all of them.
     """
     state = programs.init(keys, swept)
-    best = None if evaluation is None else _no_best(state)
-    saved = (
-        checkpointing.checkpoints.restore((state, best))
-        if checkpointing and checkpointing.resume
-        else None
-    )
+    best = None if evaluation is None else _initial_best(state)
+    saved = None
+    if checkpointing and checkpointing.resume:
+        saved = checkpointing.checkpoints.restore((state, best))
     if saved:
         state, best = saved.arrays
-    known = saved.tables if saved else {}
-    log = (
-        checkpointing.open_log(known if checkpointing.resume else None)
-        if checkpointing and processes.is_main_process()
-        else None
-    )
-    rows = TableLog(known, log)
-    before = tables.to_metrics(known["metrics"]) if saved else None
+    saved_tables = saved.tables if saved else {}
+    log = None
+    if checkpointing and processes.is_main_process():
+        log = checkpointing.open_log(saved_tables if checkpointing.resume else None)
+    table_log = TableLog(saved_tables, log)
+    before = tables.to_metrics(saved_tables["metrics"]) if saved else None
     evaluate = _evaluator(programs, keys, swept, evaluation) if evaluation else None
+    every = evaluation.every if evaluation else None
     stop = False
-    started = saved_at = time.perf_counter()
+    started = time.perf_counter()
+    saved_at = started
     with (
         contextlib.closing(log) if log else contextlib.nullcontext(),
         interruptible() as interrupted,
     ):
-        for chunk in run_chunks(
-            programs, swept, state, before, evaluation.every if evaluation else None
-        ):
+        for chunk in run_chunks(programs, swept, state, before, every):
             state = chunk.state
-            rows.add("metrics", tables.of_metrics(chunk.metrics, chunk.done, chunk.steps_before))
+            rows = tables.of_metrics(chunk.metrics, chunk.done, chunk.steps_before)
+            table_log.add("metrics", rows)
             if evaluation and evaluate and chunk.done % evaluation.every == 0:
                 best, table = evaluate(best, chunk)
-                rows.add("evaluation", table)
+                table_log.add("evaluation", table)
             if on_progress:
                 on_progress(_progress(chunk, counted))
-            due = (
+            is_due = (
                 checkpointing is not None and time.perf_counter() - saved_at > checkpointing.seconds
             )
-            wishes = processes.all_gather_objects((interrupted(), due))
-            stop = any(pressed for pressed, _ in wishes)
-            if checkpointing and (stop or wishes[0][1]):
-                _save(checkpointing.checkpoints, chunk.done, (state, best), rows)
+            requests = processes.all_gather_objects((interrupted(), is_due))
+            stop = any(is_interrupted for is_interrupted, _ in requests)
+            if checkpointing and (stop or requests[0][1]):
+                _save(checkpointing.checkpoints, chunk.done, (state, best), table_log)
                 saved_at = time.perf_counter()
-                stop = any(
-                    processes.all_gather_objects(interrupted())
-                )  # while it was saved, perhaps
+                # A signal may have arrived while the checkpoint was written.
+                stop = any(processes.all_gather_objects(interrupted()))
             if stop:
                 break
-    metrics = rows.joined("metrics")
+    metrics = table_log.joined("metrics")
     assert metrics is not None
     return SessionResult(
-        state,
-        best,
-        tables.to_metrics(metrics),
-        rows.joined("evaluation"),
-        stop,
-        saved.iteration if saved else 0,
-        time.perf_counter() - started,
+        state=state,
+        best=best,
+        metrics=tables.to_metrics(metrics),
+        evaluations=table_log.joined("evaluation"),
+        interrupted=stop,
+        resumed_at=saved.iteration if saved else 0,
+        seconds=time.perf_counter() - started,
     )
 
 
 def _evaluator(
     programs: Programs, keys: PRNGKey, swept: Swept, evaluation: Evaluation
 ) -> Callable[[Best | None, Chunk], tuple[Best, Table]]:
-    """``(best, chunk) -> (best, row)``: evaluates the policies of a chunk's state, with keys of their own.
+    """``(best, chunk) -> (best, row)``: evaluate the policies after a chunk and update the best.
 
-    The keys depend on the agent and the iteration only, so that how often one evaluates changes nothing.
+    The keys depend on the agent and the iteration only, so a different ``every`` changes neither
+    training nor the other evaluations.
     """
     evaluate: Evaluate = make_evaluate(programs, evaluation.episodes, evaluation.deterministic)
 
@@ -185,7 +184,7 @@ def _evaluator(
     keys_of = jax.jit(key_of if programs.agents is None else jax.vmap(key_of, in_axes=(0, None)))
 
     @jax.jit
-    def better(
+    def update_best(
         best: Best, state: AgentState, statistics: EpisodeStatistics
     ) -> tuple[Best, dict[str, Array]]:
         row = {
@@ -193,7 +192,7 @@ def _evaluator(
             "return_std": statistics.returns.std(axis=-1),
             "length_mean": statistics.lengths.mean(axis=-1),
         }
-        higher = row["return_mean"] > best.score
+        is_better = row["return_mean"] > best.score
         new = Best(
             state.params,
             Normalizer(state.normalizer.obs, None),
@@ -202,15 +201,14 @@ def _evaluator(
         )
 
         def choose(new: Array, old: Array) -> Array:
-            return jnp.where(
-                higher.reshape(higher.shape + (1,) * (new.ndim - higher.ndim)), new, old
-            )
+            padding = (1,) * (new.ndim - is_better.ndim)
+            return jnp.where(is_better.reshape(is_better.shape + padding), new, old)
 
         return jax.tree.map(choose, new, best), row
 
     def step(best: Best | None, chunk: Chunk) -> tuple[Best, Table]:
         statistics = evaluate(swept, chunk.state, keys_of(keys, chunk.done))
-        best, row = better(best, chunk.state, statistics)
+        best, row = update_best(best, chunk.state, statistics)
         row = processes.gather_to_host(row)
         timesteps = np.asarray(chunk.metrics.timesteps[:, -1:])
         columns = {name: np.asarray(x).reshape(-1, 1) for name, x in row.items()}
@@ -223,59 +221,64 @@ def _evaluator(
     return step
 
 
-def _no_best(state: AgentState) -> Best:
-    """Before the first evaluation; copies, because the state is used up."""
+def _initial_best(state: AgentState) -> Best:
+    """`Best` before the first evaluation; a copy, because the first chunk donates the state."""
     params, moments = jax.tree.map(jnp.copy, (state.params, state.normalizer.obs))
-    # Made of the state, so that they are on its devices, where a checkpoint puts them back.
-    nothing = jnp.where(state.iteration < 0, 0.0, -jnp.inf).astype(jnp.result_type(float))
-    return Best(params, Normalizer(moments, None), state.iteration * 0, nothing)
+    # Computed from the state, so that they have its sharding, which a restored checkpoint keeps.
+    score = jnp.where(state.iteration < 0, 0.0, -jnp.inf).astype(jnp.result_type(float))
+    return Best(params, Normalizer(moments, None), state.iteration * 0, score)
 
 
-def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, rows: TableLog) -> None:
-    """A checkpoint, or a warning: a full disk should not end a run, which may find room the next time."""
+def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, table_log: TableLog) -> None:
+    """Save a checkpoint, or warn: a full disk should not end a run, and the next save may work."""
     try:
-        checkpoints.save(
-            done, arrays, {kind: tables.joined(parts) for kind, parts in rows.pending.items()}
-        )
+        pending = {kind: tables.joined(parts) for kind, parts in table_log.pending.items()}
+        checkpoints.save(done, arrays, pending)
     except Exception as error:
-        told = f"no checkpoint was saved after iteration {done}, training goes on: {type(error).__name__}: {error}"
-        warnings.warn(told, stacklevel=2)
+        message = (
+            f"no checkpoint was saved after iteration {done}, training goes on: "
+            f"{type(error).__name__}: {error}"
+        )
+        warnings.warn(message, stacklevel=2)
     else:
-        rows.pending.clear()
+        table_log.pending.clear()
 
 
 def _progress(chunk: Chunk, counted: int | None) -> Progress:
-    new, before = jax.tree.map(lambda x: x[:counted], (chunk.metrics, chunk.steps_before))
+    new, steps_before = jax.tree.map(lambda x: x[:counted], (chunk.metrics, chunk.steps_before))
     episodes = new.episodes.sum()
     total = np.where(new.episodes > 0, new.episode_return * new.episodes, 0).sum()
     mean = total / episodes if episodes else float("nan")
-    played = float((new.timesteps[:, -1] - before).sum(dtype=float))
     steps = new.timesteps[:, -1]
+    new_steps = float((steps - steps_before).sum(dtype=float))
     return Progress(
-        chunk.done,
-        int(steps.min()),
-        int(steps.sum(dtype=float)),
-        float(mean),
-        played / chunk.seconds,
+        iterations=chunk.done,
+        timesteps=int(steps.min()),
+        timesteps_of_all=int(steps.sum(dtype=float)),
+        episode_return=float(mean),
+        steps_per_second=new_steps / chunk.seconds,
     )
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM take effect between chunks, where the state is whole; a second one at once."""
-    pressed: list[int] = []
+    """Yield a function that is true after Ctrl-C or SIGTERM; a second signal raises at once.
 
-    def note(signal_number: int, frame: Any) -> None:
-        if pressed:
+    The caller stops between chunks, where the state is complete.
+    """
+    received: list[int] = []
+
+    def handle(signal_number: int, frame: Any) -> None:
+        if received:
             raise KeyboardInterrupt
-        pressed.append(signal_number)
+        received.append(signal_number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
