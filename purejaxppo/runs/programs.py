@@ -113,20 +113,20 @@ def compile_programs(
     mesh = mesh_of(config, agents, devices)
     is_population = exchange is not None
     inputs, buffer = _shapes(config, trainer_of, agents, swept, params, frozen, is_population)
-    init, chunk = _single_agent_functions(config, trainer_of, params)
+    init, chunk = _single_agent_functions(config, trainer_of)
     if exchange:
         axis = mesh.axis_names[0] if mesh.size > 1 else None
         population = make_population(config, trainer_of, *exchange, axis)
-        init, chunk = _population_functions(config, *population, params)
+        init, chunk = _population_functions(config, *population)
     elif agents is not None:
-        init = jax.vmap(init)
+        init = jax.vmap(init, in_axes=(None, 0, 0))
         chunk = jax.vmap(chunk, in_axes=(None, 0, 0, 0, None))
     if agents is not None and mesh.size > 1:
         unsharded = PartitionSpec()
         sharded = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
-        init = sharded(init, in_specs=AGENTS)
+        init = sharded(init, in_specs=(unsharded, AGENTS, AGENTS))
         chunk = sharded(chunk, in_specs=(unsharded, AGENTS, AGENTS, AGENTS, unsharded))
-    shapes = jax.eval_shape(init, *inputs)
+    shapes = jax.eval_shape(init, params, *inputs)
     sharding = None
     sharding_of_state = None
     init_shardings: dict[str, Any] = {}
@@ -134,8 +134,12 @@ def compile_programs(
     if mesh.size > 1:
         sharding, sharding_of_state = _shardings(mesh, agents, shapes)
         on_all = replicated(mesh)
+        params = device_put_global(params, on_all)
         frozen = device_put_global(frozen, on_all)
-        init_shardings = {"in_shardings": sharding, "out_shardings": sharding_of_state}
+        init_shardings = {
+            "in_shardings": (on_all, sharding, sharding),
+            "out_shardings": sharding_of_state,
+        }
         chunk_shardings = {
             "in_shardings": (on_all, sharding, sharding_of_state, sharding, on_all),
             "out_shardings": (sharding_of_state, sharding),
@@ -143,7 +147,8 @@ def compile_programs(
     jitted_init = jax.jit(init, **init_shardings)
     jitted_chunk = jax.jit(chunk, donate_argnums=(2, 3), **chunk_shardings)
     compiled_init, compiled_chunk = compile_all(
-        (jitted_init, inputs), (jitted_chunk, (frozen, inputs[1], shapes, buffer, 1))
+        (jitted_init, (params, *inputs)),
+        (jitted_chunk, (frozen, inputs[1], shapes, buffer, 1)),
     )
     # The first collective times out after half a minute, so all processes must be ready for it.
     broadcast_from_main(None)
@@ -154,7 +159,7 @@ def compile_programs(
         agents=agents,
         sharding=sharding,
         state_sharding=sharding_of_state,
-        init=compiled_init,
+        init=partial(compiled_init, params),
         chunk=partial(telling_nan(compiled_chunk), frozen),
         shapes=shapes,
         buffer=buffer,
@@ -166,12 +171,13 @@ def compile_programs(
 TrainerOf = Callable[[Config], Trainer]
 
 
-def _single_agent_functions(
-    config: Config, trainer_of: TrainerOf, params: PyTree
-) -> tuple[Callable, Callable]:
-    """``init`` and ``chunk`` of one agent, before compilation."""
+def _single_agent_functions(config: Config, trainer_of: TrainerOf) -> tuple[Callable, Callable]:
+    """``init`` and ``chunk`` of one agent, before compilation.
 
-    def init(key: PRNGKey, swept: Swept) -> TrainState:
+    ``params`` and ``frozen`` are arguments: as closures they would be constants in the executable.
+    """
+
+    def init(params: PyTree, key: PRNGKey, swept: Swept) -> TrainState:
         return trainer_of(config.replace(**swept)).init(key, params)
 
     def chunk(
@@ -185,9 +191,12 @@ def _single_agent_functions(
 
 
 def _population_functions(
-    config: Config, init: Callable, step: Callable, params: PyTree
+    config: Config, init_population: Callable, step: Callable
 ) -> tuple[Callable, Callable]:
     """``init`` and ``chunk`` of a population, before compilation."""
+
+    def init(params: PyTree, keys: PRNGKey, swept: Swept) -> Population:
+        return init_population(keys, swept, params)
 
     def chunk(
         frozen: PyTree, swept: Swept, state: Population, buffer: Metrics, count: Array | int
@@ -197,7 +206,7 @@ def _population_functions(
         state, buffer = run_iterations(config, partial(step, frozen=frozen), state, buffer, count)
         return state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), buffer)
 
-    return partial(init, params=params), chunk
+    return init, chunk
 
 
 def _shapes(
