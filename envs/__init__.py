@@ -7,7 +7,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ import jax.numpy as jnp
 if __name__ != "purejaxppo.envs":
     raise ImportError("this package is called purejaxppo.envs: write 'from purejaxppo import envs'")
 
+from purejaxppo.envs.suites import SUITES, Draw
 from purejaxppo.types import ConfigError, Env, plain_settings
 
-# Modules of this package, each with make and list_envs. Names without a suite belong to the first.
-SUITES = ("gymnax",)
 MOST_KEPT = 256  # size of the cache of `make`
 _registered: dict[str, Callable[..., Env]] = {}
 # The cache of `make`: (name, settings, precision) -> (factory, environment).
@@ -44,7 +42,7 @@ def list_envs(suite: str | None = None) -> list[str]:
     if suite is not None and suite not in SUITES:
         raise ConfigError(f"{suite!r} is not a suite; there is {', '.join(SUITES)}")
     if suite is not None:
-        return _suite(suite).list_envs()
+        return SUITES[suite].list_envs()
     names = [
         name if i == 0 else f"{suite}/{name}"
         for i, suite in enumerate(SUITES)
@@ -74,41 +72,45 @@ def of_config(config: Any) -> Env:
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Env:
-    factory, short_name = _factory(name)
+    name, factory, short_name = _resolve(name)
     build = partial(factory, short_name) if short_name else partial(_registered_env, name, factory)
     recorded = plain_settings(settings)
     if recorded is None:
-        return build(**settings)._replace(settings=None)
-    key = short_name or name, repr(recorded), str(jnp.result_type(float))
+        return build(**settings)._replace(name=name, settings=None)
+    key = name, repr(recorded), str(jnp.result_type(float))
     if key in _made and _made[key][0] is factory:
         return _made[key][1]
     with jax.ensure_compile_time_eval():  # inside jit the constants would be traced
-        env = build(**dict(recorded))._replace(settings=recorded)
+        env = build(**dict(recorded))._replace(name=name, settings=recorded)
     if len(_made) >= MOST_KEPT:
         del _made[next(iter(_made))]
     _made[key] = factory, env
     return env
 
 
-def _factory(name: str) -> tuple[Callable[..., Env], str]:
-    """The registered factory and ""; otherwise the ``make`` of a suite and the name in it."""
+def _resolve(name: str) -> tuple[str, Callable[..., Env], str]:
+    """The name without the first suite, the function that makes it, and its name in the suite.
+
+    A registered environment has the name "" in no suite.
+    """
     if name in _registered:
-        return _registered[name], ""
+        return name, _registered[name], ""
     suite, _, short_name = name.rpartition("/")
-    suite = suite or SUITES[0]
+    suite = suite or next(iter(SUITES))
     advice = "one of your own must be registered by envs.register, or given as an Env"
     if suite not in SUITES:
         hint = f": there is no suite {suite!r}, only {', '.join(SUITES)}"
         raise ConfigError(f"{name!r} is not an environment{hint} ({advice})")
-    known = _suite(suite).list_envs()
-    if short_name not in known and short_name not in getattr(_suite(suite), "DOWNLOADS", ()):
+    known = SUITES[suite].list_envs()
+    if short_name not in (*known, *SUITES[suite].refused):
         closest = difflib.get_close_matches(short_name, [*known, *_registered], n=1, cutoff=0.4)
         if closest:
             hint = f"; did you mean {closest[0]!r}?"
         else:
             hint = "; `purejaxppo envs` lists what can be trained"
         raise ConfigError(f"{name!r} is not an environment{hint} ({advice})")
-    return _suite(suite).make, short_name
+    is_first = suite == next(iter(SUITES))
+    return short_name if is_first else f"{suite}/{short_name}", SUITES[suite].make, short_name
 
 
 def _registered_env(name: str, factory: Callable[..., Env], /, **settings: Any) -> Env:
@@ -130,17 +132,14 @@ def _registered_env(name: str, factory: Callable[..., Env], /, **settings: Any) 
     return env._replace(name=name)
 
 
-def _suite(name: str) -> Any:
-    return import_module(f"purejaxppo.envs.{name}")
-
-
-def drawing(name: str, /, **settings: Any) -> Callable[[list[Any], list[Any], Any], None]:
+def drawing(name: str, /, **settings: Any) -> Draw:
     """A function ``draw(states, returns, path)`` that writes a GIF of an episode.
 
     ``returns`` are the sums of the rewards up to each state. Raises `ConfigError` if the suite
     cannot draw the environment.
     """
     suite, _, short_name = name.rpartition("/")
-    if name in _registered or not hasattr(_suite(suite or SUITES[0]), "drawing"):
+    draw = None if name in _registered else SUITES[suite or next(iter(SUITES))].draw
+    if draw is None:
         raise ConfigError(f"{name} cannot be drawn: its suite brings no pictures")
-    return _suite(suite or SUITES[0]).drawing(short_name, **settings)
+    return draw(short_name, **settings)
