@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``: the figures of the README, re-made."""
+"""``python -m benchmarks COMMAND``: reproduce the numbers of the README."""
 
 import tyro
 
@@ -17,9 +17,9 @@ def learning(
 
     Args:
         algorithm: ppo, trpo or reinforce
-        envs: which environments (all that have a goal, if not given)
-        seeds: how many agents each
-        at_once: how many of them in one compiled call (all, if not given)
+        envs: names of the environments; None: all that have a goal
+        seeds: number of agents in each environment
+        at_once: number of agents in one compiled call; None: all
     """
     learning_benchmark.run(
         algorithm, list(envs or learning_benchmark.GOALS[algorithm]), seeds, at_once
@@ -35,9 +35,9 @@ def speed(cases: tuple[str, ...] = ("wide", "single", "seeds"), repeats: int = 5
     """Measure steps per second and compile time.
 
     Args:
-        cases: wide (2,048 environments), single (one agent, 4 environments), seeds (16 vmapped agents), trpo and
-            trpo_seeds (one agent and 16, at the zoo's settings)
-        repeats: timed runs of each
+        cases: wide (2,048 environments), single (one agent, 4 environments), seeds (16 vmapped
+            agents), trpo and trpo_seeds (one agent and 16, at rl-baselines3-zoo's settings)
+        repeats: number of timed runs of each case
     """
     from benchmarks import speed as speed_benchmark
 
@@ -45,10 +45,10 @@ def speed(cases: tuple[str, ...] = ("wide", "single", "seeds"), repeats: int = 5
 
 
 def trpo_cost(repeats: int = 15) -> None:
-    """Measure an iteration of TRPO against one of PPO.
+    """Compare the time of an iteration of TRPO with that of PPO.
 
     Args:
-        repeats: timed runs of each
+        repeats: number of timed runs of each algorithm
     """
     from benchmarks import speed as speed_benchmark
 
@@ -61,12 +61,12 @@ def table1(
     timesteps: int = 1_000_000,
     show: bool = False,
 ) -> None:
-    """Repeat table 1 of the PPO paper on continuous environments, all settings and seeds, and store the scores.
+    """Reproduce table 1 of the PPO paper on continuous environments and store the scores.
 
     Args:
-        envs: which environments
-        seeds: runs of each setting in each environment
-        timesteps: of each run
+        envs: names of the environments
+        seeds: number of runs of each setting in each environment
+        timesteps: environment steps of each run
         show: only print the stored table
     """
     if not show:
@@ -81,13 +81,13 @@ def sweeps(
     members: tuple[int, ...] = (256, 2048),
     timesteps: int = 50_000,
 ) -> None:
-    """Measure a sweep against its members one after the other, large sweeps, and what checkpoints cost.
+    """Compare a sweep with sequential runs, and measure large sweeps and checkpoints.
 
     Args:
-        seeds: members of the comparison
-        repeats: timed runs of each
+        seeds: number of members in the comparison
+        repeats: number of timed runs of each
         members: sizes of the large sweeps
-        timesteps: of each of their members
+        timesteps: environment steps of each member of a large sweep
     """
     split_cpu(None)
     from benchmarks import sweeps as sweeps_benchmark
@@ -104,12 +104,12 @@ def population(
     members: int = 16,
     show: bool = False,
 ) -> None:
-    """Compare agents that copy one another with the same agents alone, from learning rates between 1e-6 and 0.1.
+    """Compare populations with and without exchanges, from learning rates between 1e-6 and 0.1.
 
     Args:
-        envs: which environments
-        populations: how many of each, from different keys
-        members: agents in a population
+        envs: names of the environments
+        populations: number of populations of each kind, from different keys
+        members: number of agents in a population
         show: only print the stored table
     """
     split_cpu(None)
@@ -121,11 +121,13 @@ def population(
 
 
 def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = False) -> None:
-    """Compare general settings of PPO, those that an environment without tuned ones gets, after 98,304 steps.
+    """Compare candidates for the default settings of PPO after 98,304 steps.
+
+    Environments without tuned settings get the defaults.
 
     Args:
-        envs: which environments (eight of gymnax, if not given)
-        seeds: agents of each setting
+        envs: names of the environments; None: eight of gymnax
+        seeds: number of agents for each setting
         show: only print the stored table
     """
     split_cpu(None)
@@ -137,7 +139,14 @@ def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = Fa
 
 
 if __name__ == "__main__":
-    commands = {"learning": learning, "table": table, "table1": table1}
-    commands |= {"speed": speed, "trpo_cost": trpo_cost, "sweeps": sweeps, "population": population}
-    commands |= {"general": general}
+    commands = {
+        "learning": learning,
+        "table": table,
+        "table1": table1,
+        "speed": speed,
+        "trpo_cost": trpo_cost,
+        "sweeps": sweeps,
+        "population": population,
+        "general": general,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")

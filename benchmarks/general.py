@@ -1,4 +1,4 @@
-"""Which general settings of PPO learn most in few steps, over environments that they are not tuned for."""
+"""The general settings of PPO that learn most in few steps, in environments without tuning."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ENVS = (
     "FourRooms-misc",
     "PointRobot-misc",
 )
-KEY = 4711  # neither that of the tables nor one that settings were tuned with
+KEY = 4711  # used neither for the tables nor for tuning
 TIMESTEPS = 98_304
 RATES = (3e-4, 1e-3, 2e-3)
 SHAPES = (  # num_envs, num_steps, num_minibatches, num_epochs
@@ -31,7 +31,7 @@ SETTING = ["num_envs", "num_steps", "num_minibatches", "num_epochs", "lr"]
 
 
 def run(names: list[str], seeds: int) -> None:
-    """Train every setting with so many seeds in each environment; rows are stored after each environment."""
+    """Train every setting with ``seeds`` seeds; rows are stored after each environment."""
     for name in names:
         rows = []
         for shape in SHAPES:
@@ -41,21 +41,24 @@ def run(names: list[str], seeds: int) -> None:
             rows.append(scores[["seed", "lr", "score"]].assign(env=name, **sizes))
         table = pd.concat(rows)
         if RESULTS.exists():
-            before = pd.read_csv(RESULTS)
-            table = pd.concat([before[before["env"] != name], table])
+            stored = pd.read_csv(RESULTS)
+            table = pd.concat([stored[stored["env"] != name], table])
         table.to_csv(RESULTS, index=False)
         print(name, "done", flush=True)
         show()
 
 
 def show() -> None:
-    """Each setting's score, 0 for the worst setting of an environment and 1 for the best, with its 95 % interval."""
+    """Print the score of each setting with its 95 % interval.
+
+    Scores are scaled to 0 for the worst setting of an environment and 1 for the best.
+    """
     table = pd.read_csv(RESULTS)
     means = table.groupby(["env", *SETTING])["score"].mean()
-    worst, best = means.groupby("env").min(), means.groupby("env").max()
-    scaled = (table["score"] - table["env"].map(worst)) / table["env"].map(best - worst).replace(
-        0, np.nan
-    )
+    worst = means.groupby("env").min()
+    best = means.groupby("env").max()
+    spread = table["env"].map(best - worst).replace(0, np.nan)
+    scaled = (table["score"] - table["env"].map(worst)) / spread
     rows = []
     for setting, part in table.assign(scaled=scaled).dropna().groupby(SETTING):
         by_env = part.pivot(index="seed", columns="env", values="scaled").to_numpy()

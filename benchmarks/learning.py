@@ -1,4 +1,4 @@
-"""How well the tuned settings learn: the final policy in fresh episodes, interquartile mean over seeds."""
+"""Scores of the tuned settings: the final policy in fresh episodes, summarised over seeds."""
 
 import json
 import time
@@ -14,12 +14,12 @@ from purejaxppo.analysis.statistics import estimate
 from purejaxppo.config import tuned
 
 RESULTS = Path(__file__).parent / "results" / "learning"
-SCORING_KEY = 20260  # settings were tuned with other keys
+SCORING_KEY = 20260  # different from the keys used for tuning
 
 
 class Goal(NamedTuple):
     score: float
-    timesteps: int
+    timesteps: int  # at most
     deterministic: bool = True
     episodes: int = 128
 
@@ -46,24 +46,24 @@ GOALS = {
 
 
 def scorer(config: Config, goal: Goal) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """From keys to the mean return of each one's final policy, and the steps that it took to train it.
+    """A compiled function from keys to the mean returns of final policies and their training steps.
 
-    All of them are trained in one compiled function.
+    It trains one agent for each key, all of them at once.
     """
     env = envs.of_config(config)
 
-    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score_agent(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_train, key_evaluate = jax.random.split(key)
         state = make_train(config, env)(key_train).state
         policy = Policy.from_state(config, state, env=env)
         returns = evaluate(policy, env, key_evaluate, goal.episodes, goal.deterministic).returns
         return returns.mean(), state.timesteps
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(jax.vmap(score_agent))
 
 
 def run(algorithm: str, names: list[str], seeds: int, at_once: int | None) -> None:
-    """Score each environment, ``at_once`` seeds in one call, and store what came out after every call."""
+    """Score each environment, ``at_once`` seeds per call, and store the results of every call."""
     for name in names:
         goal = GOALS[algorithm][name]
         config = Config.for_env(name, algorithm=algorithm)
@@ -71,28 +71,34 @@ def run(algorithm: str, names: list[str], seeds: int, at_once: int | None) -> No
             f"{name} is tuned for more steps than the goal allows"
         )
         keys = jax.random.split(jax.random.key(SCORING_KEY), seeds)
-        score, scores, steps = scorer(config, goal), [], []
+        score = scorer(config, goal)
+        scores: list[float] = []
+        steps: list[int] = []
         started = time.perf_counter()
         for group in np.split(np.arange(seeds), range(at_once or seeds, seeds, at_once or seeds)):
-            scored, taken = score(keys[group])
-            scores, steps = scores + scored.tolist(), steps + taken.tolist()
+            group_scores, group_steps = score(keys[group])
+            scores = scores + group_scores.tolist()
+            steps = steps + group_steps.tolist()
             store(config, goal, scores, max(steps), time.perf_counter() - started)
             print(row(read(algorithm, name)), flush=True)
 
 
 def store(config: Config, goal: Goal, scores: list[float], most_steps: int, seconds: float) -> None:
-    middle = estimate(scores)
-    command = f"python -m benchmarks learning --algorithm {config.algorithm} --envs {config.env} --seeds {len(scores)}"
+    mean = estimate(scores)
+    command = (
+        f"python -m benchmarks learning --algorithm {config.algorithm} --envs {config.env} "
+        f"--seeds {len(scores)}"
+    )
     result = {
         "algorithm": config.algorithm,
         "env": config.env,
         "command": command,
         "goal": goal._asdict(),
         "config": config.to_dict(),
-        "timesteps": most_steps,  # of the agent that took most
+        "timesteps": most_steps,  # of the agent that took the most
         "scores": [round(x, 3) for x in scores],
-        "interquartile_mean": round(float(middle.point), 3),
-        "interval_95": [round(float(middle.low), 3), round(float(middle.high), 3)],
+        "interquartile_mean": round(float(mean.point), 3),
+        "interval_95": [round(float(mean.low), 3), round(float(mean.high), 3)],
         "seconds": round(seconds, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -110,8 +116,8 @@ def row(result: dict[str, Any]) -> str:
     goal = result["goal"]["score"]
     met = "yes" if result["interval_95"][1] >= goal else "no"
     return (
-        f"| {result['algorithm']} | {result['env']} | {result['timesteps']:,} | {summary(result)} | {goal:g} | {met} | "
-        f"{len(result['scores'])} |"
+        f"| {result['algorithm']} | {result['env']} | {result['timesteps']:,} | {summary(result)} "
+        f"| {goal:g} | {met} | {len(result['scores'])} |"
     )
 
 
@@ -120,9 +126,10 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def table() -> None:
-    """The stored results as Markdown, in the order of the goals."""
+    """Print the stored results as Markdown, in the order of the goals."""
     print(
-        "| algorithm | environment | steps | return: interquartile mean [95 % interval] | goal | met | seeds |"
+        "| algorithm | environment | steps | return: interquartile mean [95 % interval] "
+        "| goal | met | seeds |"
     )
     print("|---|---|---|---|---|---|---|")
     for algorithm, goals in GOALS.items():

@@ -1,4 +1,4 @@
-"""sb3-contrib's TRPO at the zoo's CartPole settings, timed: run it in an environment that has sb3-contrib."""
+"""Time sb3-contrib's TRPO at rl-baselines3-zoo's CartPole settings; requires sb3-contrib."""
 
 import time
 

@@ -1,7 +1,8 @@
-"""Steps per second and compile time on CartPole: PPO in the shapes of PureJaxRL's headline figures, and TRPO.
+"""Steps per second and compile time of PPO and TRPO on CartPole.
 
-The peers are no dependencies. To compare, time PureJaxRL's ``ppo.py`` with `SETTINGS` of the same case, or
-``benchmarks/sb3_trpo.py`` in an environment that has sb3-contrib, in turn with this.
+PPO has the batch shapes of PureJaxRL's headline figures. The peers are not dependencies. To compare
+with them, run this in turn with PureJaxRL's ``ppo.py`` at the `SETTINGS` of the same case, or with
+``benchmarks/sb3_trpo.py`` where sb3-contrib is installed.
 """
 
 import time
@@ -25,7 +26,7 @@ PUREJAXRL = {
     "ENV_NAME": "CartPole-v1",
     "ANNEAL_LR": True,
 }
-# rl-baselines3-zoo's settings of TRPO on CartPole: minibatches of 512, 20 passes for the critic.
+# rl-baselines3-zoo's settings for TRPO on CartPole: minibatches of 512, 20 critic epochs.
 ZOO_TRPO = {
     "algorithm": "trpo",
     "num_envs": 2,
@@ -55,7 +56,8 @@ def run(cases: list[str], repeats: int) -> None:
         train = make_train(config)
         keys = jax.random.key(0)
         if SEEDS[case] > 1:
-            train, keys = jax.vmap(train), jax.random.split(keys, SEEDS[case])
+            train = jax.vmap(train)
+            keys = jax.random.split(keys, SEEDS[case])
         started = time.perf_counter()
         compiled = jax.jit(train).lower(keys).compile()
         compile_seconds = time.perf_counter() - started
@@ -67,26 +69,28 @@ def run(cases: list[str], repeats: int) -> None:
         rates = config.actual_timesteps * SEEDS[case] / np.asarray(seconds)
         machine = f"{jax.devices()[0].device_kind}, JAX {jax.__version__}"
         print(
-            f"{case}: median {np.median(rates):,.0f} steps/s ({rates.min():,.0f} to {rates.max():,.0f}, "
-            f"{repeats} runs), compilation {compile_seconds:.1f} s, {machine}",
+            f"{case}: median {np.median(rates):,.0f} steps/s "
+            f"({rates.min():,.0f} to {rates.max():,.0f}, {repeats} runs), "
+            f"compilation {compile_seconds:.1f} s, {machine}",
             flush=True,
         )
 
 
 def iteration_cost(repeats: int) -> None:
-    """One iteration of TRPO against one of PPO with 4 epochs, on the same batch of 64 × 128 steps, in turn."""
-    same = Config(
-        num_envs=64, num_steps=128, num_minibatches=8, num_epochs=4, total_timesteps=10**9
-    )
+    """Time an iteration of TRPO and one of PPO with 4 epochs in turn, on 64 × 128 steps."""
+    ppo = Config(num_envs=64, num_steps=128, num_minibatches=8, num_epochs=4, total_timesteps=10**9)
     configs = {
-        "ppo": same,
-        "trpo, whole batch": same.replace(algorithm="trpo"),
-        "trpo, one sample in 10": same.replace(algorithm="trpo", fisher_subsample=10),
+        "ppo": ppo,
+        "trpo, whole batch": ppo.replace(algorithm="trpo"),
+        "trpo, one sample in 10": ppo.replace(algorithm="trpo", fisher_subsample=10),
     }
-    steps, states, seconds = {}, {}, {name: [] for name in configs}
+    steps = {}
+    states = {}
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
     for name, config in configs.items():
         trainer = make_trainer(config)
-        steps[name], states[name] = jax.jit(trainer.step), jax.jit(trainer.init)(jax.random.key(0))
+        steps[name] = jax.jit(trainer.step)
+        states[name] = jax.jit(trainer.init)(jax.random.key(0))
         jax.block_until_ready(steps[name](states[name]))
     for _ in range(repeats):
         for name in configs:
@@ -95,9 +99,10 @@ def iteration_cost(repeats: int) -> None:
                 states[name], _ = steps[name](states[name])
             jax.block_until_ready(states[name])
             seconds[name].append((time.perf_counter() - started) / 5)
-    base = np.asarray(seconds["ppo"])
-    for name, taken in seconds.items():
-        low, ratio, high = np.percentile(np.asarray(taken) / base, [25, 50, 75])
+    ppo_seconds = np.asarray(seconds["ppo"])
+    for name, times in seconds.items():
+        low, ratio, high = np.percentile(np.asarray(times) / ppo_seconds, [25, 50, 75])
         print(
-            f"{name}: {1000 * np.median(taken):.1f} ms an iteration, {ratio:.2f} of PPO's ({low:.2f} to {high:.2f})"
+            f"{name}: {1000 * np.median(times):.1f} ms per iteration, "
+            f"{ratio:.2f} times PPO's ({low:.2f} to {high:.2f})"
         )

@@ -1,7 +1,7 @@
-"""How fast a sweep is against its members one after the other, what it holds in memory, and what checkpoints cost.
+"""The speed of a sweep compared with sequential runs, its memory, and the cost of checkpoints.
 
-The members are agents at PureJaxRL's settings on CartPole-v1, 4 environments × 128 steps. A CPU counts as a device for
-each core.
+The members are agents at PureJaxRL's settings on CartPole-v1, 4 environments × 128 steps each. A
+CPU counts as one device per core.
 """
 
 import tempfile
@@ -23,18 +23,24 @@ CONFIG = Config.from_dict(SETTINGS["seeds"])
 
 
 def throughput(seeds: int, repeats: int) -> None:
-    """Steps per second of all members of one program, and of one agent's program, in turn."""
+    """Print the steps per second of all members in one program, and the ratio to a single agent.
+
+    The two programs run in turn.
+    """
     env = envs.of_config(CONFIG)
-    together, alone = (compile_programs(CONFIG, env, agents) for agents in (seeds, None))
-    ratios, rates = [], []
+    parallel = compile_programs(CONFIG, env, seeds)
+    single = compile_programs(CONFIG, env, None)
+    ratios = []
+    rates = []
     for repeat in range(repeats):
-        rate, of_one = _rate(together, repeat), _rate(alone, repeat)
-        rates.append(rate)
-        ratios.append(rate / of_one)
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
+        parallel_rate = _rate(parallel, repeat)
+        single_rate = _rate(single, repeat)
+        rates.append(parallel_rate)
+        ratios.append(parallel_rate / single_rate)
+    low, median, high = np.percentile(ratios, [25, 50, 75])
     print(
-        f"{seeds} members at once on {device_name(together)}: {np.median(rates):,.0f} steps/s, {middle:.2f} "
-        f"({low:.2f} to {high:.2f}) times one after the other, JAX {jax.__version__}"
+        f"{seeds} members at once on {device_name(parallel.sharding)}: {np.median(rates):,.0f} steps/s, "
+        f"{median:.2f} ({low:.2f} to {high:.2f}) times one after the other, JAX {jax.__version__}"
     )
 
 
@@ -47,7 +53,7 @@ def _rate(programs: Programs, key: int) -> float:
 
 
 def many(seeds: int, timesteps: int) -> None:
-    """A sweep of so many members: 8 learning rates, the rest seeds; its time and its memory."""
+    """Print the time and the memory of a sweep: 8 learning rates with ``seeds`` / 8 seeds each."""
     plans = []
     started = time.perf_counter()
     result = sweep(
@@ -59,7 +65,8 @@ def many(seeds: int, timesteps: int) -> None:
     )
     seconds = time.perf_counter() - started
     print(
-        f"{seeds} members of {timesteps:,} steps: {seconds:.0f} s in all, {result.seconds:.0f} s of training "
+        f"{seeds} members of {timesteps:,} steps: {seconds:.0f} s in total, "
+        f"{result.seconds:.0f} s of training "
         f"({seeds * timesteps / result.seconds:,.0f} steps/s), {plans[0].at_once} at once, "
         f"{plans[0].memory_bytes / 1e6:.0f} MB on each of {plans[0].device}, the process holds "
         f"{psutil.Process().memory_info().rss / 1e9:.1f} GB; best lr {result.best.lr:.1e}"
@@ -67,7 +74,7 @@ def many(seeds: int, timesteps: int) -> None:
 
 
 def checkpoint_cost(seeds: int, repeats: int) -> None:
-    """How long a checkpoint takes to write, as a share of the 30 s between two."""
+    """Print the time to write a checkpoint, also as a share of the 30 s between two."""
     env = envs.of_config(CONFIG)
     programs = compile_programs(CONFIG, env, seeds)
     state = programs.init(programs.keys(jax.random.key(0)), {})
@@ -80,8 +87,8 @@ def checkpoint_cost(seeds: int, repeats: int) -> None:
             checkpoints.save(iteration, (state, None), rows)
             seconds.append(time.perf_counter() - started)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-    middle = np.median(seconds[1:])
+    median = np.median(seconds[1:])
     print(
-        f"a checkpoint of {seeds} agents ({size:.1f} MB): {middle:.2f} s, the first one {seconds[0]:.2f} s: "
-        f"{100 * middle / 30:.1f} % at one every 30 s"
+        f"a checkpoint of {seeds} agents ({size:.1f} MB): {median:.2f} s, "
+        f"the first one {seconds[0]:.2f} s: {100 * median / 30:.1f} % at one every 30 s"
     )

@@ -1,14 +1,15 @@
-"""Table 1 of the PPO paper (Schulman et al. 2017, section 6.1) again, on the continuous environments at hand.
+"""Table 1 of the PPO paper (Schulman et al. 2017, section 6.1) on the available environments.
 
-The paper's protocol: 1M steps, T = 2048 of one environment, Adam at 3e-4 without annealing, 10 epochs of minibatches of
-64, γ = 0.99, λ = 0.95, two separate networks of 64 × 64 tanh units, no entropy bonus. A run's score is the mean return
-of its last 100 episodes (here of the last iterations that have so many); in each environment the scores are shifted and
-scaled so that a random policy has 0 and the best result 1, which here is the best setting's mean over its runs; a
-setting's score is the mean over all its runs. A run that diverged has the random policy's score.
+The paper's protocol: 1M steps, T = 2048 in one environment, Adam at 3e-4 without annealing, 10
+epochs with minibatches of 64, γ = 0.99, λ = 0.95, two separate networks of 64 × 64 tanh units, no
+entropy bonus. The score of a run is the mean return of its last 100 episodes (here of the last
+iterations with at least 100). In each environment the scores are shifted and scaled so that a
+random policy has 0 and the best result 1, here the mean over the runs of the best setting. The
+score of a setting is the mean over all its runs. A run that diverged has the random policy's score.
 
-What the paper leaves open is as in OpenAI's ppo1: observations are normalised, rewards are not, and the gradient is not
-clipped; but advantages are standardised in each minibatch. The random policy is the untrained network's. The
-environments are others: the paper has seven of MuJoCo's.
+Choices that the paper leaves open follow OpenAI's ppo1: observations are normalised, rewards are
+not, and the gradient is not clipped. Advantages, however, are standardised in each minibatch. The
+random policy is the untrained network. The environments differ: the paper uses seven of MuJoCo's.
 """
 
 import json
@@ -50,7 +51,7 @@ LAST_EPISODES = 100
 
 
 class Row(NamedTuple):
-    """A setting of the paper's table, and the score that it has there."""
+    """A setting of the paper's table and its score there."""
 
     label: str
     objective: str
@@ -80,25 +81,29 @@ ROWS = (
 
 
 def run(names: list[str], seeds: int, timesteps: int) -> None:
-    """Train every setting in every environment, one compilation for each objective, and store the raw scores."""
+    """Train every setting in every environment and store the raw scores.
+
+    There is one compilation for each objective.
+    """
     for name in names:
         scores: dict[str, Any] = {"random policy": random_policy(name)}
         for objective, field in FIELD.items():
             rows = [row for row in ROWS if row.objective == objective]
             started = time.perf_counter()
             trained = train(name, objective, field, [row.value for row in rows], seeds, timesteps)
-            for row, of_seeds in zip(rows, trained, strict=True):
+            for row, row_scores in zip(rows, trained, strict=True):
                 scores[row.label] = [
-                    round(float(x), 4) if np.isfinite(x) else None for x in of_seeds
+                    round(float(x), 4) if np.isfinite(x) else None for x in row_scores
                 ]
+            seconds = time.perf_counter() - started
             print(
-                f"{name}, {objective}: {np.round(trained, 2).tolist()}, {time.perf_counter() - started:.0f} s",
+                f"{name}, {objective}: {np.round(trained, 2).tolist()}, {seconds:.0f} s",
                 flush=True,
             )
         command = (
             f"python -m benchmarks table1 --envs {name} --seeds {seeds} --timesteps {timesteps}"
         )
-        stored = {
+        result = {
             "env": name,
             "command": command,
             "timesteps": timesteps,
@@ -107,7 +112,7 @@ def run(names: list[str], seeds: int, timesteps: int) -> None:
         }
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(
-            json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         )
     table()
 
@@ -115,48 +120,47 @@ def run(names: list[str], seeds: int, timesteps: int) -> None:
 def train(
     name: str, objective: str, field: str, values: list[float], seeds: int, timesteps: int
 ) -> NDArray[np.floating]:
-    """The score of every value and seed [values, seeds]."""
+    """The scores [values, seeds]."""
     config = PROTOCOL.replace(env=name, objective=objective, total_timesteps=timesteps)
     programs = compile_programs(config, envs.make(name), len(values) * seeds, (field,))
     swept = {field: np.repeat(values, seeds).astype(np.float32)}
     state = programs.init(
         jnp.tile(jax.random.split(jax.random.key(2017), seeds), len(values)), swept
     )
-    # In one call for the whole run the CPU's runtime collects memory until the end, ten gigabytes in these.
-    parts = [chunk.metrics for chunk in run_chunks(programs, swept, state)]
-    metrics = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
+    # In a single call for the whole run, the CPU runtime would accumulate about ten gigabytes.
+    chunks = [chunk.metrics for chunk in run_chunks(programs, swept, state)]
+    metrics = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *chunks)
     return last_episodes(metrics).reshape(len(values), seeds)
 
 
 def last_episodes(metrics: Metrics) -> NDArray[np.floating]:
-    """The mean return over the last iterations in which at least `LAST_EPISODES` episodes ended."""
-    returns, episodes = (
-        np.asarray(x)[..., ::-1] for x in (metrics.episode_return, metrics.episodes)
-    )
-    before = np.cumsum(episodes, axis=-1) - episodes
-    counted = np.where(before < LAST_EPISODES, episodes, 0)
+    """The mean return over the fewest last iterations with `LAST_EPISODES` episodes or more."""
+    returns = np.asarray(metrics.episode_return)[..., ::-1]
+    episodes = np.asarray(metrics.episodes)[..., ::-1]
+    later = np.cumsum(episodes, axis=-1) - episodes
+    counted = np.where(later < LAST_EPISODES, episodes, 0)
     return np.where(counted > 0, returns * counted, 0).sum(axis=-1) / counted.sum(axis=-1)
 
 
 def random_policy(name: str) -> float:
-    config, env = PROTOCOL.replace(env=name), envs.make(name)
+    """The mean return of the untrained network with sampled actions."""
+    config = PROTOCOL.replace(env=name)
+    env = envs.make(name)
     state = jax.jit(make_trainer(config, env).init)(jax.random.key(0))
     policy = Policy.from_state(config, state, env=env)
-    return round(
-        float(evaluate(policy, env, jax.random.key(1), 512, deterministic=False).returns.mean()), 4
-    )
+    returns = evaluate(policy, env, jax.random.key(1), 512, deterministic=False).returns
+    return round(float(returns.mean()), 4)
 
 
 def table() -> None:
-    """The stored scores as the paper's table, with the mean over seeds in each environment beside them."""
+    """Print the paper's table from the stored scores, with the means over seeds per environment."""
     stored = {name: read(name) for name in ENVS if (RESULTS / f"{name}.json").exists()}
     normalised = {name: normalise(scores) for name, scores in stored.items()}
     print("| setting | paper | here [95 %] | " + " | ".join(stored) + " |")
     print("|---" * (3 + len(stored)) + "|")
     for row in ROWS:
-        runs = np.stack(
-            [scores[row.label] for scores in normalised.values()]
-        )  # [environments, seeds]
+        # [environments, seeds]
+        runs = np.stack([scores[row.label] for scores in normalised.values()])
         low, high = interval(runs)
         cells = [f"{scores[row.label].mean():.1f}" for scores in stored.values()]
         print(
@@ -172,24 +176,30 @@ def table() -> None:
 
 
 def read(name: str) -> dict[str, NDArray[np.floating]]:
-    """The scores of an environment by setting, [seeds]; a run that diverged has the random policy's."""
+    """The scores [seeds] of each setting in an environment.
+
+    A run that diverged has the score of the random policy.
+    """
     scores = json.loads((RESULTS / f"{name}.json").read_text())["scores"]
     zero = scores.pop("random policy")
     return {"random policy": np.asarray(zero)} | {
-        label: np.asarray([zero if x is None else x for x in of_seeds])
-        for label, of_seeds in scores.items()
+        label: np.asarray([zero if x is None else x for x in row_scores])
+        for label, row_scores in scores.items()
     }
 
 
 def normalise(scores: dict[str, NDArray[np.floating]]) -> dict[str, NDArray[np.floating]]:
-    """The random policy at 0, the best setting's mean at 1."""
+    """The scores scaled so that the random policy has 0 and the best setting's mean is 1."""
     zero = scores["random policy"]
     one = max(scores[row.label].mean() for row in ROWS)
     return {row.label: (scores[row.label] - zero) / (one - zero) for row in ROWS}
 
 
 def interval(runs: NDArray[np.floating], resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over runs [environments, seeds], seeds drawn within each environment."""
+    """95 % bootstrap interval of the mean over runs [environments, seeds].
+
+    Seeds are resampled within each environment.
+    """
     drawn = np.random.default_rng(0).integers(0, runs.shape[1], (resamples, *runs.shape))
     means = np.take_along_axis(np.broadcast_to(runs, drawn.shape), drawn, axis=2).mean(axis=(1, 2))
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))

@@ -1,1 +1,1 @@
-"""Statistics over seeds, learning curves, and the figures made of them."""
+"""Statistics over seeds, learning curves and figures."""

@@ -12,58 +12,57 @@ from purejaxppo.types import Metrics
 
 
 class Curve(NamedTuple):
-    """Mean return over windows of environment steps, one row per agent; NaN where no episode finished in a window."""
+    """Mean return in windows of environment steps; NaN where no episode finished."""
 
-    timesteps: NDArray[np.floating]  # [windows] steps at the end of each
+    timesteps: NDArray[np.floating]  # [windows] steps at the end of each window
     returns: NDArray[np.floating]  # [agents, windows]
 
 
 def windowed(metrics: Metrics, num_windows: int = 60, config: Config | None = None) -> Curve:
-    """Episode returns in windows: Σ return · episodes / Σ episodes, so that every episode counts once.
+    """Mean episode returns in windows: Σ return · episodes / Σ episodes.
 
-    An iteration in which no episode ended has no return, and an agent has none from the iteration on at which its loss
-    was no longer finite. Agents that count whole episodes do not take the same number of steps in an iteration; the
-    windows are the same for all of them, and with ``config`` the same for all agents that it can have.
+    Every episode has the same weight. An iteration in which no episode ended has no return. An
+    agent has no return from the iteration in which its loss stopped being finite.
+
+    All agents share the windows, although agents with whole episodes take different numbers of
+    steps in an iteration. With ``config``, the windows depend on the configuration alone.
     """
-    returns, episodes, finite, steps = (
-        np.atleast_2d(np.asarray(x))
-        for x in (
-            metrics.episode_return,
-            metrics.episodes,
-            finite_so_far(metrics),
-            metrics.timesteps,
-        )
-    )
-    steps = steps.astype(np.int64)
-    # No window is shorter than an iteration, so that each has one of every agent that got as far.
+    returns = np.atleast_2d(np.asarray(metrics.episode_return))
+    episodes = np.atleast_2d(np.asarray(metrics.episodes))
+    finite = np.atleast_2d(np.asarray(finite_so_far(metrics)))
+    steps = np.atleast_2d(np.asarray(metrics.timesteps)).astype(np.int64)
     agent = np.arange(len(steps))[:, None]
+    # No window is shorter than an iteration, so each contains one of every agent that got as far.
     if config is None:
         num_windows = max(
             1, min(num_windows, steps.max() // np.diff(steps, axis=1, prepend=0).max())
         )
-        window, ends = (steps * num_windows - 1) // steps.max(), np.zeros(num_windows)
+        window = (steps * num_windows - 1) // steps.max()
+        ends = np.zeros(num_windows)
         np.maximum.at(ends, window, steps)
     else:
         length = config.batch_size * math.ceil(
             config.actual_timesteps / config.batch_size / num_windows
         )
-        num_windows, window = math.ceil(config.actual_timesteps / length), (steps - 1) // length
+        num_windows = math.ceil(config.actual_timesteps / length)
+        window = (steps - 1) // length
         ends = np.minimum(np.arange(1, num_windows + 1) * length, config.actual_timesteps).astype(
             float
         )
 
-    def in_windows(x: NDArray[Any]) -> NDArray[Any]:
+    def sum_in_windows(x: NDArray[Any]) -> NDArray[Any]:
         total = np.zeros((len(steps), num_windows))
         np.add.at(total, (agent, window), x)
         return total
 
     episodes = np.where(finite, episodes, 0)
-    total, count = in_windows(np.where(episodes > 0, returns * episodes, 0)), in_windows(episodes)
+    total = sum_in_windows(np.where(episodes > 0, returns * episodes, 0))
+    count = sum_in_windows(episodes)
     with np.errstate(invalid="ignore"):
         return Curve(ends, total / count)
 
 
 def non_empty(curve: Curve) -> Curve:
-    """The windows in which an episode of any agent finished."""
+    """The windows in which at least one agent finished an episode."""
     finished = np.isfinite(curve.returns).any(axis=0)
     return Curve(curve.timesteps[finished], curve.returns[:, finished])

@@ -1,4 +1,4 @@
-"""Pictures of training: what the command line writes and a notebook shows."""
+"""Figures of training, for the command line and notebooks."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from purejaxppo.analysis.statistics import Estimate, estimate
 from purejaxppo.types import Metrics
 
 BLUE = "#1f6fb4"
-COLOURS = (
+COLOURS = (  # after Okabe and Ito
     BLUE,
     "#d55e00",
     "#009e73",
@@ -22,13 +22,14 @@ COLOURS = (
     "#56b4e9",
     "#7a5c3e",
     "#555555",
-)  # after Okabe and Ito
+)
 
 
 def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> Figure:
-    """Return against environment steps; of several agents the interquartile mean and its 95 % interval.
+    """Return against environment steps.
 
-    ``metrics`` are those of a `Result` or a `Run`, with or without a leading axis of agents.
+    Several agents are summarised by the interquartile mean and its 95 % interval. ``metrics`` come
+    from a `Result` or a `Run`, with or without a leading axis of agents.
     """
     curve = windowed(metrics, num_windows)
     agents = len(curve.returns)
@@ -39,20 +40,23 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
         axes.plot(
             curve.timesteps, curve.returns.T, color=BLUE, alpha=min(0.25, 4 / agents), linewidth=0.6
         )
-        plot_middle(axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval")
+        plot_interquartile_mean(
+            axes, curve, BLUE, f"interquartile mean of {agents} seeds, 95 % interval"
+        )
     else:
         label = "one seed, mean over finished episodes"
         axes.plot(curve.timesteps, curve.returns[0], color=BLUE, linewidth=1.8, label=label)
-    dress_curve(axes, title)
+    style_curve_axes(axes, title)
     axes.legend(frameon=False, loc="best", fontsize="small")
     return figure
 
 
 def comparison_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """For each environment a row: the algorithms' returns, and how far apart their seeds are.
+    """A row for each environment: the returns of the algorithms, and the spread of their seeds.
 
-    On the left the interquartile mean over the seeds with its 95 % interval; on the right the distance between the
-    seeds' quartiles. ``curves[environment][algorithm]`` has the seeds of one algorithm.
+    The left panel shows the interquartile mean over the seeds with its 95 % interval, the right one
+    the interquartile range of the seeds. ``curves[environment][algorithm]`` holds the seeds of one
+    algorithm.
     """
     figure = Figure(figsize=(9.6, 3.6 * len(curves)), dpi=150, layout="constrained")
     names = list(dict.fromkeys(name for row in curves.values() for name in row))
@@ -62,17 +66,19 @@ def comparison_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
         for name, curve in row.items():
             curve = non_empty(curve)
             if curve.returns.size:
-                plot_middle(left, curve, colours[name], name)
+                plot_interquartile_mean(left, curve, colours[name], name)
                 low, high = np.nanpercentile(curve.returns, [25, 75], axis=0)
                 right.plot(curve.timesteps, high - low, color=colours[name], linewidth=1.4)
-        dress_curve(left, f"{env}: interquartile mean, 95 % interval")
-        dress_curve(right, f"{env}: spread between seeds", "distance of the quartiles")
+        style_curve_axes(left, f"{env}: interquartile mean, 95 % interval")
+        style_curve_axes(right, f"{env}: spread between seeds", "distance of the quartiles")
         left.legend(frameon=False, loc="best", fontsize="small")
     return figure
 
 
-def plot_middle(axes: Axes, curve: Curve, colour: str, label: str, alpha: float = 0.25) -> None:
-    """The interquartile mean over the agents that have a return in a window, and its interval."""
+def plot_interquartile_mean(
+    axes: Axes, curve: Curve, colour: str, label: str, alpha: float = 0.25
+) -> None:
+    """Draw the interquartile mean, with its interval, over the agents with a return in a window."""
     windows = [estimate(window[np.isfinite(window)]) for window in curve.returns.T]
     plot_estimate(axes, curve.timesteps, Estimate(*np.transpose(windows)), colour, label, alpha)
 
@@ -80,20 +86,20 @@ def plot_middle(axes: Axes, curve: Curve, colour: str, label: str, alpha: float 
 def plot_estimate(
     axes: Axes, x: NDArray[np.floating], y: Estimate, colour: str, label: str, alpha: float = 0.25
 ) -> None:
-    """A line in a band of its intervals."""
+    """Draw a line with a band of its intervals."""
     axes.fill_between(x, y.low, y.high, color=colour, alpha=alpha, linewidth=0)
     axes.plot(x, y.point, color=colour, linewidth=1.8, label=label)
 
 
-def dress_curve(axes: Axes, title: str, ylabel: str = "episode return") -> None:
-    """What all axes over environment steps have."""
-    dress(axes, "environment steps", ylabel, title)
-    axes.xaxis.set_major_locator(MaxNLocator(5))  # more labels run into one another
+def style_curve_axes(axes: Axes, title: str, ylabel: str = "episode return") -> None:
+    """Apply the common style of axes over environment steps."""
+    style_axes(axes, "environment steps", ylabel, title)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # more labels would overlap
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def dress(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
-    """What all axes have."""
+def style_axes(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    """Apply the common style of all axes."""
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -1,4 +1,7 @@
-"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs``: thin, on Python functions."""
+"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs``.
+
+Each command is a thin layer over a Python function.
+"""
 
 import time
 
@@ -21,74 +24,82 @@ from purejaxppo.cli.options import (
     TRAIN_OPTIONS,
     RunOptions,
     number,
-    options_of,
+    options_class,
+    parse_env_settings,
+    parse_grid,
     run_options,
     split_cpu,
 )
-from purejaxppo.cli.options import env_settings as parsed_settings
-from purejaxppo.cli.options import grid as parsed_grid
 from purejaxppo.cli.terminal import allow_any_character
 from purejaxppo.config import Config, tuned
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer
 
-FAILED, DIVERGED, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130  # exit codes
+# Exit codes.
+FAILED = 1
+DIVERGED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a wrong input is one sentence on stderr and exit code 2.
+    """Run one command. An invalid input gives one sentence on stderr and exit code 2.
 
-    Of several processes one that fails does not wait for the others, which may be gone.
+    If one of several processes fails, it does not wait for the others, which may have exited.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     allow_any_character()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"purejaxppo: {message}", file=sys.stderr)
         try:
-            _run(arguments)
+            _dispatch(arguments)
         except ConfigError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
-            _abandon_others(WRONG_INPUT)
+            _exit_without_others(WRONG_INPUT)
             raise SystemExit(WRONG_INPUT) from None
         except KeyboardInterrupt:
-            _abandon_others(INTERRUPTED)
+            _exit_without_others(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
         except OSError as error:
             print(f"purejaxppo: {error}", file=sys.stderr)
-            _abandon_others(FAILED)
+            _exit_without_others(FAILED)
             raise SystemExit(FAILED) from None
         except Exception:
-            if _several():
+            if _has_other_processes():
                 traceback.print_exc()
-            _abandon_others(FAILED)
+            _exit_without_others(FAILED)
             raise
 
 
-def _several() -> bool:
+def _has_other_processes() -> bool:
     processes = sys.modules.get("purejaxppo.runs.processes")
     return processes is not None and processes.connected()
 
 
-def _abandon_others(code: int) -> None:
-    """If this is one of several processes, it ends here; what is wrong for all of them they have told by then."""
-    if _several():
+def _exit_without_others(code: int) -> None:
+    """Exit at once if this is one of several processes.
+
+    A wrong input is wrong for all of them, so each first has time to print its message.
+    """
+    if _has_other_processes():
         if code == WRONG_INPUT:
             time.sleep(3)
         else:
             print(
-                "purejaxppo: all processes end; the same commands with --resume go on",
+                "purejaxppo: all processes end; the same commands with --resume continue the run",
                 file=sys.stderr,
             )
         sys.modules["purejaxppo.runs.processes"].exit_immediately(code)
 
 
-def _run(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> None:
     options = {
-        "train": options_of(
+        "train": options_class(
             "train", "Train agents; without options, PPO on CartPole-v1.", TRAIN_OPTIONS, arguments
         ),
-        "sweep": options_of(
+        "sweep": options_class(
             "sweep", "Train every setting of a grid with many seeds.", SWEEP_OPTIONS, arguments
         ),
     }
@@ -107,84 +118,84 @@ def _run(arguments: list[str]) -> None:
     )
     for name, command in (("train", train), ("sweep", sweep)):
         if isinstance(chosen, options[name]):
-            given = dict(vars(chosen))
+            values = dict(vars(chosen))
             if name == "sweep":
-                devices = given.pop("devices")
-                split_cpu(
-                    None if devices is None else integer("devices", devices, 1)
-                )  # before JAX starts
-            run = run_options(given)
-            console.quiet = not run.first
-            command(run, **given)
+                devices = values.pop("devices")
+                # Before JAX starts.
+                split_cpu(None if devices is None else integer("devices", devices, 1))
+            run = run_options(values)
+            console.quiet = not run.is_main_process
+            command(run, **values)
 
 
 # --------------------------------------------------------------------------------------- commands
 
 
 def train(
-    of: RunOptions,
+    run: RunOptions,
     seeds: Any,
     eval_episodes: Any,
     eval_every: Any,
     **settings: Any,
 ) -> None:
-    """Train, show what happens, and leave a run directory."""
+    """Train, show the progress, and write a run directory; ``settings`` are fields of `Config`."""
     import purejaxppo.envs as environments
     from purejaxppo.cli import console as show
     from purejaxppo.runs import processes
     from purejaxppo.runs.fit import fingerprint, fit
 
     config = Config.from_dict(
-        settings | {"env_settings": parsed_settings(settings["env_settings"])}
+        settings | {"env_settings": parse_env_settings(settings["env_settings"])}
     )
     num_episodes = integer("eval_episodes", eval_episodes, 0)
-    how: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "seeds": integer("seeds", seeds, 1),
         "eval_every": integer("eval_every", eval_every, 0),
     }
-    if how["eval_every"] and not num_episodes:
+    if arguments["eval_every"] and not num_episodes:
         raise ConfigError("eval_every needs eval_episodes of at least 1")
-    how["eval_episodes"] = num_episodes or 1
+    arguments["eval_episodes"] = num_episodes or 1
     env = environments.of_config(config)
     config = config.replace(env=env.name, env_settings=env.settings)
     if num_episodes and env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, so its policies cannot be evaluated "
-            "at the end: set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
+            f"{env.name} has no bound on the length of an episode, "
+            "so its policies cannot be evaluated at the end: "
+            "set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
         )
-    directory = of.directory or _directory(config, fingerprint(config, **how), of)
+    directory = run.directory or _directory(config, fingerprint(config, **arguments), run)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
-        run = fit(
+        result = fit(
             config,
-            **how,
-            key=of.key,
+            **arguments,
+            key=run.key,
             env=env,
             directory=directory,
-            resume=of.resume,
-            checkpoint_seconds=of.checkpoint_seconds,
-            loggers=of.loggers,
+            resume=run.resume,
+            checkpoint_seconds=run.checkpoint_seconds,
+            loggers=run.loggers,
             on_start=screen.on_run_start,
             on_progress=screen.on_progress,
         )
-    show.show_result(console, run)
-    alive = [seed for seed, iteration in enumerate(run.diverged_at) if iteration is None]
-    if num_episodes and alive and not run.interrupted:
-        policies = [run.policy(seed) for seed in alive]
+    show.show_result(console, result)
+    finite = [seed for seed, iteration in enumerate(result.diverged_at) if iteration is None]
+    if num_episodes and finite and not result.interrupted:
+        policies = [result.policy(seed) for seed in finite]
         processes.on_main_process(lambda: show.show_evaluation(console, policies, num_episodes))
     best = ", best_policy/" if (directory / "best_policy").exists() else ""
     show.say(
         console,
         f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/{best}",
     )
-    if run.interrupted:
-        console.print("The same command with --resume goes on from here.")
-    if not alive or run.interrupted:
-        raise SystemExit(INTERRUPTED if run.interrupted else DIVERGED)
+    if result.interrupted:
+        console.print("The same command with --resume continues from here.")
+    if not finite or result.interrupted:
+        raise SystemExit(INTERRUPTED if result.interrupted else DIVERGED)
 
 
 def sweep(
-    of: RunOptions,
+    run: RunOptions,
     grid: tuple[str, ...],
     seeds: Any,
     samples: Any,
@@ -194,39 +205,51 @@ def sweep(
     memory_limit: Any,
     **settings: Any,
 ) -> None:
-    """Train every setting of a grid with many seeds, and say which is best."""
+    """Train every setting of a grid with many seeds, and show the best ones.
+
+    Main arguments:
+        run: the options that every run has.
+        grid, samples: fields with their values or distributions, and the number of draws.
+        seeds: the number of seeds for each setting.
+        settings: the fields of `Config`.
+
+    Other arguments:
+        exchange_every: iterations between the exchanges of a population; 0 for none.
+        eval_episodes: episodes that score each final policy.
+        at_once, memory_limit: bounds on the members that train at once, as in `sweep`.
+    """
     from purejaxppo.cli import console as show
     from purejaxppo.population import Exchange
     from purejaxppo.sweeps.sweep import fingerprint
     from purejaxppo.sweeps.sweep import sweep as run_sweep
 
     config = Config.from_dict(
-        settings | {"env_settings": parsed_settings(settings["env_settings"])}
+        settings | {"env_settings": parse_env_settings(settings["env_settings"])}
     )
-    how: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "seeds": integer("seeds", seeds, 1),
-        "grid": parsed_grid(grid),
+        "grid": parse_grid(grid),
         "samples": integer("samples", samples, 0),
-        "exchange": Exchange(every)
-        if (every := integer("exchange_every", exchange_every, 0))
-        else None,
-        "eval_episodes": integer("eval_episodes", eval_episodes, 0),
-        "at_once": None if at_once is None else integer("at_once", at_once, 1),
     }
-    directory = of.directory or _directory(config, fingerprint(config, **how), of, "sweep-")
+    every = integer("exchange_every", exchange_every, 0)
+    arguments["exchange"] = Exchange(every) if every else None
+    arguments["eval_episodes"] = integer("eval_episodes", eval_episodes, 0)
+    arguments["at_once"] = None if at_once is None else integer("at_once", at_once, 1)
+    identity = fingerprint(config, **arguments)
+    directory = run.directory or _directory(config, identity, run, "sweep-")
     screen = show.Screen(console)
     with screen.live():
         result = run_sweep(
             config,
-            **how,
-            key=of.key,
+            **arguments,
+            key=run.key,
             directory=directory,
             memory_limit=None
             if memory_limit is None
             else integer("memory_limit", memory_limit, 1, bits=62),
-            resume=of.resume,
-            checkpoint_seconds=of.checkpoint_seconds,
-            loggers=of.loggers,
+            resume=run.resume,
+            checkpoint_seconds=run.checkpoint_seconds,
+            loggers=run.loggers,
             on_plan=screen.on_sweep_plan,
             on_start=screen.on_group_start,
             on_progress=screen.on_progress,
@@ -234,10 +257,10 @@ def sweep(
     show.show_sweep(console, result)
     show.say(
         console,
-        f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, pictures, parts/",
+        f"The sweep is in {directory}: summary.csv, scores.csv, curves.csv, figures, parts/",
     )
     if result.interrupted:
-        console.print("The same command with --resume goes on from here.")
+        console.print("The same command with --resume continues from here.")
         raise SystemExit(INTERRUPTED)
     if result.scores["diverged_at"].notna().all():
         raise SystemExit(DIVERGED)
@@ -249,11 +272,10 @@ def evaluate(
     """Play fresh episodes with the policies of a run.
 
     Args:
-        run: directory that train left
-        episodes: how many for each policy
-        key: number that the random key is made of
-        max_steps: steps after which an episode that still runs counts as it stands; needed where
-            nothing else ends it
+        run: directory written by train
+        episodes: number of episodes for each policy
+        key: integer from which the random key is made
+        max_steps: steps after which an episode is cut off and counted; required if it has no bound
     """
     from purejaxppo.cli import console as show
     from purejaxppo.runs.run import load_policies
@@ -271,11 +293,11 @@ def render(
     """Make a GIF of one episode of a trained policy.
 
     Args:
-        run: directory that train left
-        out: file to write; RUN/policy.gif if not given
-        seed: which agent, of a run with several
-        key: number that the random key is made of
-        max_steps: longest episode to show
+        run: directory written by train
+        out: file to write; None: RUN/policy.gif
+        seed: index of the agent in a run with several
+        key: integer from which the random key is made
+        max_steps: number of steps to show at most
     """
     from purejaxppo.policies.render import animate
     from purejaxppo.runs.run import load_policies
@@ -290,10 +312,10 @@ def render(
 
 
 def envs(suite: str | None = None) -> None:
-    """List what can be trained.
+    """List the environments.
 
     Args:
-        suite: only the environments of this suite
+        suite: list only the environments of this suite
     """
     import purejaxppo.envs as environments
 
@@ -316,16 +338,18 @@ def compare(
     """Train several algorithms in several environments and compare them.
 
     Args:
-        envs: environments
-        env_settings: settings of their own, NAME=VALUE, such as max_steps_in_episode=50
-        algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl, ppo/unclipped,
-            reinforce/value, reinforce/leave_one_out, reinforce/running_mean, reinforce/none
-        seeds: agents of each
-        total_timesteps: steps of each agent; if not given, the largest that one of the algorithms is tuned for
+        envs: names of the environments
+        env_settings: settings of the environments, NAME=VALUE, such as max_steps_in_episode=50
+        algorithms: ppo, trpo, reinforce, or variants: ppo/clip, ppo/adaptive_kl, ppo/fixed_kl,
+            ppo/unclipped, reinforce/value, reinforce/leave_one_out, reinforce/running_mean,
+            reinforce/none
+        seeds: number of agents for each algorithm and environment
+        total_timesteps: environment steps of each agent; None: the largest number that one of the
+            algorithms is tuned for
         eval_episodes: fresh episodes in which each final policy is scored
         sampled: score sampled actions instead of the most probable ones
-        key: number that the random key is made of
-        directory: where the results go; must be new
+        key: integer from which the random key is made
+        directory: directory for the results; must be new
     """
     from purejaxppo.cli import console as show
     from purejaxppo.sweeps import compare as comparison
@@ -334,7 +358,7 @@ def compare(
     if total_timesteps is not None:
         changes["total_timesteps"] = number(total_timesteps)
     if env_settings:
-        changes["env_settings"] = parsed_settings(env_settings)
+        changes["env_settings"] = parse_env_settings(env_settings)
     directory = directory or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
@@ -354,25 +378,26 @@ def compare(
         show.show_comparison(console, comparison.rows(entries))
         show.say(
             console,
-            f"The comparison is in {directory}: comparison.md, scores.csv, curves.csv, comparison.png",
+            f"The comparison is in {directory}: "
+            "comparison.md, scores.csv, curves.csv, comparison.png",
         )
     if len(entries) < len(envs) * len(algorithms) or entries[-1].interrupted:
         raise SystemExit(INTERRUPTED)
 
 
-def _directory(config: Config, asked: dict[str, Any], of: RunOptions, kind: str = "") -> Path:
-    """A new one in ``runs/``; to resume, the newest there of the same command that has not come to its end."""
+def _directory(config: Config, identity: dict[str, Any], run: RunOptions, kind: str = "") -> Path:
+    """A new directory in ``runs/``; to resume, the newest unfinished one of the same command."""
     from purejaxppo.runs.processes import on_main_process
     from purejaxppo.runs.run_directory import unfinished
 
     name = f"{kind}{config.env.replace('/', '_')}"
 
     def choose() -> str:
-        if of.resume:
-            found = unfinished(Path("runs"), f"{name}-*", asked, of.key)
-            if found:
-                return str(found)
-            console.print("Nothing of this command is left to resume in runs/: a new one begins.")
+        if run.resume:
+            newest = unfinished(Path("runs"), f"{name}-*", identity, run.key)
+            if newest:
+                return str(newest)
+            console.print("runs/ has no unfinished run of this command: starting a new one.")
         return str(Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
 
     return Path(on_main_process(choose))

@@ -1,4 +1,4 @@
-"""What the command line shows: the plan of a run, its progress and its result."""
+"""The output of the command line: the plan of a run, its progress and its result."""
 
 import contextlib
 import itertools
@@ -36,18 +36,18 @@ from purejaxppo.sweeps.portions import GroupPlan
 from purejaxppo.sweeps.results import SweepResult
 from purejaxppo.sweeps.sweep import SweepPlan, SweepProgress
 
-LINES = 10  # progress lines of a run where the output is not a terminal
+NUM_PROGRESS_LINES = 10  # per run, if the output is not a terminal
 
 
 def say(console: Console, text: str) -> None:
-    """A sentence; in a terminal lines end between words, and a path that is longer than a line stays whole."""
+    """Print a sentence; a terminal wraps it between words and never splits a path."""
     if console.is_terminal:
         text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     console.print(text)
 
 
 def add_columns(table: Table, left: Sequence[str], right: Sequence[str]) -> None:
-    """Columns of text and columns of numbers; where there is no room, cells get more lines, and nothing is cut."""
+    """Add columns of text and of numbers. A cell that is too wide gets more lines."""
     sides: list[tuple[Sequence[str], Literal["left", "right"]]] = [(left, "left"), (right, "right")]
     for names, justify in sides:
         for name in names:
@@ -55,18 +55,18 @@ def add_columns(table: Table, left: Sequence[str], right: Sequence[str]) -> None
 
 
 def add_row(console: Console, table: Table, *cells: str) -> None:
-    """A row of plain text, as the terminal shows it."""
+    """Add a row of plain text, as the terminal shows it."""
     table.add_row(*(escape(terminal.shown(cell, console.encoding)) for cell in cells))
 
 
 def fits(console: Console, table: Table) -> bool:
-    """Whether every cell of the table has room in one line."""
+    """Whether every cell of the table fits in one line."""
     unbounded = console.options.update(max_width=10_000)
     return console.measure(table, options=unbounded).maximum <= console.width
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with a text, the time gone and the time left; nothing where the output is not a terminal."""
+    """A bar with text, elapsed time and remaining time; disabled outside a terminal."""
     return Progress(
         BarColumn(bar_width=30),
         TaskProgressColumn(),
@@ -80,7 +80,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 class Screen:
-    """Shows what will run and its progress; its methods are callbacks of `fit` and `sweep`.
+    """Shows the plan of a run and its progress; its methods are callbacks of `fit` and `sweep`.
 
     Use it inside ``with screen.live():``.
     """
@@ -99,16 +99,18 @@ class Screen:
             yield
 
     def on_run_start(self, plan: RunPlan) -> None:
-        """What exactly will run, and what it took to get here."""
+        """Show exactly what will run, and the time that imports and compilation took."""
         table = Table.grid(padding=(0, 2))
         for name, text in _plan_rows(plan, self.import_seconds).items():
             table.add_row(f"[bold]{name}", text)
         self.console.print(table)
         config = plan.config
-        self._expect(config.total_timesteps if config.whole_episodes else config.actual_timesteps)
+        self._start_bar(
+            config.total_timesteps if config.whole_episodes else config.actual_timesteps
+        )
 
     def on_sweep_plan(self, plan: SweepPlan) -> None:
-        """What will run, before the first compilation."""
+        """Show the plan of a sweep before the first compilation."""
         programs = (
             "one compilation" if plan.compilations == 1 else f"{plan.compilations} compilations"
         )
@@ -117,10 +119,10 @@ class Screen:
             f"{plan.members:,} members: {len(plan.settings):,} settings × {plan.seeds} seeds, "
             f"{plan.timesteps:,} steps in all, {programs}",
         )
-        self._expect(plan.timesteps)
+        self._start_bar(plan.timesteps)
 
     def on_group_start(self, group: GroupPlan) -> None:
-        """What one compiled program of a sweep will run."""
+        """Show what one compiled program of a sweep will run."""
         portions = "all" if group.at_once >= group.members else f"{group.at_once:,}"
         memory = f", {decimal(group.memory_bytes)} on each device" if group.memory_bytes else ""
         say(
@@ -131,24 +133,26 @@ class Screen:
             f"compiled in {group.compile_seconds:.1f} s",
         )
 
-    def on_progress(self, now: session.Progress | SweepProgress) -> None:
-        """The bar of a terminal; elsewhere a line now and then."""
-        text = f"return {_number(now.episode_return)}  {_rate(now.steps_per_second)}"
+    def on_progress(self, progress: session.Progress | SweepProgress) -> None:
+        """Update the bar in a terminal; elsewhere print a line at regular intervals."""
+        text = f"return {_score(progress.episode_return)}  {_rate(progress.steps_per_second)}"
         assert self.task is not None, "the plan comes before the progress"
-        self.bar.update(self.task, completed=now.timesteps, text=text)
-        if not self.console.is_terminal and now.timesteps * LINES >= self.next_line * self.total:
-            self.next_line = now.timesteps * LINES // self.total + 1
-            self.console.print(f"{now.timesteps:>14,} steps  {text}")
+        timesteps = progress.timesteps
+        self.bar.update(self.task, completed=timesteps, text=text)
+        scaled = timesteps * NUM_PROGRESS_LINES
+        if not self.console.is_terminal and scaled >= self.next_line * self.total:
+            self.next_line = scaled // self.total + 1
+            self.console.print(f"{timesteps:>14,} steps  {text}")
 
-    def _expect(self, total: int) -> None:
-        """Begin the bar of so many timesteps."""
+    def _start_bar(self, total: int) -> None:
+        """Start a bar that ends at ``total`` timesteps."""
         self.total = total
         self.next_line = 1
         self.task = self.bar.add_task("", total=total, text="")
 
 
 def _plan_rows(plan: RunPlan, import_seconds: float) -> dict[str, str]:
-    """The plan of a run, line by line."""
+    """The lines of a run's plan, by their titles."""
     config = plan.config
     rounded = config.actual_timesteps != config.total_timesteps
     epochs = f"{config.num_epochs} epochs of {config.num_minibatches} minibatches"
@@ -158,7 +162,10 @@ def _plan_rows(plan: RunPlan, import_seconds: float) -> dict[str, str]:
     )
     if config.whole_episodes:
         data = f"one whole episode in each of {config.num_envs} environments"
-        length = f"{config.total_timesteps:,} to {config.actual_timesteps:,} per agent, until so many are counted"
+        length = (
+            f"{config.total_timesteps:,} to {config.actual_timesteps:,} per agent, "
+            "counted in whole episodes"
+        )
     return {
         "environment": f"{environment_title(config)}, {config.num_envs} copies per agent",
         "algorithm": f"{algorithm_title(config)}, {epochs} on {data}",
@@ -171,7 +178,7 @@ def _plan_rows(plan: RunPlan, import_seconds: float) -> dict[str, str]:
 
 
 def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
-    """The best settings, with the interval of their scores."""
+    """Show the best settings with the intervals of their scores."""
     if not result.parts:
         return
     table = _sweep_table(console, result, most)
@@ -183,7 +190,7 @@ def show_sweep(console: Console, result: SweepResult, most: int = 10) -> None:
 
 
 def environment_title(config: Config) -> str:
-    """The environment, and in brackets its settings."""
+    """The environment, followed by its settings in brackets."""
     settings = ", ".join(
         f"{name}={value}" for name, value in dict(config.env_settings or ()).items()
     )
@@ -193,14 +200,14 @@ def environment_title(config: Config) -> str:
 def _sweep_table(
     console: Console, result: SweepResult, most: int, in_one_column: bool = False
 ) -> Table:
-    """A row for each setting, its fields in columns of their own or all of them in one."""
+    """A row for each setting; its fields are in one column each, or all in one column."""
     title = "score of the final policies: interquartile mean over the seeds, 95 % interval"
     table = Table(title=title, show_lines=in_one_column)
     add_columns(
         table, ["setting"] if in_one_column else result.fields, ["score", "median", "seeds"]
     )
     for row in result.summary.head(most).to_dict("records"):
-        values = {field: tidy.text(row[field]) for field in result.fields}
+        values = {field: tidy.format_value(row[field]) for field in result.fields}
         setting = (
             [" ".join(f"{name}={x}" for name, x in values.items())]
             if in_one_column
@@ -210,29 +217,30 @@ def _sweep_table(
             *(row[name] for name in ("interquartile_mean", "low", "high"))
         )
         score = score.replace(" [", "\n[") if in_one_column else score
-        lost = f", {row['diverged']} diverged" if row["diverged"] else ""
-        add_row(console, table, *setting, score, _number(row["median"]), f"{row['seeds']}{lost}")
+        diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
+        seeds = f"{row['seeds']}{diverged}"
+        add_row(console, table, *setting, score, _score(row["median"]), seeds)
     return table
 
 
 def algorithm_title(config: Config) -> str:
-    """The algorithm, and in brackets what of it is not the default."""
+    """The algorithm, followed in brackets by the choices that are not the default."""
     variant = [x for x in (config.objective, config.baseline) if x not in ("clip", "value")]
     return config.algorithm.upper() + (f" ({', '.join(variant)})" if variant else "")
 
 
 def show_result(console: Console, run: Run) -> None:
-    """A table of how the run ended; a run that diverged says so."""
+    """Show the steps and the speed of a run, and the seeds that diverged."""
     timesteps = np.asarray(run.metrics.timesteps)
-    before = int(timesteps[:, run.resumed_at - 1].sum(dtype=float)) if run.resumed_at else 0
-    steps = int(timesteps[:, -1].sum(dtype=float)) - before
+    earlier = int(timesteps[:, run.resumed_at - 1].sum(dtype=float)) if run.resumed_at else 0
+    steps = int(timesteps[:, -1].sum(dtype=float)) - earlier
     say(
         console,
         f"{steps:,} steps in {run.train_seconds:.1f} s: {_rate(steps / run.train_seconds)}"
         + (" (interrupted)" if run.interrupted else "")
         + (
-            f", after the {before:,} of the run that was resumed at iteration {run.resumed_at}"
-            if before
+            f", after the {earlier:,} of the run that was resumed at iteration {run.resumed_at}"
+            if earlier
             else ""
         ),
     )
@@ -240,8 +248,9 @@ def show_result(console: Console, run: Run) -> None:
         if iteration is not None:
             say(
                 console,
-                f"[red bold]Seed {seed} diverged[/]: loss or gradient became NaN or infinite in iteration "
-                f"{iteration}. Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward.",
+                f"[red bold]Seed {seed} diverged[/]: "
+                f"loss or gradient became NaN or infinite in iteration {iteration}. "
+                "Try a smaller --lr, a smaller --max-grad-norm or --normalize-reward.",
             )
 
 
@@ -252,45 +261,62 @@ def show_evaluation(
     key: int = 0,
     max_steps: int | None = None,
 ) -> None:
-    """Fresh episodes of each policy, most probable actions and sampled ones; with several, the middle over them."""
-    played = f"return over {num_episodes} fresh episodes of the final policy"
-    table = Table(title=f"{environment_title(policies[0].config)}: {played}")
+    """Play fresh episodes with each policy and show their mean return ± standard deviation.
+
+    Actions are the most probable ones in one column and sampled in the other. Several policies
+    have a row with the interquartile mean over them.
+    """
+    content = f"return over {num_episodes} fresh episodes of the final policy"
+    table = Table(title=f"{environment_title(policies[0].config)}: {content}")
     add_columns(table, [""], ["deterministic", "sampled", "mean\nlength"])
     keys = jax.random.split(jax.random.key(key), len(policies))
-    env, scores = envs.of_config(policies[0].config), []
-    for seed, (policy, one) in enumerate(zip(policies, keys, strict=True)):
-        both = [
-            evaluate(policy, env, jax.random.clone(one), num_episodes, mode, max_steps=max_steps)
-            for mode in (True, False)
+    env = envs.of_config(policies[0].config)
+    scores = []
+    for seed, (policy, policy_key) in enumerate(zip(policies, keys, strict=True)):
+        results = [
+            evaluate(
+                policy,
+                env,
+                jax.random.clone(policy_key),
+                num_episodes,
+                deterministic,
+                max_steps=max_steps,
+            )
+            for deterministic in (True, False)
         ]
-        scores.append([float(result.returns.mean()) for result in both])
+        scores.append([float(result.returns.mean()) for result in results])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):
-            name += " (diverged: its parameters are not numbers)"
-        add_row(console, table, name, *map(_spread, both), f"{float(both[0].lengths.mean()):.0f}")
+            name += " (diverged: its parameters are not finite)"
+        length = f"{float(results[0].lengths.mean()):.0f}"
+        add_row(console, table, name, *map(_spread, results), length)
     if len(policies) > 1:
-        middle = estimate(np.asarray(scores))
+        over_policies = estimate(np.asarray(scores))
         table.add_section()
-        cells = [f"{p:.1f}\n[{low:.1f}, {high:.1f}]" for p, low, high in np.transpose(middle)]
+        cells = [
+            f"{point:.1f}\n[{low:.1f}, {high:.1f}]"
+            for point, low, high in np.transpose(over_policies)
+        ]
         add_row(console, table, "interquartile mean,\n95 % interval", *cells, "")
     console.print(table)
 
 
 def show_comparison(console: Console, rows: list[dict[str, str]]) -> None:
-    """The table of `compare.rows`; where there is no room for it, a table of fewer columns per environment."""
-    table, names = Table(), list(rows[0])
+    """Show the table of `compare.rows`, or a narrower one per environment if it does not fit."""
+    table = Table()
+    names = list(rows[0])
     add_columns(table, names[:2], names[2:])
     for row in rows:
         add_row(console, table, *row.values())
     if fits(console, table):
         console.print(table)
         return
-    for env, of_env in itertools.groupby(rows, key=lambda row: row["environment"]):
-        console.print(_narrow_comparison(console, env, list(of_env)))
+    for env, env_rows in itertools.groupby(rows, key=lambda row: row["environment"]):
+        console.print(_narrow_comparison(console, env, list(env_rows)))
 
 
 def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -> Table:
-    """The entries of one environment, each in two lines: a number, and below it what belongs to it."""
+    """The entries of one environment, each in two lines: a number, and details below it."""
     table = Table(
         title=escape(env),
         title_justify="left",
@@ -298,8 +324,13 @@ def _narrow_comparison(console: Console, env: str, rows: list[dict[str, str]]) -
         pad_edge=False,
         collapse_padding=True,
     )
-    below = ["final return\n[95 %]", "spread\n(worst … best)", "largest\nfall", "steps\nper second"]
-    add_columns(table, ["algorithm"], [terminal.shown(name, console.encoding) for name in below])
+    columns = [
+        "final return\n[95 %]",
+        "spread\n(worst … best)",
+        "largest\nfall",
+        "steps\nper second",
+    ]
+    add_columns(table, ["algorithm"], [terminal.shown(name, console.encoding) for name in columns])
     table.columns[0].max_width = len("leave_one_out")
     for row in rows:
         algorithm = row["algorithm"].replace("/", "/\n", 1).replace(" (", "\n(")
@@ -322,7 +353,7 @@ def _spread(result: EpisodeStatistics) -> str:
     return f"{returns.mean():.1f} ± {returns.std():.1f}"
 
 
-def _number(x: float) -> str:
+def _score(x: float) -> str:
     return "–" if np.isnan(x) else f"{x:.1f}"
 
 

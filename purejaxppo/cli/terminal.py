@@ -1,9 +1,9 @@
-"""Output in terminals that cannot show every character: what they cannot show is replaced, never an error."""
+"""Output in terminals that cannot show every character: these are replaced, without an error."""
 
 import codecs
 import sys
 
-HANDLER = "purejaxppo.plain"  # the name under which codecs know it
+HANDLER = "purejaxppo.plain"  # its name in the registry of codecs
 
 PLAIN = {
     "±": "+/-",
@@ -40,24 +40,25 @@ PLAIN = {
 
 
 def allow_any_character() -> None:
-    """Let stdout and stderr show what their encoding lacks by `PLAIN`, and by a question mark where it has none."""
-    codecs.register_error(HANDLER, _plain)
+    """Make stdout and stderr replace characters that their encoding lacks.
+
+    The substitute comes from `PLAIN`; it is a question mark for other characters.
+    """
+    codecs.register_error(HANDLER, _substitute)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # what tests or notebooks put in their place may be something else
+        # Tests and notebooks may replace the streams by objects without this method.
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=HANDLER)
 
 
 def shown(text: str, encoding: str) -> str:
-    """The text as a terminal of this encoding shows it; for tables, whose columns depend on its width."""
-    codecs.register_error(HANDLER, _plain)
+    """The text as a terminal with this encoding shows it, with the width that tables must use."""
+    codecs.register_error(HANDLER, _substitute)
     return text.encode(encoding, HANDLER).decode(encoding)
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def _substitute(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(
-        PLAIN.get(character, "?") for character in error.object[error.start : error.end]
-    ), error.end
+    unknown = error.object[error.start : error.end]
+    return "".join(PLAIN.get(character, "?") for character in unknown), error.end

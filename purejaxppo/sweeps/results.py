@@ -182,15 +182,15 @@ class SweepResult:
 
     def figures(self) -> dict[str, Any]:
         """The pictures by the names of their files: curves, profiles, a sensitivity for each field, heat maps."""
-        figures = {"curves": sweep_plots.curves(self.curves, self.scores)}
+        figures = {"curves": sweep_plots.plot_curves(self.curves, self.scores)}
         if self.scores["score"].notna().any():
-            figures["profiles"] = sweep_plots.profile(self.scores, self.fields)
+            figures["profiles"] = sweep_plots.plot_profile(self.scores, self.fields)
             figures |= {
-                f"sensitivity_{name}": sweep_plots.sensitivity(self.scores, name)
+                f"sensitivity_{name}": sweep_plots.plot_sensitivity(self.scores, name)
                 for name in self.fields
             }
         if self.parts[0].schedule is not None:
-            figures["schedules"] = sweep_plots.schedules(self.schedules, self.scores)
+            figures["schedules"] = sweep_plots.plot_schedules(self.schedules, self.scores)
         varied = [name for name in self.fields if self.scores[name].map(str).nunique() > 1]
         pairs = [(x, y) for i, x in enumerate(varied) for y in varied[i + 1 :]]
         for x, y in pairs[:MOST_HEAT_MAPS]:
@@ -198,7 +198,7 @@ class SweepResult:
                 len(self.settings)
                 >= self.scores[x].map(str).nunique() * self.scores[y].map(str).nunique()
             ):
-                figures[f"heat_map_{x}_{y}"] = sweep_plots.heat_map(self.scores, x, y)
+                figures[f"heat_map_{x}_{y}"] = sweep_plots.plot_heat_map(self.scores, x, y)
         return figures
 
     @property
