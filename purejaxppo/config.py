@@ -39,16 +39,37 @@ ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
 def _static(
-    default: Any, doc: str, check: Check | Sequence[str] | None = None, kw_only: bool = False
+    default: Any,
+    doc: str,
+    check: Check | Sequence[str] | None = None,
+    *,
+    of: Sequence[str] = (),
+    variant: bool = False,
+    kw_only: bool = False,
 ) -> Any:
-    """A size, a name or a switch: another value is another compiled program."""
-    metadata = {"static": True, "doc": doc, "check": check}
+    """A size, a name or a switch: another value is another compiled program.
+
+    ``of`` names the algorithms that have this field; without any, all have it. A ``variant`` changes
+    what its algorithm computes, and other algorithms refuse any value but the default.
+    """
+    metadata = {"static": True, "doc": doc, "check": check, "of": tuple(of), "variant": variant}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
-def _leaf(default: float | None, doc: str, check: Check) -> Any:
-    """A continuous hyper-parameter: it may be traced, batched and swept within one compiled program."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
+def _leaf(
+    default: float | None,
+    doc: str,
+    check: Check,
+    *,
+    of: Sequence[str] = (),
+    variant: bool = False,
+) -> Any:
+    """A continuous hyper-parameter: traced, batched and swept within one compiled program.
+
+    ``of`` and ``variant`` are as in `_static`.
+    """
+    metadata = {"doc": doc, "check": check, "of": tuple(of), "variant": variant}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @jax.tree_util.register_dataclass
@@ -100,38 +121,63 @@ class Config:
     episodic: bool = _static(
         False, "restart all environments every iteration, one whole episode each, as returns do"
     )
-    baseline: str = _static("value", "what reinforce takes off the returns", BASELINES)
+    baseline: str = _static(
+        "value", "what reinforce takes off the returns", BASELINES, of=["reinforce"], variant=True
+    )
     baseline_decay: float = _leaf(
-        0.9, "weight of the past, per iteration, in reinforce's running mean", UNIT
+        0.9,
+        "weight of the past, per iteration, in reinforce's running mean",
+        UNIT,
+        of=["reinforce"],
     )
     objective: str = _static(
-        "clip", "PPO's surrogate: clipped, penalised by the KL divergence, or neither", OBJECTIVES
+        "clip",
+        "PPO's surrogate: clipped, penalised by the KL divergence, or neither",
+        OBJECTIVES,
+        of=["ppo"],
+        variant=True,
     )
-    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", INSIDE_UNIT)
+    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", INSIDE_UNIT, of=["ppo"])
     kl_coef: float = _leaf(
-        1.0, "beta: weight of the KL penalty; of adaptive_kl the first one", NOT_NEGATIVE
+        1.0,
+        "beta: weight of the KL penalty; of adaptive_kl the first one",
+        NOT_NEGATIVE,
+        of=["ppo"],
     )
-    kl_target: float = _leaf(0.01, "nats per iteration that adaptive_kl aims at", POSITIVE)
+    kl_target: float = _leaf(
+        0.01, "nats per iteration that adaptive_kl aims at", POSITIVE, of=["ppo"]
+    )
     early_stop_kl: float | None = _leaf(
-        None, "nats after which an iteration's updates end; None: never", NONE_OR_POSITIVE
+        None,
+        "nats after which an iteration's updates end; None: never",
+        NONE_OR_POSITIVE,
+        of=["ppo"],
+        variant=True,
     )
     max_kl: float = _leaf(
-        0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE
+        0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE, of=["trpo"]
     )
     cg_damping: float = _leaf(
-        0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE
+        0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE, of=["trpo"]
     )
-    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", POSITIVE_INT)
+    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", POSITIVE_INT, of=["trpo"])
     fisher_subsample: int = _static(
-        1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT
+        1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT, of=["trpo"]
     )
-    line_search_steps: int = _static(10, "lengths that TRPO's line search tries", POSITIVE_INT)
-    line_search_shrink: float = _leaf(0.8, "each length is this times the one before", INSIDE_UNIT)
+    line_search_steps: int = _static(
+        10, "lengths that TRPO's line search tries", POSITIVE_INT, of=["trpo"]
+    )
+    line_search_shrink: float = _leaf(
+        0.8, "each length is this times the one before", INSIDE_UNIT, of=["trpo"]
+    )
     vf_coef: float = _leaf(0.5, "c1: weight of the value loss", NOT_NEGATIVE)
     ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", NOT_NEGATIVE)
     normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
     clip_value: bool = _static(
-        False, "clip the value's change to ± clip_eps too, as OpenAI's baselines do"
+        False,
+        "clip the value's change to ± clip_eps too, as OpenAI's baselines do",
+        of=["ppo"],
+        variant=True,
     )
 
     normalize_obs: bool = _static(False, "standardise observations by their running moments")
@@ -154,7 +200,10 @@ class Config:
         "", "part of the observation for the value function only", kw_only=True
     )
     group_size: int = _static(
-        1, "consecutive environments that share a start, in whole episodes (G)", POSITIVE_INT, True
+        1,
+        "consecutive environments that share a start, in whole episodes (G)",
+        POSITIVE_INT,
+        kw_only=True,
     )
 
     def __post_init__(self) -> None:
@@ -265,6 +314,21 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LEAVES = tuple(name for name, field in FIELDS.items() if not field.metadata.get("static"))
 
 
+def fields_of(algorithm: str) -> tuple[str, ...]:
+    """The fields that belong to this algorithm, and not to all."""
+    return tuple(name for name, field in FIELDS.items() if algorithm in field.metadata["of"])
+
+
+def variants_of(algorithm: str) -> dict[str, tuple[str, ...]]:
+    """The names that ``ALGORITHM/VARIANT`` may have: each variant field of names, and these."""
+    named = {name: FIELDS[name].metadata for name in fields_of(algorithm)}
+    return {
+        name: tuple(metadata["check"])
+        for name, metadata in named.items()
+        if metadata["variant"] and isinstance(metadata["check"], Sequence)
+    }
+
+
 def tuned(algorithm: str = Config.algorithm) -> dict[str, dict[str, Any]]:
     """The settings tuned for an algorithm by environment name, each with the result it reached under ``result``."""
     return _settings().get(algorithm, {}) if isinstance(algorithm, str) else {}
@@ -293,8 +357,27 @@ def validate(config: Config) -> Config:
     config = dataclasses.replace(
         config, **{name: _checked(name, getattr(config, name)) for name in FIELDS}
     )
+    _require_own_fields(config)
     require_that_it_can_run(config)
     return config
+
+
+def _require_own_fields(config: Config) -> None:
+    """Variants of another algorithm are refused; its other fields have no effect and may have any value."""
+    for name, field in FIELDS.items():
+        of = field.metadata["of"]
+        if not field.metadata["variant"] or config.algorithm in of:
+            continue
+        value = getattr(config, name)
+        if value is None or isinstance(value, bool | str):
+            is_default = value == field.default
+        else:
+            is_default = False
+        if not is_default:
+            raise ConfigError(
+                f"{name} = {value!r} is for {' and '.join(of)} only: leave it out, or set "
+                f"algorithm={of[0]!r}"
+            )
 
 
 def require_scalars(config: Config) -> None:

@@ -188,16 +188,6 @@ def _require_sense(config: Any) -> None:
         raise ConfigError(
             "kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0"
         )
-    if algorithm != "ppo" and (
-        config.objective != "clip" or config.early_stop_kl is not None or config.clip_value
-    ):
-        raise ConfigError(
-            "objective, early_stop_kl and clip_value are PPO's: leave them out, or set algorithm='ppo'"
-        )
-    if algorithm != "reinforce" and config.baseline != "value":
-        raise ConfigError(
-            f"baseline = {config.baseline!r} is reinforce's: {algorithm} has the value function"
-        )
     if algorithm == "trpo" and config.shared_trunk:
         raise ConfigError(
             "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"

@@ -29,6 +29,7 @@ from purejaxppo.cli.options import (
     parse_grid,
     run_options,
     split_cpu,
+    values_of,
 )
 from purejaxppo.cli.terminal import allow_any_character
 from purejaxppo.config import Config, tuned
@@ -118,7 +119,7 @@ def _dispatch(arguments: list[str]) -> None:
     )
     for name, command in (("train", train), ("sweep", sweep)):
         if isinstance(chosen, options[name]):
-            values = dict(vars(chosen))
+            values = values_of(chosen)
             if name == "sweep":
                 devices = values.pop("devices")
                 # Before JAX starts.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from purejaxppo.config import FIELDS, Config
+from purejaxppo.config import ALGORITHMS, FIELDS, Config, fields_of
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer, seconds_of
 
@@ -92,13 +92,34 @@ def options_class(
         if known.tuned
         else Config.from_dict({"env": known.env, "algorithm": known.algorithm})
     )
-    options = [
-        _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
+    options = {
+        name: _option(name, getattr(defaults, name), field.metadata["doc"], field.metadata["check"])
         for name, field in FIELDS.items()
+    }
+    groups = [
+        _group(algorithm, [options.pop(name) for name in fields_of(algorithm)])
+        for algorithm in ALGORITHMS
+        if fields_of(algorithm)
     ]
     for name, (default, text) in extra.items():
-        options.append(_option(name, known.tuned if name == "tuned" else default, text))
-    return dataclasses.make_dataclass(command, options, namespace={"__doc__": doc}, frozen=True)
+        options[name] = _option(name, known.tuned if name == "tuned" else default, text)
+    fields = [*options.values(), *groups]
+    return dataclasses.make_dataclass(command, fields, namespace={"__doc__": doc}, frozen=True)
+
+
+def values_of(options: Any) -> dict[str, Any]:
+    """The values of an instance of an `options_class`, by the names of the options."""
+    values = dict(vars(options))
+    for algorithm in ALGORITHMS:
+        values |= vars(values.pop(algorithm, argparse.Namespace()))
+    return values
+
+
+def _group(algorithm: str, options: list[tuple[str, Any, Any]]) -> tuple[str, Any, Any]:
+    """The options of one algorithm, under a heading of their own in ``--help``."""
+    kind = dataclasses.make_dataclass(algorithm, options, frozen=True)
+    default = dataclasses.field(default_factory=kind)
+    return algorithm, Annotated[kind, tyro.conf.OmitArgPrefixes], default
 
 
 class RunOptions(NamedTuple):

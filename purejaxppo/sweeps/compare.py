@@ -15,7 +15,7 @@ import purejaxppo.envs as environments
 from purejaxppo.analysis.curves import Curve, windowed
 from purejaxppo.analysis.plots import comparison_figure
 from purejaxppo.analysis.statistics import estimate
-from purejaxppo.config import BASELINES, OBJECTIVES, Config
+from purejaxppo.config import ALGORITHMS, Config, variants_of
 from purejaxppo.policies.evaluate import evaluate
 from purejaxppo.runs import run_directory
 from purejaxppo.runs.disk import atomic_write
@@ -25,8 +25,6 @@ from purejaxppo.runs.session import Progress
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer
-
-VARIANTS = {"ppo": ("objective", OBJECTIVES), "reinforce": ("baseline", BASELINES)}
 
 
 class Entry(NamedTuple):
@@ -52,19 +50,27 @@ class Entry(NamedTuple):
         return float(np.median(np.nanmax(np.fmax.accumulate(returns, axis=1) - returns, axis=1)))
 
 
+def variant_names() -> list[str]:
+    """The variants of all algorithms, such as ``ppo/adaptive_kl``."""
+    return [
+        f"{algorithm}/{kind}"
+        for algorithm in ALGORITHMS
+        for kinds in variants_of(algorithm).values()
+        for kind in kinds
+    ]
+
+
 def variant(env: str, name: str, **changes: Any) -> Config:
     """The settings for an environment of an algorithm by name, or of a variant such as ``ppo/adaptive_kl``.
 
     After the stroke stands PPO's objective or REINFORCE's baseline. ``changes`` go on top of the tuned settings.
     """
     algorithm, stroke, kind = name.partition("/")
-    field, kinds = VARIANTS.get(algorithm, ("", ()))
-    if stroke and kind not in kinds:
-        known = [
-            f"{algorithm}/{kind}" for algorithm, (_, kinds) in VARIANTS.items() for kind in kinds
-        ]
+    fields = {kind: field for field, kinds in variants_of(algorithm).items() for kind in kinds}
+    if stroke and kind not in fields:
+        known = variant_names()
         raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {', '.join(known)}")
-    said = {"algorithm": algorithm} | ({field: kind} if stroke else {})
+    said = {"algorithm": algorithm} | ({fields[kind]: kind} if stroke else {})
     if twice := sorted({"env", *said} & changes.keys()):
         raise ConfigError(
             f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is"

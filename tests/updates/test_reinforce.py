@@ -335,9 +335,9 @@ def test_with_gae_windows_may_cut_episodes_and_memory_goes_on():
         ({"num_steps": 4}, "set num_steps=5, or advantage='gae'"),
         ({"num_envs": 1, "baseline": "leave_one_out"}, "set num_envs to at least 2"),
         ({"advantage": "gae", "baseline": "none"}, "set baseline='value' or advantage='returns'"),
-        ({"objective": "unclipped"}, "leave them out, or set algorithm='ppo'"),
-        ({"early_stop_kl": 0.1}, "leave them out, or set algorithm='ppo'"),
-        ({"algorithm": "ppo", "baseline": "none"}, "baseline = 'none' is reinforce's"),
+        ({"objective": "unclipped"}, "leave it out, or set algorithm='ppo'"),
+        ({"early_stop_kl": 0.1}, "leave it out, or set algorithm='ppo'"),
+        ({"algorithm": "ppo", "baseline": "none"}, "baseline = 'none' is for reinforce only"),
         (
             {"algorithm": "ppo", "episodic": True, "num_steps": 4},
             "set num_steps=5, or episodic=False",
