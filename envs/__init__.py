@@ -104,10 +104,8 @@ def _resolve(name: str) -> tuple[str, Callable[..., Env], str]:
     known = SUITES[suite].list_envs()
     if short_name not in (*known, *SUITES[suite].refused):
         closest = difflib.get_close_matches(short_name, [*known, *_registered], n=1, cutoff=0.4)
-        if closest:
-            hint = f"; did you mean {closest[0]!r}?"
-        else:
-            hint = "; `purejaxppo envs` lists what can be trained"
+        listed = "`purejaxppo envs` lists what can be trained"
+        hint = f"; did you mean {closest[0]!r}?" if closest else f"; {listed}"
         raise ConfigError(f"{name!r} is not an environment{hint} ({advice})")
     is_first = suite == next(iter(SUITES))
     return short_name if is_first else f"{suite}/{short_name}", SUITES[suite].make, short_name

@@ -369,11 +369,8 @@ def _require_own_fields(config: Config) -> None:
         if not field.metadata["variant"] or config.algorithm in of:
             continue
         value = getattr(config, name)
-        if value is None or isinstance(value, bool | str):
-            is_default = value == field.default
-        else:
-            is_default = False
-        if not is_default:
+        is_plain = value is None or isinstance(value, bool | str)  # and neither traced nor an array
+        if not (is_plain and value == field.default):
             raise ConfigError(
                 f"{name} = {value!r} is for {' and '.join(of)} only: leave it out, or set "
                 f"algorithm={of[0]!r}"

@@ -1,4 +1,4 @@
-"""Learning curves weigh episodes and hide nothing."""
+"""Learning curves: means are weighted by episodes, and every agent is shown."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ NAN = np.nan
 
 
 def metrics(returns, episodes, loss=None):
-    """Metrics of which only what a curve needs is real; 10 steps an iteration."""
-    returns, episodes = np.asarray(returns, float), np.asarray(episodes)
+    """Metrics with real values only in the fields of a curve; 10 steps per iteration."""
+    returns = np.asarray(returns, float)
+    episodes = np.asarray(episodes)
     ones = np.ones(returns.shape)
     loss = ones if loss is None else np.asarray(loss, float)
     fields = dict.fromkeys(Metrics._fields, ones) | {
@@ -26,7 +27,7 @@ def metrics(returns, episodes, loss=None):
     return Metrics(**fields)
 
 
-def test_windowed_means_weigh_by_the_number_of_episodes():
+def test_windowed_means_are_weighted_by_the_number_of_episodes():
     curve = windowed(metrics([1.0, 5.0, NAN, 2.0, 8.0, 8.0], [3, 1, 0, 4, 0, 2]), num_windows=2)
     np.testing.assert_array_equal(curve.timesteps, [30, 60])
     np.testing.assert_allclose(
@@ -34,7 +35,7 @@ def test_windowed_means_weigh_by_the_number_of_episodes():
     )
 
 
-def test_a_window_in_which_no_episode_finished_is_nan_and_never_0():
+def test_a_window_without_a_finished_episode_is_nan_and_never_0():
     curve = windowed(metrics([NAN, NAN, 4.0, NAN], [0, 0, 1, 0]), num_windows=4)
     np.testing.assert_array_equal(curve.returns, [[NAN, NAN, 4.0, NAN]])
 
@@ -45,9 +46,10 @@ def test_fewer_iterations_than_windows_give_one_point_each():
     np.testing.assert_array_equal(curve.returns, [[1, 2, 3], [4, 5, 6]])
 
 
-def test_windows_do_not_overlap_and_leave_nothing_out():
+def test_windows_do_not_overlap_and_cover_every_iteration():
     rng = np.random.default_rng(0)
-    returns, episodes = rng.normal(size=101), rng.integers(0, 4, 101)
+    returns = rng.normal(size=101)
+    episodes = rng.integers(0, 4, 101)
     curve = windowed(metrics(returns, episodes), num_windows=7)
     ends = (curve.timesteps / 10).astype(int)
     assert len(ends) == 7 and ends[-1] == 101
@@ -57,7 +59,10 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
 
 
 def test_agents_whose_iterations_differ_in_length_share_their_windows():
-    """Steps 10, 30, 60, 100 and 20, 40, 60, 80; no window is shorter than 40, so there are two of 50."""
+    """The iterations end at steps 10, 30, 60, 100 and 20, 40, 60, 80.
+
+    A window has at least 40 steps, so there are two windows of 50.
+    """
     both = metrics([[1.0, 2, 3, 4], [5, 6, 7, 8]], [[1, 1, 2, 1], [1, 3, 1, 1]])
     curve = windowed(both._replace(timesteps=np.asarray([[10, 30, 60, 100], [20, 40, 60, 80]])))
     np.testing.assert_array_equal(curve.timesteps, [40, 100])
@@ -66,8 +71,11 @@ def test_agents_whose_iterations_differ_in_length_share_their_windows():
     )
 
 
-def test_an_agent_that_stopped_early_does_not_cut_the_others():
-    """Steps 10, 20, 20, 20 and 40, 80, 120, 160: four windows of 40, of which the first agent has the first."""
+def test_an_agent_that_stopped_early_does_not_truncate_the_curves_of_the_others():
+    """The iterations end at steps 10, 20, 20, 20 and 40, 80, 120, 160.
+
+    There are four windows of 40, and the first agent has returns in the first one only.
+    """
     both = metrics([[1.0, 2, NAN, NAN], [5, 6, 7, 8]], [[1, 1, 0, 0], [1, 1, 1, 1]])
     curve = windowed(both._replace(timesteps=np.asarray([[10, 20, 20, 20], [40, 80, 120, 160]])))
     np.testing.assert_array_equal(curve.returns, [[1.5, NAN, NAN, NAN], [5, 6, 7, 8]])
@@ -76,7 +84,7 @@ def test_an_agent_that_stopped_early_does_not_cut_the_others():
 
 
 @pytest.mark.parametrize("bad", [NAN, np.inf])
-def test_an_agent_has_no_return_from_its_divergence_on(bad):
+def test_returns_of_an_agent_are_nan_from_its_divergence_onwards(bad):
     loss = [[1.0, 1, 1, 1], [1, bad, 1, 1]]
     curve = windowed(
         metrics([[1.0, 2, 3, 4], [5, 0, 0, 0]], np.ones((2, 4), int), loss), num_windows=4
@@ -119,10 +127,8 @@ def test_a_learning_curve_without_a_finished_episode_can_be_drawn(shape):
 
 
 def test_a_seed_without_episodes_does_not_hide_the_others():
-    """The mean over seeds that have a return is shown, or the run looks as if nothing had been learnt."""
-    returns, episodes = (
-        np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3]),
-        np.array([[1] * 3, [1] * 3, [0] * 3]),
-    )
+    """The line is the mean over the seeds that have a return, not NaN."""
+    returns = np.array([[1.0, 2, 3], [3, 4, 5], [NAN] * 3])
+    episodes = np.array([[1] * 3, [1] * 3, [0] * 3])
     (axes,) = learning_curve(metrics(returns, episodes)).axes
     np.testing.assert_allclose(axes.lines[-1].get_ydata(), [2.0, 3.0, 4.0])

@@ -1,4 +1,4 @@
-"""Means, medians, probabilities and profiles by hand, against SciPy, and against numbers that rliable gave."""
+"""Means, medians, probabilities and profiles: by hand, against SciPy and against rliable."""
 
 import time
 
@@ -32,7 +32,7 @@ NAN = np.nan
         ([0.0, 1, 2, 3, 50], (1 + 2 + 3) / 3),
     ],
 )
-def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end(x, expected):
+def test_the_interquartile_mean_drops_a_quarter_at_each_end(x, expected):
     assert interquartile_mean(x) == pytest.approx(expected, rel=1e-15)
 
 
@@ -43,21 +43,21 @@ def test_the_interquartile_mean_is_taken_along_an_axis():
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 8, 100])
-def test_the_interquartile_mean_of_a_nan_is_nan_however_many_values_are_left_out(size):
+def test_the_interquartile_mean_of_a_nan_is_nan_even_if_it_would_be_dropped(size):
     assert np.isnan(interquartile_mean([*range(size - 1), NAN]))
     np.testing.assert_array_equal(interquartile_mean([[1.0, NAN]] * size), [1, NAN])
 
 
 def test_the_interval_of_two_values_is_their_range():
-    """A resample is (a, a), (a, b) or (b, b), each end with a chance of a quarter."""
+    """A resample is (a, a) or (b, b) with probability 1/4 each, and (a, b) otherwise."""
     got = estimate([[1.0, 10.0], [3.0, 10.0]])
     np.testing.assert_array_equal(got.point, [2, 10])
     np.testing.assert_array_equal(got.low, [1, 10])
     np.testing.assert_array_equal(got.high, [3, 10])
 
 
-def test_the_interval_covers_the_mean_of_normal_numbers_as_theory_says():
-    """Of 400 standard normal numbers: the standard error of a 25 % trimmed mean is about 1.09 / 20."""
+def test_the_interval_of_normal_numbers_has_the_width_that_theory_gives():
+    """The 25 % trimmed mean of 400 standard normals has a standard error of about 1.09 / 20."""
     x = np.random.default_rng(1).normal(size=400)
     got = estimate(x)
     width = float(got.high - got.low)
@@ -74,12 +74,12 @@ def test_a_nan_is_not_averaged_away():
     assert np.isnan(got.point[1])
 
 
-def test_strata_are_resampled_by_themselves_whatever_their_sizes():
-    """Within a stratum all runs are equal, so no resample differs, although the strata are far apart."""
+def test_strata_are_resampled_separately_whatever_their_sizes():
+    """All runs of a stratum are equal, so all resamples are, although the strata differ."""
     got = estimate([0.0, 100, 0, 7, 100, 0], strata=["a", "b", "a", "c", "b", "a"])
     assert got == Estimate(*[np.float64((0 + 0 + 7 + 100) / 4)] * 3)
-    apart = estimate([0.0, 100, 0, 7, 100, 0])
-    assert apart.low == 0 and apart.high > 50
+    unstratified = estimate([0.0, 100, 0, 7, 100, 0])
+    assert unstratified.low == 0 and unstratified.high > 50
 
 
 # ---------------------------------------------------------------------------------------- by hand
@@ -112,14 +112,17 @@ def test_the_probability_of_improvement_by_hand(x, y, expected):
 
 
 def test_the_interval_of_a_probability_of_improvement_of_two_runs():
-    """x is drawn as (0, 0), (0, 2) or (2, 2), of four times once, twice and once, and y is 1: P is the share of 2."""
+    """With y = 1, P is the fraction of twos in the resample of x = (0, 2).
+
+    The resample is (0, 0) or (2, 2) with probability 1/4 each, and has one 2 otherwise.
+    """
     assert probability_of_improvement([0.0, 2], [1.0]) == (0.5, 0, 1)
     assert probability_of_improvement([1.0], [0.0, 2]) == (0.5, 0, 1)
     assert probability_of_improvement([3.0, 2], [1.0, 0]) == (1, 1, 1)
 
 
 def test_both_sides_of_a_probability_of_improvement_are_resampled():
-    """Of large samples of one distribution the variance is (1/n + 1/m) / 12, that of U over n · m."""
+    """For large samples of one distribution, U / (n · m) has the variance (1/n + 1/m) / 12."""
     x, y = np.random.default_rng(4).normal(size=(2, 300))
     got = probability_of_improvement(x, y, 20_000)
     assert float(got.high - got.low) == pytest.approx(2 * 1.96 * (2 / 300 / 12) ** 0.5, rel=0.05)
@@ -132,7 +135,7 @@ def test_a_performance_profile_by_hand():
     np.testing.assert_array_equal(got.high, [1, 1, 1, 0.5, 0, 1])
 
 
-def test_a_nan_makes_every_number_nan_that_it_belongs_to():
+def test_a_nan_score_makes_the_whole_estimate_nan():
     bad = [[1.0, 2], [3, NAN], [5, 6], [7, 8]]
     assert np.isnan(probability_of_improvement(bad, [[1.0, 2]])).all()
     assert np.isnan(probability_of_improvement([[1.0, 2]], bad)).all()
@@ -157,7 +160,7 @@ def test_a_nan_makes_every_number_nan_that_it_belongs_to():
         (lambda: performance_profile([[]], [0.0]), "scores must be"),
     ],
 )
-def test_bad_input_is_said_in_a_sentence(call, message):
+def test_bad_input_is_refused_with_a_message(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
 
@@ -178,18 +181,18 @@ def test_256_runs_take_well_under_a_second():
         assert min(seconds(call) for _ in range(2)) < 1
 
 
-# ------------------------------------------------------------------------- against SciPy and rliable
+# ------------------------------------------------------------------------ against SciPy and rliable
 
 
 def matrices(tasks):
-    """Scores of which many are equal."""
+    """Scores with many ties."""
     values = st.integers(-8, 8).map(float) | st.floats(-1e3, 1e3)
     return hnp.arrays(float, st.tuples(st.integers(1, 20), st.just(tasks)), elements=values)
 
 
 @given(matrices(2), matrices(2))
 def test_the_probability_of_improvement_is_scipys_mann_whitney_u(x, y):
-    """rliable's probability_of_improvement is this call of each task."""
+    """rliable's probability_of_improvement makes this call for each task."""
     pairs = zip(x.T, y.T, strict=True)
     expected = np.mean(
         [scipy.stats.mannwhitneyu(a, b, method="asymptotic").statistic for a, b in pairs]
@@ -199,17 +202,19 @@ def test_the_probability_of_improvement_is_scipys_mann_whitney_u(x, y):
 
 
 def matrix(runs, tasks, shift=0.0):
-    """Scores in which a run is much better or worse in all tasks, and tasks are far apart: [runs, tasks].
+    """Scores [runs, tasks]: a run is good or bad in all tasks, and tasks are far apart.
 
-    So an interval from whole rows, or from all numbers as one sample, would be far from the stratified one.
+    So an interval from resampled rows, or from all numbers as one sample, is far from the
+    stratified one.
     """
     run, task = np.indices((runs, tasks))
     return 10 * task + 3 * np.sin(7 * run + shift) + np.sin(5 * run * task + task + shift)
 
 
-# What rliable 1.2.0 gave (with arch 7.2.0, NumPy 2.4.6, SciPy 1.17.1 and pandas 2.3.3: it needs arch < 8, which does
-# not import with pandas 3): after numpy.random.seed(0), library.get_interval_estimates of each matrix with 50,000
-# resamples (20,000 for probabilities) and library.create_performance_profile with 50,000.
+# Results of rliable 1.2.0 with arch 7.2.0, NumPy 2.4.6, SciPy 1.17.1 and pandas 2.3.3 (it needs
+# arch < 8, which does not import with pandas 3). After numpy.random.seed(0):
+# library.get_interval_estimates of each matrix with 50,000 resamples (20,000 for probabilities) and
+# library.create_performance_profile with 50,000.
 RLIABLE = {
     (12, 5): (20.547430846686755, 19.788482955221824, 21.214011108010183),
     (7, 1): (0.8018192136399378, -1.0998258574987605, 2.278933674232376),
@@ -232,9 +237,10 @@ PROFILE = (
 def assert_same_interval(got, expected, factor=1.0, step=0.0):
     """Two bootstraps of the same data differ by chance only.
 
-    The 2.5 % point of R samples has the standard error √(0.025 · 0.975 / R) / φ(−1.96) = 2.67 / √R of the samples'
-    standard deviation σ: 0.019 σ for R = 20,000. An interval is 3.92 σ wide, so four of these, and rliable's smaller
-    one beside it, are 2.3 % of its width. Where the numbers are discrete an end may also fall on the next of them.
+    The 2.5 % point of R samples with standard deviation σ has the standard error
+    √(0.025 · 0.975 / R) / φ(−1.96) · σ = 2.67 σ / √R, which is 0.019 σ for R = 20,000. An interval
+    is 3.92 σ wide, so four standard errors, with rliable's smaller one added, are 2.3 % of its
+    width. Where the values are discrete, an end may also fall on the next value (``step``).
     """
     low, high = expected
     bound = factor * 0.023 * (high - low) + step
@@ -242,28 +248,28 @@ def assert_same_interval(got, expected, factor=1.0, step=0.0):
     assert abs(got.high - high) <= bound
 
 
-def of_tasks(scores, resamples=20_000):
-    """`estimate` of all runs of all tasks, each task a stratum."""
+def estimate_over_tasks(scores, resamples=20_000):
+    """`estimate` over all runs of all tasks; each task is a stratum."""
     runs, tasks = scores.shape
     return estimate(scores.T.ravel(), resamples, strata=np.repeat(np.arange(tasks), runs))
 
 
 @given(matrices(3))
 def test_the_interquartile_mean_is_scipys_trimmed_mean_of_all_runs(scores):
-    """rliable's aggregate_iqm is this very call."""
+    """rliable's aggregate_iqm makes the same call."""
     expected = scipy.stats.trim_mean(scores, proportiontocut=0.25, axis=None)
-    assert of_tasks(scores, 1).point == pytest.approx(expected, rel=1e-12, abs=1e-9)
+    assert estimate_over_tasks(scores, 1).point == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", RLIABLE)
 def test_interquartile_means_and_their_intervals_are_those_of_rliable(shape):
     point, *interval = RLIABLE[shape]
-    got = of_tasks(matrix(*shape))
+    got = estimate_over_tasks(matrix(*shape))
     assert got.point == pytest.approx(point, rel=1e-12)
     assert_same_interval(got, interval)
 
 
-def test_the_bound_tells_stratified_resampling_from_the_others():
+def test_the_bound_distinguishes_stratified_resampling_from_other_kinds():
     point, *interval = RLIABLE[12, 5]
     scores = matrix(12, 5)
     rows = np.random.default_rng(0).integers(0, 12, (20_000, 12))
@@ -276,21 +282,23 @@ def test_the_bound_tells_stratified_resampling_from_the_others():
 
 @pytest.mark.parametrize("case", IMPROVEMENT)
 def test_the_probability_of_improvement_and_its_interval_are_those_of_rliable(case):
-    x, y = matrix(12, 5), matrix(9, 5, 0.4)
+    x = matrix(12, 5)
+    y = matrix(9, 5, 0.4)
     if case == "many equal":
-        x, y = np.round(x), np.round(y)
+        x = np.round(x)
+        y = np.round(y)
     elif case == "one task":
-        x, y = x[:, :1], matrix(9, 1, 0.4)
+        x = x[:, :1]
+        y = matrix(9, 1, 0.4)
     point, *interval = IMPROVEMENT[case]
     got = probability_of_improvement(x, y, 20_000)
     assert got.point == pytest.approx(point, rel=1e-12)
-    assert_same_interval(
-        got, interval, factor=2**0.5, step=0.5 / (12 * 9 * x.shape[1])
-    )  # both have 20,000 resamples
+    # The factor √2: both bootstraps have 20,000 resamples.
+    assert_same_interval(got, interval, factor=2**0.5, step=0.5 / (12 * 9 * x.shape[1]))
 
 
 def test_the_performance_profile_and_its_intervals_are_those_of_rliable():
-    """The numbers are sixtieths."""
+    """The values are multiples of 1/60."""
     got = performance_profile(matrix(12, 5), THRESHOLDS, 20_000)
     np.testing.assert_allclose(got.point, PROFILE[0], rtol=1e-12)
     np.testing.assert_allclose([got.low, got.high], PROFILE[1:], atol=1e-9 + 1 / 60)

@@ -389,7 +389,7 @@ def test_an_existing_run_is_never_overwritten(refused, two):
         (["train", "--env"], "--env"),
         (["trian"], "train"),
         ([], "train"),
-        (["evaluate"], "directory that train left"),
+        (["evaluate"], "directory written by train"),
         (["envs", "--suite", "gymnex"], "'gymnex' is not a suite; there is gymnax"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -535,7 +535,7 @@ def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, mon
         with monkeypatch.context() as patch:
             patch.setattr(show.Screen, "on_progress", press)
             code, shown = call(*arguments)
-        assert code == 130 and "The same command with --resume goes on from here." in shown
+        assert code == 130 and "The same command with --resume continues from here." in shown
         (directory,) = (tmp_path / "runs").iterdir()
         code, shown = call(*arguments, "--resume")
     assert (

@@ -124,7 +124,8 @@ WRONG = {
     ),
     "an unknown space": (
         changed(space={"a": Box((3,), 0, 1)}),
-        "the observation_space of counter is a dict: it must be a Discrete, a MultiDiscrete or a Box, or a Dict of these",
+        "the observation_space of counter is a dict: it must be a Discrete, a MultiDiscrete or a "
+        "Box, or a Dict of these",
     ),
     "an unknown action space": (
         counter()._replace(action_space=3),
