@@ -29,7 +29,10 @@ from purejaxppo.types import ConfigError, PyTree
 
 OLD_NAMES = {"0.agent_index": "0.number"}  # of a population: files keep their names
 
-FORMAT_VERSION = 2  # 1 had a pool of fresh starts in the environments' state
+FORMAT_VERSION = 3
+# Version 1 had a pool of fresh starts in the state of the environments. Versions 1 and 2 had
+# features in the place of observations, which are the same where an observation is one vector.
+READABLE_VERSIONS = (2, 3)
 
 
 class Checkpoint(NamedTuple):
@@ -121,10 +124,10 @@ class Checkpoints:
             parts, files, version = manifest["rows"], manifest["arrays"], manifest["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(f"{name}.json cannot be read ({error})") from None
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ConfigError(
                 f"{self.directory / name} has format version {version}, and this version of purejaxppo reads "
-                f"{FORMAT_VERSION}: resume it with the version that wrote it"
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: resume it with the version that wrote it"
             )
         for file, digest in (files | parts).items():
             path = self.directory / file
@@ -140,7 +143,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         name = f"iteration_{iteration:08d}"
-        parts = json.loads((self.directory / f"{name}.json").read_text())["rows"]
+        manifest = json.loads((self.directory / f"{name}.json").read_text())
+        parts = manifest["rows"]
         target = named = _named(like)
         if jax.process_count() > 1:
             target = {key: np.zeros(x.shape, x.dtype) for key, x in named.items()}
@@ -151,6 +155,13 @@ class Checkpoints:
                 for tree in (stored, target)
             ]
             if kinds[0] != kinds[1]:
+                version = manifest["format_version"]
+                if version < FORMAT_VERSION:
+                    raise ConfigError(
+                        f"{self.directory / name} has format version {version}, in which "
+                        "observations were stored as features: resume it with the version that "
+                        "wrote it"
+                    )
                 raise ConfigError(
                     f"{self.directory / name} was not written by this configuration: its arrays differ"
                 )

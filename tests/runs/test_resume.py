@@ -366,6 +366,29 @@ def test_arrays_of_another_precision_are_refused(tmp_path):
         Checkpoints(tmp_path / "checkpoints").restore({"x": np.arange(3.0)})
 
 
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_other_formats_are_read_or_their_version_is_named(version, tmp_path):
+    """Format 2 had the observations [B, 10, 10, 4] of images as features [B, 400]."""
+    directory = tmp_path / "checkpoints"
+    Checkpoints(directory).save(7, {"obs": jnp.zeros((2, 4))}, {})
+    manifest = directory / "iteration_00000007.json"
+    text = manifest.read_text()
+    assert '"format_version": 3' in text
+    manifest.write_text(text.replace('"format_version": 3', f'"format_version": {version}'))
+
+    def restore(shape):
+        return Checkpoints(directory).restore({"obs": jnp.zeros(shape)})
+
+    if version in (1, 4):
+        with pytest.raises(ConfigError, match=rf"has format version {version}, .* reads 2 and 3"):
+            restore((2, 4))
+        return
+    assert restore((2, 4)).iteration == 7
+    said = "has format version 2, in which observations" if version == 2 else "arrays differ"
+    with pytest.raises(ConfigError, match=said):
+        restore((2, 2, 2))
+
+
 @pytest.mark.parametrize("key", [np.int64(5), jax.random.key(5), jax.random.PRNGKey(5)])
 def test_every_kind_of_key(key, through):
     run = fit(CONFIG, seeds=2, **(RUN | {"key": key}))
