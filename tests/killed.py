@@ -2,4 +2,4 @@
 
 
 class Killed(BaseException):
-    """As sudden as SIGKILL, for the process that tests in it."""
+    """Ends a run as abruptly as SIGKILL, inside the test process."""

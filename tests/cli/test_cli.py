@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, what it leaves, and one sentence for a wrong input."""
+"""The command line: its output, the files it writes, and one sentence for a wrong input."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from purejaxppo import Config, Policy, envs, make_trainer, save_policy
 from purejaxppo.cli import commands
-from purejaxppo.cli import console as show
+from purejaxppo.cli import console as console_module
 from purejaxppo.cli.options import split_cpu
 from purejaxppo.config import FIELDS, tuned
 from purejaxppo.runs.fit import fingerprint
@@ -22,16 +22,8 @@ from purejaxppo.runs.run import load_policies
 from purejaxppo.runs.run_directory import unfinished
 
 SMALL = [
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "8",
-    "--num-minibatches",
-    "1",
-    "--num-epochs",
-    "1",
-    "--hidden-sizes",
-    "4",
+    *("--num-envs", "2", "--num-steps", "8", "--num-minibatches", "1"),
+    *("--num-epochs", "1", "--hidden-sizes", "4"),
 ]
 
 
@@ -43,7 +35,7 @@ def fast_compilation():
 
 
 def call(*arguments):
-    """(exit code, what it printed); errors go to stderr, which capsys keeps."""
+    """(exit code, stdout) of a command; errors go to stderr, which capsys captures."""
     with pytest.MonkeyPatch.context() as patch:
         console = Console(highlight=False, soft_wrap=True, width=200, record=True, quiet=False)
         patch.setattr(commands, "console", console)
@@ -57,50 +49,42 @@ def call(*arguments):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A run of one agent: (directory, what it printed)."""
+    """A run of one agent: (directory, stdout)."""
     directory = tmp_path_factory.mktemp("one") / "run"
-    code, shown = call(
+    code, output = call(
         "train", *SMALL, "--total-timesteps", "1e3", "--eval-episodes", 2, "--directory", directory
     )
     assert code == 0
-    return directory, shown
+    return directory, output
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run of two agents on an environment that cannot be drawn, without an evaluation."""
+    """An unevaluated run of two agents in an environment that cannot be drawn."""
     directory = tmp_path_factory.mktemp("two") / "run"
-    arguments = [
-        "--env",
-        "SimpleBandit-bsuite",
-        "--seeds",
-        2,
-        "--total-timesteps",
-        32,
-        "--eval-episodes",
-        0,
-    ]
-    code, shown = call("train", *arguments, *SMALL, "--directory", directory)
+    arguments = ["--env", "SimpleBandit-bsuite", "--seeds", 2]
+    arguments += ["--total-timesteps", 32, "--eval-episodes", 0]
+    code, output = call("train", *arguments, *SMALL, "--directory", directory)
     assert code == 0
-    return directory, shown
+    return directory, output
 
 
 @pytest.fixture
 def refused(capsys):
-    """``refused(arguments) -> stderr``: exit code 2, no traceback, nothing of a run on the screen."""
+    """``refused(*arguments) -> stderr``: asserts exit code 2, no traceback and an empty stdout."""
 
     def refused(*arguments):
-        code, shown = call(*arguments)
+        code, output = call(*arguments)
         captured = capsys.readouterr()
         assert code == 2
-        assert "Traceback" not in captured.err + captured.out and shown == ""
+        assert "Traceback" not in captured.err + captured.out and output == ""
         return captured.err
 
     return refused
 
 
 def one_sentence(error):
-    """The message of ``purejaxppo: message``, which must be all there is."""
+    """The message in ``purejaxppo: message``, which must be the only line."""
     (line,) = error.splitlines()
     assert line.startswith("purejaxppo: ")
     return line.removeprefix("purejaxppo: ")
@@ -109,9 +93,9 @@ def one_sentence(error):
 # -------------------------------------------------------------------------------------------- train
 
 
-def test_train_says_what_will_run_before_it_runs(one):
-    _, shown = one
-    plan, _, _ = shown.partition("1,008 steps in")
+def test_train_prints_its_plan_before_it_runs(one):
+    _, output = one
+    plan, _, _ = output.partition("1,008 steps in")
     for words in (
         "environment  CartPole-v1, 2 copies per agent",
         "algorithm    PPO, 1 epochs of 1 minibatches on 8 × 2 steps",
@@ -125,96 +109,89 @@ def test_train_says_what_will_run_before_it_runs(one):
 
 
 def test_train_shows_progress_and_ends_with_a_result(one):
-    directory, shown = one
-    assert re.search(r"1,008 steps in \d+\.\d s: [\d,]+ steps/s", shown)
+    directory, output = one
+    assert re.search(r"1,008 steps in \d+\.\d s: [\d,]+ steps/s", output)
     progress = re.findall(
-        r"^ +([\d,]+) steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE
+        r"^ +([\d,]+) steps  return (\d+\.\d|–)  [\d,]+ steps/s$", output, re.MULTILINE
     )
     assert progress and progress[-1][0] == "1,008"
-    assert "CartPole-v1: return over 2 fresh episodes of the final policy" in shown
-    assert re.search(r"policy +│ +\d+\.\d ± \d+\.\d │ +\d+\.\d ± \d+\.\d │ +\d+ ", shown)
+    assert "CartPole-v1: return over 2 fresh episodes of the final policy" in output
+    assert re.search(r"policy +│ +\d+\.\d ± \d+\.\d │ +\d+\.\d ± \d+\.\d │ +\d+ ", output)
     assert (
-        f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/" in shown
+        f"The run is in {directory}: config.json, metrics.csv, learning_curve.png, policy/"
+        in output
     )
 
 
-def test_train_leaves_a_whole_run_directory(one):
+def test_train_writes_a_complete_run_directory(one):
     directory, _ = one
     names = ["config.json", "learning_curve.png", "metrics.csv", "policy"]
     assert sorted(path.name for path in directory.iterdir() if path.suffix != ".gif") == names
     config = Config.from_dict(json.loads((directory / "config.json").read_text())["config"])
     assert (config.env, config.total_timesteps, config.hidden_sizes) == ("CartPole-v1", 1000, (4,))
-    assert config.lr == Config.for_env("CartPole-v1").lr  # what was not given is as tuned
+    assert config.lr == Config.for_env("CartPole-v1").lr  # the tuned value where none was given
     assert len((directory / "metrics.csv").read_text().splitlines()) == 1 + 63
     assert load_policies(directory)[0].config == config
 
 
-def test_seeds_are_trained_at_once(two):
-    directory, shown = two
-    assert "agents       2 at once" in shown and "64 steps in" in shown
-    assert "steps        32 per agent in 2 iterations\n" in re.sub(r" +\n", "\n", shown)
+def test_seeds_are_trained_in_parallel(two):
+    directory, output = two
+    assert "agents       2 at once" in output and "64 steps in" in output
+    assert "steps        32 per agent in 2 iterations\n" in re.sub(r" +\n", "\n", output)
     assert len(load_policies(directory)) == 2
     assert len((directory / "metrics.csv").read_text().splitlines()) == 1 + 2 * 2
 
 
-def test_a_diverged_run_exits_with_1_and_says_where_and_what_to_try(tmp_path):
-    wrong = [
-        "--env",
-        "SimpleBandit-bsuite",
-        "--lr",
-        "1e38",
-        "--no-anneal-lr",
-        "--total-timesteps",
-        160,
-        "--directory",
-        tmp_path / "run",
-    ]
-    code, shown = call("train", *SMALL, *wrong)
+def test_a_diverged_run_exits_with_1_and_prints_the_iteration_and_advice(tmp_path):
+    arguments = ["--env", "SimpleBandit-bsuite", "--lr", "1e38", "--no-anneal-lr"]
+    arguments += ["--total-timesteps", 160, "--directory", tmp_path / "run"]
+    code, output = call("train", *SMALL, *arguments)
     assert code == 1
     assert re.search(
-        r"Seed 0 diverged: loss or gradient became NaN or infinite in iteration \d+\.", shown
+        r"Seed 0 diverged: loss or gradient became NaN or infinite in iteration \d+\.", output
     )
-    assert "Try a smaller --lr" in shown
-    assert "fresh episodes" not in shown and "± " not in shown  # a broken policy is not scored
+    assert "Try a smaller --lr" in output
+    # A diverged policy is not evaluated.
+    assert "fresh episodes" not in output and "± " not in output
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
-# ------------------------------------------------------------------------------- evaluate and render
+# ------------------------------------------------------------------------------ evaluate and render
 
 
 @pytest.mark.parametrize(
-    ("options", "shown", "column"),
+    ("options", "output", "column"),
     [
         (["--env", "SimpleBandit-bsuite", "--algorithm", "trpo"], "TRPO", "step_fraction"),
         (["--objective", "adaptive_kl", "--early-stop-kl", "0.02"], "PPO (adaptive_kl)", "kl_coef"),
     ],
 )
-def test_another_algorithm_is_one_option(tmp_path, options, shown, column):
+def test_another_algorithm_is_one_option(tmp_path, options, output, column):
     arguments = ["--total-timesteps", 32, "--eval-episodes", 0, "--directory", tmp_path / "run"]
     code, text = call("train", *options, *SMALL, *arguments)
     assert code == 0
-    assert f"algorithm    {shown}, 1 epochs" in text
+    assert f"algorithm    {output}, 1 epochs" in text
     assert column in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
 
 
-def test_evaluate_shows_a_table_of_the_runs_policies(two):
-    code, shown = call("evaluate", two[0], "--episodes", 3)
+def test_evaluate_prints_a_table_of_the_policies_of_a_run(two):
+    code, output = call("evaluate", two[0], "--episodes", 3)
     assert code == 0
-    assert "SimpleBandit-bsuite: return over 3 fresh episodes of the final policy" in shown
+    assert "SimpleBandit-bsuite: return over 3 fresh episodes of the final policy" in output
     for name in ("seed 0", "seed 1", "interquartile mean"):
-        assert name in shown
-    assert "seed 2" not in shown
+        assert name in output
+    assert "seed 2" not in output
 
 
 def test_render_makes_a_gif_of_one_episode(one, tmp_path):
-    code, shown = call("render", one[0], "--out", tmp_path / "episode.gif", "--max-steps", 4)
+    code, output = call("render", one[0], "--out", tmp_path / "episode.gif", "--max-steps", 4)
     assert code == 0
     assert (tmp_path / "episode.gif").read_bytes()[:6] in (b"GIF87a", b"GIF89a")
-    assert f"{tmp_path / 'episode.gif'}: one episode, return 4.0" in shown
+    assert f"{tmp_path / 'episode.gif'}: one episode, return 4.0" in output
     assert [path.name for path in tmp_path.iterdir()] == ["episode.gif"]
 
 
-def test_an_environment_without_pictures_is_told(refused, two):
+def test_rendering_an_environment_without_pictures_is_refused(refused, two):
     before = sorted(two[0].rglob("*"))
     message = one_sentence(refused("render", two[0]))
     assert (
@@ -231,7 +208,7 @@ def test_an_environment_without_pictures_is_told(refused, two):
         (["--out", "x.png"], "x.png: the picture is a GIF, so its name must end in .gif"),
     ],
 )
-def test_what_cannot_be_rendered_is_told(refused, two, options, part):
+def test_wrong_options_of_render_are_refused(refused, two, options, part):
     assert one_sentence(refused("render", two[0], *options)) == part
 
 
@@ -244,19 +221,20 @@ def test_an_episode_to_render_has_at_least_one_step(refused, one, tmp_path, step
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluating_no_episodes_is_told(refused, two):
+def test_evaluating_no_episodes_is_refused(refused, two):
     message = one_sentence(refused("evaluate", two[0], "--episodes", 0))
     assert message == "num_episodes = 0: it must be an integer of at least 1"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "render"])
-def test_a_missing_or_foreign_directory_is_told(refused, tmp_path, command):
+def test_a_missing_or_foreign_directory_is_refused(refused, tmp_path, command):
     missing = tmp_path / "nothing"
-    assert (
-        one_sentence(refused(command, missing))
-        == f"{missing} is not a run: there is no such directory"
+    expected = f"{missing} is not a run: there is no such directory"
+    assert one_sentence(refused(command, missing)) == expected
+    expected = (
+        f"{tmp_path} is not a policy of purejaxppo: "
+        "it needs a policy.json and a params.npz of its own"
     )
-    expected = f"{tmp_path} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
     assert one_sentence(refused(command, tmp_path)) == expected
     (tmp_path / "seed_notes").mkdir()
     assert str(tmp_path) in one_sentence(refused(command, tmp_path))
@@ -266,39 +244,29 @@ def test_a_policy_directory_alone_can_be_evaluated(tmp_path):
     config = Config(env="SimpleBandit-bsuite", num_envs=2, hidden_sizes=(4,))
     state = jax.jit(make_trainer(config).init)(jax.random.key(0))
     save_policy(tmp_path / "policy", Policy.from_state(config, state))
-    code, shown = call("evaluate", tmp_path / "policy", "--episodes", 2)
-    assert code == 0 and "SimpleBandit-bsuite: return over 2 fresh episodes" in shown
+    code, output = call("evaluate", tmp_path / "policy", "--episodes", 2)
+    assert code == 0 and "SimpleBandit-bsuite: return over 2 fresh episodes" in output
 
 
 # ---------------------------------------------------------------------------------------- compare
 
 
-def test_compare_trains_scores_and_says_where_it_left_it(tmp_path):
-    arguments = [
-        "--envs",
-        "SimpleBandit-bsuite",
-        "--algorithms",
-        "trpo",
-        "--seeds",
-        2,
-        "--eval-episodes",
-        2,
-    ]
-    code, shown = call(
+def test_compare_trains_scores_and_prints_its_directory(tmp_path):
+    arguments = ["--envs", "SimpleBandit-bsuite", "--algorithms", "trpo"]
+    arguments += ["--seeds", 2, "--eval-episodes", 2]
+    code, output = call(
         "compare", *arguments, "--total-timesteps", 2048, "--directory", tmp_path / "here"
     )
     assert code == 0
-    assert shown.index("TRPO, 20 epochs") < shown.index("final return")
+    assert output.index("TRPO, 20 epochs") < output.index("final return")
     assert re.search(
-        r"SimpleBandit-bsuite │ trpo +│ +2,048 │ +-?\d\.\d \[-?\d\.\d, -?\d\.\d\]", shown
+        r"SimpleBandit-bsuite │ trpo +│ +2,048 │ +-?\d\.\d \[-?\d\.\d, -?\d\.\d\]", output
     )
-    assert (
-        f"The comparison is in {tmp_path / 'here'}" in shown
-        and (tmp_path / "here" / "comparison.png").exists()
-    )
+    assert f"The comparison is in {tmp_path / 'here'}" in output
+    assert (tmp_path / "here" / "comparison.png").exists()
 
 
-def test_a_wrong_comparison_is_one_sentence(refused, tmp_path):
+def test_a_wrong_comparison_gives_one_sentence(refused, tmp_path):
     assert "not a variant" in one_sentence(refused("compare", "--algorithms", "ppo/none"))
     (tmp_path / "here").mkdir()
     assert "exists already" in one_sentence(refused("compare", "--directory", tmp_path / "here"))
@@ -309,10 +277,10 @@ def test_a_wrong_comparison_is_one_sentence(refused, tmp_path):
 
 def test_every_setting_has_an_option(capsys):
     code, _ = call("train", "--help")
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert code == 0
     for name in [*FIELDS, "seeds", "key", "directory", "eval_episodes", "tuned"]:
-        assert f"--{name.replace('_', '-')}" in shown, name
+        assert f"--{name.replace('_', '-')}" in output, name
 
 
 def test_the_defaults_are_those_tuned_for_the_environment(capsys):
@@ -322,9 +290,9 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
         ([], Config.for_env("CartPole-v1")),
     ):
         call("train", *options, "--help")
-        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        output = " ".join(capsys.readouterr().out.replace("│", " ").split())
         for name in ("gamma", "num_steps", "total_timesteps"):
-            described = shown.split(f"--{name.replace('_', '-')} ")[1].split(" --")[0]
+            described = output.split(f"--{name.replace('_', '-')} ")[1].split(" --")[0]
             assert f"(default: {getattr(config, name)})" in described, (options, name)
 
 
@@ -342,7 +310,8 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
         (["--activation", "rellu"], "did you mean 'relu'?"),
         (
             ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "5"],
-            "num_minibatches = 5 does not divide num_envs * num_steps = 32; the nearest number that does is 4",
+            "num_minibatches = 5 does not divide num_envs * num_steps = 32; "
+            "the nearest number that does is 4",
         ),
         (["--lr", "nan"], "lr = nan: it must be a finite number of at least 0"),
         (["--lr", "inf"], "lr = inf: it must be a finite number of at least 0"),
@@ -361,9 +330,10 @@ def test_the_defaults_are_those_tuned_for_the_environment(capsys):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_a_wrong_value_is_one_sentence_and_leaves_nothing(refused, tmp_path, options, message):
-    error = refused("train", *SMALL, *options, "--total-timesteps" if "1e3" not in options[1] else "--key", "32",
-                    "--directory", tmp_path / "run")  # fmt: skip
+def test_a_wrong_value_gives_one_sentence_and_writes_nothing(refused, tmp_path, options, message):
+    # --total-timesteps, unless the options have it already.
+    last = "--total-timesteps" if "1e3" not in options[1] else "--key"
+    error = refused("train", *SMALL, *options, last, "32", "--directory", tmp_path / "run")
     assert message in one_sentence(error)
     assert list(tmp_path.iterdir()) == []
 
@@ -394,14 +364,14 @@ def test_an_existing_run_is_never_overwritten(refused, two):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_a_misspelt_command_or_option_names_the_right_one(capsys, arguments, part):
+def test_the_error_for_a_misspelt_command_or_option_names_the_right_one(capsys, arguments, part):
     code, _ = call(*arguments)
     captured = capsys.readouterr()
     assert code == 2
     assert part in captured.err and captured.out == "" and "Traceback" not in captured.err
 
 
-def test_an_error_in_the_options_speaks_of_purejaxppo(capsys):
+def test_an_error_in_the_options_names_purejaxppo_not_main(capsys):
     call("train", "--env")
     assert "__main__" not in capsys.readouterr().err
 
@@ -409,13 +379,13 @@ def test_an_error_in_the_options_speaks_of_purejaxppo(capsys):
 # --------------------------------------------------------------------------------------------- envs
 
 
-def test_envs_lists_what_can_be_trained():
-    code, shown = call("envs")
-    lines = shown.splitlines()
+def test_envs_lists_the_environments_that_can_be_trained():
+    code, output = call("envs")
+    lines = output.splitlines()
     assert code == 0
     assert [line.split()[0] for line in lines] == envs.list_envs()
     assert {line.split()[0] for line in lines if line.endswith("(tuned settings)")} == set(tuned())
-    assert "MNISTBandit-bsuite" not in shown
+    assert "MNISTBandit-bsuite" not in output
 
 
 def test_envs_in_a_process_of_its_own():
@@ -440,25 +410,19 @@ def test_a_wrong_input_in_a_process_of_its_own_has_code_2_and_no_traceback(tmp_p
 # -------------------------------------------------------------------------------------------- sweep
 
 
-def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)  # JAX has started here
+def test_sweep_trains_a_grid_and_prints_the_best_settings(tmp_path, monkeypatch):
+    # JAX has already started, so the CPU cannot be split any more.
+    monkeypatch.setattr(commands, "split_cpu", lambda num_devices: None)
     grid = ["--grid", "lr=1e-3,1e-2", "hidden-sizes=4,4x4", "--seeds", 2, "--at-once", 2]
-    settings = [
-        *SMALL,
-        "--total-timesteps",
-        64,
-        "--eval-episodes",
-        2,
-        "--directory",
-        tmp_path / "sweep",
-    ]
-    code, shown = call("sweep", *grid, *settings)
+    settings = [*SMALL, "--total-timesteps", 64, "--eval-episodes", 2]
+    settings += ["--directory", tmp_path / "sweep"]
+    code, output = call("sweep", *grid, *settings)
     assert code == 0
-    assert "8 members: 4 settings × 2 seeds, 512 steps in all, 2 compilations" in shown
-    assert shown.count("CartPole-v1, PPO, 2 environments: 4 members, 2 at once on ") == 2
-    assert re.search(r"^ +512 steps  return (\d+\.\d|–)  [\d,]+ steps/s$", shown, re.MULTILINE)
+    assert "8 members: 4 settings × 2 seeds, 512 steps in all, 2 compilations" in output
+    assert output.count("CartPole-v1, PPO, 2 environments: 4 members, 2 at once on ") == 2
+    assert re.search(r"^ +512 steps  return (\d+\.\d|–)  [\d,]+ steps/s$", output, re.MULTILINE)
     rows = re.findall(
-        r"│ (0\.01|0\.001) +│ \((4,|4, 4)\) +│ +\d+\.\d \[\d+\.\d, \d+\.\d\] │", shown
+        r"│ (0\.01|0\.001) +│ \((4,|4, 4)\) +│ +\d+\.\d \[\d+\.\d, \d+\.\d\] │", output
     )
     assert len(set(rows)) == 4
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
@@ -473,7 +437,7 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--grid", "lr"],
@@ -511,20 +475,20 @@ def test_sweep_trains_a_grid_and_says_what_is_best(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_wrong_sweep_is_one_sentence(arguments, said, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
-    assert said in one_sentence(refused("sweep", *arguments, "--directory", tmp_path / "sweep"))
+def test_a_wrong_sweep_gives_one_sentence(arguments, message, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "split_cpu", lambda num_devices: None)
+    assert message in one_sentence(refused("sweep", *arguments, "--directory", tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
 
 
 # ------------------------------------------------------------------------------------------- resume
 
 
-def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, monkeypatch):
-    """Ctrl-C, then the same words and --resume, with no directory given: it finds its own."""
+def test_the_same_command_with_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
+    """Ctrl-C, then the same command with --resume and no directory: it finds the run."""
     monkeypatch.chdir(tmp_path)
     arguments = ["train", *SMALL, "--total-timesteps", 320, "--eval-episodes", 0]
-    on_progress = show.Screen.on_progress
+    on_progress = console_module.Screen.on_progress
 
     def press(self, now):
         on_progress(self, now)
@@ -533,16 +497,13 @@ def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, mon
 
     with compiled_once():
         with monkeypatch.context() as patch:
-            patch.setattr(show.Screen, "on_progress", press)
-            code, shown = call(*arguments)
-        assert code == 130 and "The same command with --resume continues from here." in shown
+            patch.setattr(console_module.Screen, "on_progress", press)
+            code, output = call(*arguments)
+        assert code == 130 and "The same command with --resume continues from here." in output
         (directory,) = (tmp_path / "runs").iterdir()
-        code, shown = call(*arguments, "--resume")
-    assert (
-        code == 0
-        and "160 steps in" in shown
-        and "after the 160 of the run that was resumed at iteration 10" in shown
-    )
+        code, output = call(*arguments, "--resume")
+    assert code == 0 and "160 steps in" in output
+    assert "after the 160 of the run that was resumed at iteration 10" in output
     assert list((tmp_path / "runs").iterdir()) == [directory]
     rows = (directory / "metrics.csv").read_text().splitlines()
     assert [int(row.split(",")[1]) for row in rows[1:]] == list(range(1, 21))
@@ -550,11 +511,11 @@ def test_an_interrupted_run_goes_on_by_the_same_command_and_resume(tmp_path, mon
     assert unfinished(tmp_path / "runs", "*", fingerprint(config, 1), 0) is None
     (directory / "checkpoints").mkdir()
     assert unfinished(tmp_path / "runs", "*", fingerprint(config, 1), 0) == directory
-    for another in ((config.replace(lr=1.0), 1, 0), (config, 2, 0), (config, 1, 1)):
-        assert unfinished(tmp_path / "runs", "*", fingerprint(*another[:2]), another[2]) is None
+    for other, seeds, key in ((config.replace(lr=1.0), 1, 0), (config, 2, 0), (config, 1, 1)):
+        assert unfinished(tmp_path / "runs", "*", fingerprint(other, seeds), key) is None
 
 
-def test_the_cpu_is_split_unless_something_else_is_said(monkeypatch):
+def test_the_cpu_is_split_unless_xla_flags_says_otherwise(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     split_cpu(3)
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=3"

@@ -1,4 +1,4 @@
-"""An environment whose functions do not fit each other or its spaces is one sentence, before anything is compiled."""
+"""An inconsistent environment is refused with one sentence, before anything is compiled."""
 
 from typing import NamedTuple
 
@@ -30,20 +30,24 @@ def same(x):
 
 
 def changed(reset_obs=same, step_obs=None, reset_state=same, step_state=None, space=None, **fields):
-    """The counter with its observations, its states or fields of its `Step` changed by these functions."""
+    """The counter with its observations, states or fields of `Step` changed by functions."""
     env = counter()
-    step_obs, step_state = step_obs or reset_obs, step_state or reset_state
+    step_obs = step_obs or reset_obs
+    step_state = step_state or reset_state
 
     def reset(key):
         state, obs = env.reset(key)
         return reset_state({"inner": state, "extra": jnp.int32(0)}), reset_obs(obs)
 
     def step(key, state, action):
-        out = env.step(key, state["inner"], action)
-        out = out._replace(
-            state=step_state({"inner": out.state, "extra": state["extra"]}), obs=step_obs(out.obs)
+        timestep = env.step(key, state["inner"], action)
+        timestep = timestep._replace(
+            state=step_state({"inner": timestep.state, "extra": state["extra"]}),
+            obs=step_obs(timestep.obs),
         )
-        return out._replace(**{name: change(getattr(out, name)) for name, change in fields.items()})
+        return timestep._replace(
+            **{name: change(getattr(timestep, name)) for name, change in fields.items()}
+        )
 
     return env._replace(reset=reset, step=step, observation_space=space or env.observation_space)
 
@@ -64,7 +68,7 @@ def integers(x):
 RULE = "reset and step of counter must return the same structure, shapes and types: "
 LATER = "one step and the next of counter must return the same structure, shapes and types: "
 OBS = "it must have that of its observation_space, (3,)"
-WRONG = {
+INCONSISTENT = {
     "a dict": (
         changed(lambda x: {"a": x}),
         "reset of counter returns a dict as obs: it must be one array",
@@ -108,7 +112,8 @@ WRONG = {
     "scalar": (changed(lambda x: x[0]), f"reset of counter returns an obs of the shape (): {OBS}"),
     "floats in a finite space": (
         changed(space=MultiDiscrete((9, 9, 9))),
-        "obs of counter has the type float32: in the observation_space MultiDiscrete it must hold integers",
+        "obs of counter has the type float32: "
+        "in the observation_space MultiDiscrete it must hold integers",
     ),
     "bools in a finite space": (
         changed(lambda x: x[0] > 0, space=Discrete(2)),
@@ -116,16 +121,18 @@ WRONG = {
     ),
     "complex numbers": (
         changed(lambda x: 1j * x),
-        "obs of counter has the type complex64: in the observation_space Box it must hold real numbers",
+        "obs of counter has the type complex64: "
+        "in the observation_space Box it must hold real numbers",
     ),
     "keys": (
         changed(lambda x: jax.random.key(0), space=Box((), 0, 1)),
-        "obs of counter has the type key<fry>: in the observation_space Box it must hold real numbers",
+        "obs of counter has the type key<fry>: "
+        "in the observation_space Box it must hold real numbers",
     ),
     "an unknown space": (
         changed(space={"a": Box((3,), 0, 1)}),
-        "the observation_space of counter is a dict: it must be a Discrete, a MultiDiscrete or a "
-        "Box, or a Dict of these",
+        "the observation_space of counter is a dict: "
+        "it must be a Discrete, a MultiDiscrete or a Box, or a Dict of these",
     ),
     "an unknown action space": (
         counter()._replace(action_space=3),
@@ -137,11 +144,13 @@ WRONG = {
     ),
     "reward": (
         changed(reward=lambda x: x[None]),
-        "step of counter returns a reward of the shape (1,) and type float32: it must be one real number",
+        "step of counter returns a reward of the shape (1,) and type float32: "
+        "it must be one real number",
     ),
     "complex reward": (
         changed(reward=lambda x: 1j * x),
-        "step of counter returns a reward of the shape () and type complex64: it must be one real number",
+        "step of counter returns a reward of the shape () and type complex64: "
+        "it must be one real number",
     ),
     "rewards": (
         changed(reward=lambda x: {"a": x}),
@@ -181,7 +190,7 @@ WRONG = {
         ),
         f"{RULE}state.extra is key<fry> of the shape () and int32 of the shape ()",
     ),
-    "types that go on changing": (
+    "types that change at every step": (
         changed(
             step_state=with_extra(
                 lambda x: jnp.asarray(x, "float32" if x.dtype == "int32" else "int32")
@@ -192,26 +201,33 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_an_environment_that_does_not_fit_is_one_sentence(name):
-    env, expected = WRONG[name]
+@pytest.mark.parametrize("name", INCONSISTENT)
+def test_an_inconsistent_environment_is_refused_with_one_sentence(name):
+    env, expected = INCONSISTENT[name]
     assert sentence_of(lambda: require_consistent(env)) == expected
 
 
 @pytest.mark.parametrize("name", ["a dict", "shape of step", "reward", "state of step"])
-def test_it_is_told_before_a_trainer_a_run_a_sweep_or_an_evaluation_is_made(name, tmp_path):
-    env, expected = WRONG[name]
+def test_trainers_runs_sweeps_and_evaluations_check_the_environment_first(name, tmp_path):
+    env, expected = INCONSISTENT[name]
     assert sentence_of(lambda: make_train(CONFIG, env)) == expected
     assert sentence_of(lambda: make_train(CONFIG, env, linear_model())) == expected
     assert sentence_of(lambda: fit(CONFIG, env=env, directory=tmp_path / "run")) == expected
     assert sentence_of(lambda: sweep(CONFIG, env=env, directory=tmp_path / "sweep")) == expected
-    fine = counter()
-    policy = Policy(CONFIG, {}, None, linear_model(), fine.observation_space, fine.action_space)
+    consistent = counter()
+    policy = Policy(
+        config=CONFIG,
+        params={},
+        obs_moments=None,
+        model=linear_model(),
+        observation_space=consistent.observation_space,
+        action_space=consistent.action_space,
+    )
     assert sentence_of(lambda: evaluate(policy, env, jax.random.key(0), 2)) == expected
     assert list(tmp_path.iterdir()) == []
 
 
-FINE = {
+CONSISTENT = {
     "counter": counter(),
     "other actions": counter(MULTI),
     "continuous actions": counter(BOX),
@@ -241,18 +257,21 @@ FINE = {
 }
 
 
-@pytest.mark.parametrize("name", FINE)
-def test_an_environment_that_fits_can_be_stepped_in_a_loop(name):
-    """The loops of rollout and evaluation begin with fresh starts in the types of a step."""
-    env = FINE[name]
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_a_consistent_environment_can_be_stepped_in_a_loop(name):
+    """The loops of rollout and evaluation begin with fresh starts in the dtypes of a step."""
+    env = CONSISTENT[name]
     require_consistent(env)
     dtype = float if isinstance(env.action_space, Box) else jnp.int32
     action = jnp.zeros((2, *env.action_space.shape), dtype)
 
     def loop(key):
         def step(now, _):
-            out = jax.vmap(env.step)(jax.random.split(key, 2), now[0], action)
-            return (out.state, out.obs), (out.reward, out.terminated | out.truncated)
+            timestep = jax.vmap(env.step)(jax.random.split(key, 2), now[0], action)
+            return (timestep.state, timestep.obs), (
+                timestep.reward,
+                timestep.terminated | timestep.truncated,
+            )
 
         return jax.lax.scan(step, fresh_starts(env, key, 2), None, 3)
 
@@ -262,7 +281,7 @@ def test_an_environment_that_fits_can_be_stepped_in_a_loop(name):
 
 
 def test_an_environment_with_a_traced_part_is_checked_too():
-    """`clock` takes a traced flag; it must not be kept from one trace to the next."""
+    """`clock` takes a traced flag, which must not leak from one trace to the next."""
 
     def one(terminates):
         require_consistent(clock(terminates=terminates))

@@ -1,6 +1,6 @@
-"""The settings of an environment go wherever its name goes: runs, policies, sweeps, comparisons, the command line.
+"""Settings of an environment are kept with its name in runs, policies, sweeps and comparisons.
 
-In the environment here an episode takes exactly ``limit`` steps, and its return is limit (limit + 1) / 2.
+The environment here has episodes of exactly ``limit`` steps, with the return limit (limit + 1) / 2.
 """
 
 import json
@@ -27,13 +27,13 @@ from purejaxppo import (
 from purejaxppo.cli import commands
 from purejaxppo.envs import gymnax as gymnax_adapter
 from purejaxppo.normalize import Normalizer
-from purejaxppo.policies import render as rendering
-from purejaxppo.runs import fit as fitting
+from purejaxppo.policies import render as render_module
+from purejaxppo.runs import fit as fit_module
 from purejaxppo.runs import run_directory
 from purejaxppo.runs.fit import fingerprint
 from purejaxppo.runs.session import Best
-from purejaxppo.sweeps import compare as comparison
-from purejaxppo.sweeps import sweep as sweeping
+from purejaxppo.sweeps import compare as compare_module
+from purejaxppo.sweeps import sweep as sweep_module
 from purejaxppo.sweeps.grid import groups_of, settings_of
 
 SMALL = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "num_epochs": 1, "hidden_sizes": (4,)}
@@ -42,7 +42,7 @@ KEY = jax.random.key(0)
 
 
 class StopError(Exception):
-    """Nothing after this is of interest."""
+    """Ends a call where the test needs nothing more."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,14 +61,14 @@ def registered():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run in an environment object; the config names another one, with settings of its own."""
+    """A run in an environment object; its config names another environment and settings."""
     config = TINY.replace(env="CartPole-v1", env_settings={"max_steps_in_episode": 50})
     directory = tmp_path_factory.mktemp("run") / "run"
     return fit(config, env=envs.make("steps", limit=3), directory=directory), directory
 
 
 def call(*arguments):
-    """(exit code, what it printed)."""
+    """(exit code, stdout) of a command."""
     with pytest.MonkeyPatch.context() as patch:
         console = Console(highlight=False, soft_wrap=True, width=200, record=True)
         patch.setattr(commands, "console", console)
@@ -88,32 +88,32 @@ def sentence_of(make):
     return message
 
 
-# -------------------------------------------------------------------------------- a run and its files
+# ------------------------------------------------------------------------------ a run and its files
 
 
 def test_a_run_in_an_environment_object_has_its_name_and_settings(run):
-    ended, directory = run
-    assert (ended.config.env, ended.config.env_settings) == ("steps", (("limit", 3),))
-    assert ended.metrics.episode_length[0, -1] == 3
+    trained, directory = run
+    assert (trained.config.env, trained.config.env_settings) == ("steps", (("limit", 3),))
+    assert trained.metrics.episode_length[0, -1] == 3
     description = json.loads((directory / "config.json").read_text())["config"]
     assert (description["env"], description["env_settings"]) == ("steps", {"limit": 3})
-    assert Config.from_dict(description) == ended.config
+    assert Config.from_dict(description) == trained.config
     description = json.loads((directory / "policy" / "policy.json").read_text())
     assert description["config"]["env_settings"] == {"limit": 3}
 
 
-def test_evaluation_without_an_environment_is_in_the_one_that_it_was_trained_in(run):
-    ended, directory = run
-    for policy in (ended.policy(), load_policy(directory / "policy")):
+def test_evaluation_without_an_environment_uses_the_training_environment(run):
+    trained, directory = run
+    for policy in (trained.policy(), load_policy(directory / "policy")):
         got = evaluate(policy, None, KEY, 2)
         assert got.lengths.tolist() == [3, 3] and got.returns.tolist() == [6.0, 6.0]
-    assert evaluate(ended.policy(), envs.make("steps"), KEY, 2).lengths.tolist() == [8, 8]
+    assert evaluate(trained.policy(), envs.make("steps"), KEY, 2).lengths.tolist() == [8, 8]
     code, shown = call("evaluate", directory, "--episodes", 2)
     assert code == 0 and "steps (limit=3): return over 2 fresh episodes" in shown
     assert "policy │ 6.0 ± 0.0 │ 6.0 ± 0.0 │ 3 │" in " ".join(shown.split())
 
 
-def test_a_policy_that_was_saved_before_there_were_settings_is_loaded(run, tmp_path):
+def test_a_policy_saved_before_env_settings_existed_can_be_loaded(run, tmp_path):
     _, directory = run
     description = json.loads((directory / "policy" / "policy.json").read_text())
     del description["config"]["env_settings"]
@@ -124,7 +124,7 @@ def test_a_policy_that_was_saved_before_there_were_settings_is_loaded(run, tmp_p
     assert evaluate(policy, None, KEY, 2).lengths.tolist() == [8, 8]
 
 
-def test_an_environment_that_is_not_known_by_its_name_must_be_given(run):
+def test_an_environment_that_is_not_registered_must_be_given(run):
     own = counter(limit=3, longest=0)._replace(name="my own")
     policy = Policy.from_state(TINY, run[0].state, env=own)
     message = sentence_of(lambda: evaluate(policy, None, KEY, 2))
@@ -133,23 +133,23 @@ def test_an_environment_that_is_not_known_by_its_name_must_be_given(run):
     unrecorded = own._replace(name="steps", settings=None)
     policy = Policy.from_state(TINY, run[0].state, env=unrecorded)
     assert sentence_of(lambda: evaluate(policy, None, KEY, 2)) == (
-        "the settings that steps was made with were not recorded, because they were arrays or traced values: give the "
-        "environment itself, or set env_settings"
+        "the settings that steps was made with were not recorded, because they were arrays or "
+        "traced values: give the environment itself, or set env_settings"
     )
     assert evaluate(policy, unrecorded, KEY, 2).lengths.tolist() == [3, 3]
 
 
-# ---------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------ resume
 
 
-def begun(directory, config):
+def begin_run(directory, config):
     """A run that was interrupted before its first checkpoint."""
     return run_directory.reserve(directory, fingerprint(config, 1) | {"key": 0}, "checkpoints")
 
 
-def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+def test_a_run_resumes_only_with_its_own_settings(tmp_path):
     config = TINY.replace(env="steps", env_settings={"limit": 3})
-    directory = begun(tmp_path / "run", config)
+    directory = begin_run(tmp_path / "run", config)
     for other, there in (
         ({"env_settings": {"limit": 4}}, {"limit": 4}),
         ({"env_settings": {}}, {}),
@@ -165,9 +165,9 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     assert run_directory.unfinished(tmp_path, "*", fingerprint(TINY, 1), 0) is None
 
 
-def test_a_run_that_was_begun_before_there_were_settings_goes_on(tmp_path):
+def test_a_run_begun_before_env_settings_existed_can_be_resumed(tmp_path):
     config = TINY.replace(env="steps")
-    directory = begun(tmp_path / "run", config)
+    directory = begin_run(tmp_path / "run", config)
     description = json.loads((directory / "config.json").read_text())
     del description["config"]["env_settings"]
     (directory / "config.json").write_text(json.dumps(description))
@@ -180,10 +180,10 @@ def test_a_run_that_was_begun_before_there_were_settings_goes_on(tmp_path):
     assert message.endswith("env_settings = {} there and {'limit': 4} here")
 
 
-# ---------------------------------------------------------------------------------- sweep and compare
+# ------------------------------------------------------------------------------- sweep and compare
 
 
-def test_a_sweep_trains_and_scores_in_the_settings_and_can_be_over_them():
+def test_a_sweep_trains_and_scores_in_the_settings_and_can_sweep_over_them():
     config = TINY.replace(env="steps", env_settings={"limit": 7})
     result = sweep(config, seeds=1, grid={"env_settings": [{"limit": 3}]}, eval_episodes=2)
     assert result.scores["score"].tolist() == [6.0]
@@ -192,7 +192,7 @@ def test_a_sweep_trains_and_scores_in_the_settings_and_can_be_over_them():
     assert evaluate(result.policy(0), None, KEY, 2).lengths.tolist() == [3, 3]
 
 
-def test_each_of_the_settings_in_a_grid_is_a_program_of_its_own():
+def test_each_env_settings_value_of_a_grid_is_a_separate_group():
     grid = {"env_settings": [{"limit": 3}, {"limit": 2}], "lr": [0.1, 0.2]}
     settings = settings_of(TINY.replace(env="steps"), grid, 0, np.random.default_rng(0))
     groups = groups_of(TINY.replace(env="steps"), settings)
@@ -211,14 +211,19 @@ def test_a_sweep_in_an_environment_object_has_its_settings(monkeypatch):
         plans.append(plan)
         raise StopError
 
-    asked = []
-    monkeypatch.setattr(sweeping, "fingerprint", lambda config, *rest: asked.append(config) or {})
+    configs = []
+    monkeypatch.setattr(
+        sweep_module, "fingerprint", lambda config, *rest: configs.append(config) or {}
+    )
     with pytest.raises(StopError):
         sweep(TINY, 1, env=envs.make("steps", limit=3), on_plan=stop)
-    assert len(plans) == 1 and (asked[0].env, asked[0].env_settings) == ("steps", (("limit", 3),))
+    assert len(plans) == 1 and (configs[0].env, configs[0].env_settings) == (
+        "steps",
+        (("limit", 3),),
+    )
 
 
-def test_a_sweep_over_what_the_environment_has_not_is_refused_before_it_trains():
+def test_a_sweep_over_an_unknown_setting_is_refused_before_it_trains():
     grid = {"env_settings": [{"limit": 3}, {"limt": 2}]}
     assert "unexpected keyword argument 'limt'" in sentence_of(
         lambda: sweep(TINY.replace(env="steps"), 1, grid)
@@ -228,25 +233,24 @@ def test_a_sweep_over_what_the_environment_has_not_is_refused_before_it_trains()
 def test_a_comparison_trains_in_the_settings(tmp_path, monkeypatch):
     found = []
 
-    def stop(config, **ways):
+    def stop(config, **options):
         found.append(config.env_settings)
         raise StopError
 
-    monkeypatch.setattr(comparison, "fit", stop)
+    monkeypatch.setattr(compare_module, "fit", stop)
     changes = SMALL | {"total_timesteps": 16, "env_settings": {"limit": 3}}
     with pytest.raises(StopError):
         compare(["steps"], ["ppo"], changes=changes, directory=tmp_path / "here")
     assert found == [(("limit", 3),)]
-    assert json.loads((tmp_path / "here" / "config.json").read_text())["configs"][0][
-        "env_settings"
-    ] == {"limit": 3}
+    description = json.loads((tmp_path / "here" / "config.json").read_text())
+    assert description["configs"][0]["env_settings"] == {"limit": 3}
     message = sentence_of(
         lambda: compare(["steps"], ["ppo"], changes={"env_settings": {"limt": 3}})
     )
     assert "unexpected keyword argument 'limt'" in message
 
 
-# ------------------------------------------------------------------------------------------- rendering
+# --------------------------------------------------------------------------------------- rendering
 
 
 def test_an_episode_is_played_and_drawn_in_the_settings(tmp_path, monkeypatch):
@@ -267,29 +271,29 @@ def test_an_episode_is_played_and_drawn_in_the_settings(tmp_path, monkeypatch):
     policy = Policy.from_state(
         config, Best(zeros, Normalizer(None, None), jnp.int32(1), jnp.zeros(()))
     )
-    _, episode_return = rendering.animate(policy, tmp_path / "x.gif")
+    _, episode_return = render_module.animate(policy, tmp_path / "x.gif")
     assert drawn == [("CartPole-v1", {"max_steps_in_episode": 3}, 4)] and episode_return == 3.0
 
 
-def test_a_picture_has_the_measures_of_the_settings(monkeypatch):
-    """gymnax draws with the parameters that it is given."""
+def test_pictures_are_drawn_with_the_sizes_of_the_settings(monkeypatch):
+    """gymnax draws with the parameters passed to it."""
     from gymnax import visualize
 
-    measures = []
+    radii = []
 
     class Visualizer:
         def __init__(self, env, params, states, returns):
-            measures.append(params.circle_radius)
+            radii.append(params.circle_radius)
 
         def animate(self, path):
             pass
 
     monkeypatch.setattr(visualize, "Visualizer", Visualizer)
     gymnax_adapter.drawing("PointRobot-misc", circle_radius=3.0)([], [], "x.gif")
-    assert measures == [3.0]
+    assert radii == [3.0]
 
 
-# -------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 @pytest.mark.parametrize(
@@ -297,12 +301,17 @@ def test_a_picture_has_the_measures_of_the_settings(monkeypatch):
     [
         (["limit=3"], {"limit": 3}),
         (["b=2.5e-1", "a=-1"], {"a": -1, "b": 0.25}),
-        (["a=true", "b=False", "c=None", "d=hard", "e=1.5.2", "f="], {"a": True, "b": False, "c": None, "d": "hard",
-                                                                     "e": "1.5.2", "f": ""}),
-        (["a=(1,2.5)", "b=[1,[2]]", "c='7'", "d=x=y"], {"a": (1, 2.5), "b": (1, (2,)), "c": "7", "d": "x=y"}),
+        (
+            ["a=true", "b=False", "c=None", "d=hard", "e=1.5.2", "f="],
+            {"a": True, "b": False, "c": None, "d": "hard", "e": "1.5.2", "f": ""},
+        ),
+        (
+            ["a=(1,2.5)", "b=[1,[2]]", "c='7'", "d=x=y"],
+            {"a": (1, 2.5), "b": (1, (2,)), "c": "7", "d": "x=y"},
+        ),
         ([], {}),
     ],
-)  # fmt: skip
+)
 def test_the_options_of_train_sweep_and_compare(monkeypatch, words, expected):
     found = []
 
@@ -310,10 +319,10 @@ def test_the_options_of_train_sweep_and_compare(monkeypatch, words, expected):
         found.append((arguments, named))
         raise StopError
 
-    monkeypatch.setattr(fitting, "fit", stop)
-    monkeypatch.setattr(sweeping, "sweep", stop)
-    monkeypatch.setattr(comparison, "compare", stop)
-    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
+    monkeypatch.setattr(fit_module, "fit", stop)
+    monkeypatch.setattr(sweep_module, "sweep", stop)
+    monkeypatch.setattr(compare_module, "compare", stop)
+    monkeypatch.setattr(commands, "split_cpu", lambda num_devices: None)
     monkeypatch.setitem(envs._registered, "any", lambda **settings: counter())
     for command in (["train", "--env", "any"], ["sweep", "--env", "any"], ["compare"]):
         with pytest.raises(StopError):
@@ -331,8 +340,8 @@ def test_the_settings_of_the_grid_of_a_sweep(monkeypatch):
         found.append(named["grid"])
         raise StopError
 
-    monkeypatch.setattr(sweeping, "sweep", stop)
-    monkeypatch.setattr(commands, "split_cpu", lambda parts: None)
+    monkeypatch.setattr(sweep_module, "sweep", stop)
+    monkeypatch.setattr(commands, "split_cpu", lambda num_devices: None)
     with pytest.raises(StopError):
         commands.main(
             ["sweep", "--env", "steps", "--grid", "env_settings=limit=3,limit=4+longest=2"]
@@ -351,16 +360,17 @@ ONCE_EACH = "must be a name and its value, once each, such as max_steps_in_episo
         (["a=1", "a=2"], f"env_settings: 'a=2' {ONCE_EACH}"),
         (
             ["limt=3"],
-            "'steps' cannot be made with these settings: got an unexpected keyword argument 'limt'; it has limit",
+            "'steps' cannot be made with these settings: "
+            "got an unexpected keyword argument 'limt'; it has limit",
         ),
         (
             ["limit={1:2}"],
-            "env_settings['limit'] = {1: 2}: it must be a finite number, a string, True, False, None or a tuple of "
-            "these",
+            "env_settings['limit'] = {1: 2}: "
+            "it must be a finite number, a string, True, False, None or a tuple of these",
         ),
     ],
 )
-def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(words, message, capsys, tmp_path):
+def test_a_wrong_setting_gives_one_sentence_and_writes_nothing(words, message, capsys, tmp_path):
     directory = tmp_path / "run"
     code, shown = call(
         "train", "--env", "steps", "--env-settings", *words, "--directory", directory
@@ -369,10 +379,10 @@ def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(words, message, caps
     assert not directory.exists()
 
 
-def test_an_environment_without_a_bound_is_told_before_it_trains(
+def test_an_environment_without_a_bound_is_refused_before_training(
     capsys, monkeypatch, tmp_path, run
 ):
-    """And `evaluate` takes one."""
+    """And `evaluate` takes a bound by --max-steps."""
     monkeypatch.setitem(
         envs._registered,
         "steps",
@@ -380,11 +390,11 @@ def test_an_environment_without_a_bound_is_told_before_it_trains(
     )
     directory = tmp_path / "run"
     assert call("train", "--env", "steps", "--directory", directory)[0] == 2
-    told = capsys.readouterr().err
-    assert (
-        "steps has no bound on the length of an episode, so its policies cannot be evaluated at the end"
-        in told
+    message = (
+        "steps has no bound on the length of an episode, "
+        "so its policies cannot be evaluated at the end"
     )
+    assert message in capsys.readouterr().err
     assert not directory.exists()
     assert call("evaluate", run[1], "--episodes", 2)[0] == 2
     assert "say by max_steps" in capsys.readouterr().err

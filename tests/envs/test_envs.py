@@ -1,4 +1,4 @@
-"""Environments by name: every one of gymnax trains, and one that cannot says so."""
+"""Environments by name: all of gymnax train, except those that raise an error that says why."""
 
 import warnings
 
@@ -36,11 +36,12 @@ def nothing_made_yet(monkeypatch):
 
 
 def every_environment():
-    """All names; those that stand for the others run in the fast part."""
+    """All names; the representative ones run in the fast part of the suite."""
     names = envs.list_envs()
     assert set(REPRESENTATIVE) <= set(names)
     return [
-        pytest.param(n, marks=() if n in REPRESENTATIVE else pytest.mark.learning) for n in names
+        pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.learning)
+        for name in names
     ]
 
 
@@ -55,7 +56,7 @@ def test_every_environment_trains_under_jit_and_vmap(name):
         num_minibatches=2,
         hidden_sizes=(4,),
     )
-    # Swimmer's own code relies on rank promotion.
+    # gymnax's code of Swimmer relies on rank promotion.
     with jax.numpy_rank_promotion("allow" if name == "Swimmer-misc" else "raise"):
         train = jax.jit(jax.vmap(make_train(config)), compiler_options=FAST_COMPILE)
         state, metrics = train(jax.random.split(jax.random.key(0), 2))
@@ -94,8 +95,8 @@ def test_settings_reach_the_environment():
     assert env.max_episode_steps == 50
     state, _ = env.reset(jax.random.key(0))
     at_the_end = state.replace(time=49, x=0.0, theta=0.0, x_dot=0.0, theta_dot=0.0)
-    out = env.step(jax.random.key(1), at_the_end, jnp.int32(0))
-    assert out.truncated and not out.terminated
+    timestep = env.step(jax.random.key(1), at_the_end, jnp.int32(0))
+    assert timestep.truncated and not timestep.terminated
     assert not env.step(jax.random.key(1), at_the_end.replace(time=48), jnp.int32(0)).truncated
     with pytest.raises(ConfigError, match="max_steps_in_episode"):
         envs.make("CartPole-v1", max_steps=50)
@@ -110,7 +111,7 @@ def test_settings_reach_the_environment():
         ("gymnas/CartPole-v1", "gymnax"),
     ],
 )
-def test_an_unknown_name_gives_the_nearest_one(name, near):
+def test_the_error_for_an_unknown_name_suggests_the_nearest_one(name, near):
     with pytest.raises(ConfigError, match=near) as error:
         make_train(Config(env=name))
     assert name in str(error.value)
@@ -118,7 +119,7 @@ def test_an_unknown_name_gives_the_nearest_one(name, near):
         envs.list_envs("atari")
 
 
-def test_an_environment_that_needs_a_download_says_so():
+def test_an_environment_that_needs_a_download_is_refused_and_not_listed():
     with pytest.raises(ConfigError, match=r"MNISTBandit-bsuite.*data set"):
         envs.make("MNISTBandit-bsuite")
     assert "MNISTBandit-bsuite" not in envs.list_envs()
@@ -182,8 +183,8 @@ def test_an_environment_has_the_name_and_the_settings_it_was_made_with():
     ]
 
 
-def test_settings_that_no_file_can_hold_are_used_but_not_recorded():
-    """Physics may be traced: one program for many gravities."""
+def test_traced_settings_are_used_but_not_recorded():
+    """A setting may be traced: one program for many values of gravity."""
 
     def fall(gravity):
         env = envs.make("CartPole-v1", gravity=gravity)
@@ -224,7 +225,7 @@ def test_the_same_name_and_settings_are_the_same_object():
 
 
 @pytest.mark.usefixtures("no_registered_environments")
-def test_no_more_environments_are_kept_than_a_bound(monkeypatch):
+def test_the_number_of_cached_environments_is_bounded(monkeypatch):
     monkeypatch.setattr(envs, "_made", {})
     monkeypatch.setattr(envs, "MOST_KEPT", 3)
     envs.register("mine", counter)
@@ -235,8 +236,8 @@ def test_no_more_environments_are_kept_than_a_bound(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_made_yet")
 @pytest.mark.parametrize("name", ["Acrobot-v1", "FourRooms-misc", "MetaMaze-misc"])
-def test_one_that_was_made_inside_of_jit_can_be_used_outside(name):
-    """Their constants are arrays, which would be traced there."""
+def test_an_environment_made_inside_jit_can_be_used_outside(name):
+    """These environments have array constants, which would be tracers if made inside jit."""
 
     def inside(x):
         envs.make(name)
@@ -248,7 +249,7 @@ def test_one_that_was_made_inside_of_jit_can_be_used_outside(name):
     assert np.isfinite(obs).all()
 
 
-def test_a_precision_has_environments_of_its_own():
+def test_each_precision_has_separate_environments():
     single = envs.make("Acrobot-v1")
     with jax.enable_x64(True):
         double = envs.make("Acrobot-v1")
@@ -299,17 +300,19 @@ def test_a_precision_has_environments_of_its_own():
         (
             "mine",
             {"limt": 3},
-            "'mine' cannot be made with these settings: got an unexpected keyword argument 'limt'; it",
+            "'mine' cannot be made with these settings: "
+            "got an unexpected keyword argument 'limt'; it",
         ),
         (
             "needy",
             {},
-            "'needy' cannot be made with these settings: missing a required argument: 'size'; it has size",
+            "'needy' cannot be made with these settings: "
+            "missing a required argument: 'size'; it has size",
         ),
         ("seven", {}, "what was registered as 'seven' returned int, and must return an Env"),
     ],
 )
-def test_settings_that_cannot_be_are_one_sentence(name, settings, message):
+def test_wrong_settings_are_refused_with_one_sentence(name, settings, message):
     envs.register("mine", counter)
     envs.register("needy", lambda size: counter(limit=size))
     envs.register("seven", lambda: 7)
@@ -328,31 +331,31 @@ def test_settings_in_an_array_are_written_as_a_tuple():
     assert strong.state.velocity_2 != weak.state.velocity_2
 
 
-# ------------------------------------------------------------------------- what the adapter corrects
+# -------------------------------------------------------------------- corrections by the adapter
 
 
-def test_memory_chain_observes_the_state_that_was_reached():
-    """gymnax's own step_env returns the observation of the state that was left."""
+def test_memory_chain_observes_the_new_state():
+    """gymnax's step_env returns the observation of the previous state."""
     env = envs.make("MemoryChain-bsuite")
     original, params = gymnax_adapter.original("MemoryChain-bsuite")
     state, obs = env.reset(jax.random.key(0))
     times = [float(obs.ravel()[0])]
     for _ in range(3):
-        out = env.step(jax.random.key(1), state, jnp.int32(0))
-        state = out.state
+        timestep = env.step(jax.random.key(1), state, jnp.int32(0))
+        state = timestep.state
         expected = original.observe(jax.random.key(2), state, jnp.int32(0), params)
-        np.testing.assert_array_equal(out.obs, expected)
-        times.append(float(out.obs.ravel()[0]))
-    assert len(set(times)) == 4  # the time is a part of it, so no observation comes twice
+        np.testing.assert_array_equal(timestep.obs, expected)
+        times.append(float(timestep.obs.ravel()[0]))
+    assert len(set(times)) == 4  # the observation holds the time, so all four differ
 
 
-def test_rewards_are_floats_and_ends_are_apart():
+def test_rewards_are_floats_and_the_two_kinds_of_ends_are_bools():
     for name in ("UmbrellaChain-bsuite", "BernoulliBandit-misc", "CartPole-v1"):
         env = envs.make(name)
         state, _ = env.reset(jax.random.key(0))
-        out = jax.eval_shape(env.step, jax.random.key(1), state, jnp.int32(0))
-        assert out.reward.dtype == np.float32 and out.reward.shape == ()
-        assert out.terminated.dtype == out.truncated.dtype == bool
+        timestep = jax.eval_shape(env.step, jax.random.key(1), state, jnp.int32(0))
+        assert timestep.reward.dtype == np.float32 and timestep.reward.shape == ()
+        assert timestep.terminated.dtype == timestep.truncated.dtype == bool
 
 
 @pytest.mark.parametrize(
@@ -372,7 +375,7 @@ def test_observations_become_one_vector(space, obs, expected):
 
 
 def test_actions_in_bfloat16_are_within_the_bounds_of_float32():
-    """0.3 in bfloat16 is 0.30078, which is outside."""
+    """0.3 in bfloat16 is 0.30078, which is out of bounds."""
     box = Box((2,), -0.3, 0.3)
     action = jnp.asarray([[9, -9], [0.25, 0]], jnp.bfloat16)
     np.testing.assert_array_equal(
@@ -383,8 +386,8 @@ def test_actions_in_bfloat16_are_within_the_bounds_of_float32():
     np.testing.assert_allclose(squashed[1], 0.3 * np.tanh([0.25, 0]), rtol=1e-6)
 
 
-def test_an_environment_can_be_made_inside_of_jit():
-    """As in jax.jit(lambda config, key: make_train(config)(key)): gymnax computes the bounds of a space with JAX."""
+def test_an_environment_can_be_made_inside_jit():
+    """gymnax computes the bounds of a space with JAX, so they would be tracers under jit."""
     config = Config(
         env="CartPole-v1", num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16
     )
@@ -394,11 +397,11 @@ def test_an_environment_can_be_made_inside_of_jit():
     assert shapes.metrics.timesteps.shape == (1,)
 
 
-# ---------------------------------------------------------------------------- actions out of reach
+# -------------------------------------------------------------------------- unreachable actions
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "told"),
+    ("low", "high", "expected"),
     [
         (100.0, 200.0, "between 100 and 200"),
         (0.0, 1000.0, "between 0 and 1000"),
@@ -414,8 +417,8 @@ def test_an_environment_can_be_made_inside_of_jit():
         (0.0, np.inf, None),
     ],
 )
-def test_actions_that_a_new_policy_hardly_reaches_are_warned_of(low, high, told):
-    """In [100, 200] with the best action at 150, an agent that is not squashed plays 100 for ever."""
+def test_bounds_that_a_new_policy_hardly_reaches_give_a_warning(low, high, expected):
+    """In [100, 200] with the best action 150, an agent without squashing always plays 100."""
     env = counter(Box((2,), low, high))
     config = Config(num_envs=2, num_steps=8, num_minibatches=2)
     wrappers._told.clear()
@@ -424,11 +427,11 @@ def test_actions_that_a_new_policy_hardly_reaches_are_warned_of(low, high, told)
         make_trainer(config, env)
         make_trainer(config, env)
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == (told is not None)
-    if told is not None:
-        assert told in messages[0] and messages[0].startswith("counter takes actions between")
+    assert len(messages) == (expected is not None)
+    if expected is not None:
+        assert expected in messages[0] and messages[0].startswith("counter takes actions between")
         assert ("squash_actions=True" in messages[0]) == bool(np.isfinite(high).all())
-    if told and np.isfinite(high).all():
+    if expected and np.isfinite(high).all():
         wrappers._told.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Fresh starts are independent draws: unbiased whatever the lengths of the episodes are, and never used twice."""
+"""Fresh starts are independent draws, unbiased for any episode lengths and never reused."""
 
 import math
 from functools import partial
@@ -15,18 +15,18 @@ from purejaxppo.envs.vector import restart, vectorize
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.types import Box, Discrete, Env, Step
 
-LENGTHS = ((1, 10), (1, 2), (2, 3), (1, 50))  # of the two kinds of episodes
+LENGTHS = ((1, 10), (1, 2), (2, 3), (1, 50))  # (short, long) episodes
 STARTS = 100_000
-LANES = 256  # environments that are watched side by side, in groups of B
+COPIES = 256  # environments that are stepped in parallel, in groups of num_envs
 
 
 class Kind(NamedTuple):
-    kind: Any  # 0 or 1, each with probability one half
+    kind: Any  # 0 or 1, with equal probability
     t: Any  # steps taken
 
 
 def two_kinds(short=1, long=50, reward=lambda kind, t, action: jnp.zeros(())) -> Env:
-    """An episode lasts ``short`` steps or ``long`` ones; the observation says only whether it has just begun."""
+    """Episodes of ``short`` or ``long`` steps; the observation shows only the first step."""
 
     def observe(state):
         return jax.nn.one_hot(jnp.minimum(state.t, 1), 2)
@@ -39,16 +39,31 @@ def two_kinds(short=1, long=50, reward=lambda kind, t, action: jnp.zeros(())) ->
         after = state._replace(t=state.t + 1)
         ends = after.t >= jnp.where(state.kind == 1, long, short)
         no = jnp.asarray(False)
-        return Step(after, observe(after), reward(state.kind, state.t, action), ends, no)
+        return Step(
+            state=after,
+            obs=observe(after),
+            reward=reward(state.kind, state.t, action),
+            terminated=ends,
+            truncated=no,
+        )
 
-    return Env("two kinds", reset, step, Box((2,), 0.0, 1.0), Discrete(2), None, False)
+    return Env(
+        name="two kinds",
+        reset=reset,
+        step=step,
+        observation_space=Box((2,), 0.0, 1.0),
+        action_space=Discrete(2),
+        max_episode_steps=None,
+        truncates=False,
+    )
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 4, 8, 16, 64])
 def test_both_kinds_of_episodes_begin_equally_often(num_envs):
-    """A share of starts, up to a time, has expectation one half (Wald): the last start is counted, ended or not.
+    """The share of each kind among all starts has expectation one half (Wald's identity).
 
-    A pool of starts that was run through again gave 0.578 for B = 2 and lengths 1 and 10.
+    Every start is counted, whether its episode has finished or not. A pool of starts that was
+    reused gave 0.578 for B = 2 and lengths 1 and 10.
     """
 
     @jax.jit
@@ -69,9 +84,9 @@ def test_both_kinds_of_episodes_begin_equally_often(num_envs):
         before = (state, jnp.int32(num_envs), state.env.kind.sum())
         return jax.lax.fori_loop(0, num_steps, step, before)[1:]
 
-    keys = jax.random.split(jax.random.key(num_envs), LANES // num_envs)
+    keys = jax.random.split(jax.random.key(num_envs), COPIES // num_envs)
     for lengths in LENGTHS:
-        num_steps = math.ceil(1.05 * STARTS * np.mean(lengths) / LANES)
+        num_steps = math.ceil(1.05 * STARTS * np.mean(lengths) / COPIES)
         count, kinds = (int(x.sum()) for x in starts(jnp.asarray(lengths), num_steps, keys))
         assert count >= STARTS
         standard_error = 0.5 / math.sqrt(count)
@@ -79,7 +94,7 @@ def test_both_kinds_of_episodes_begin_equally_often(num_envs):
 
 
 def numbered(length) -> Env:
-    """Episodes of ``length`` steps; the observation is a start's 64 random bits, in four numbers, and the time."""
+    """Episodes of ``length`` steps; observations are a start's 64 random bits and the time."""
 
     def reset(key):
         bits = jax.random.bits(key, (4,), jnp.uint16).astype(jnp.float32)
@@ -88,17 +103,32 @@ def numbered(length) -> Env:
 
     def step(key, state, action):
         state = state.at[4].add(1)
-        return Step(state, state, jnp.zeros(()), state[4] >= length, jnp.asarray(False))
+        return Step(
+            state=state,
+            obs=state,
+            reward=jnp.zeros(()),
+            terminated=state[4] >= length,
+            truncated=jnp.asarray(False),
+        )
 
-    return Env("numbered", reset, step, Box((5,), 0.0, 65536.0), Discrete(3), None, False)
+    return Env(
+        name="numbered",
+        reset=reset,
+        step=step,
+        observation_space=Box((5,), 0.0, 65536.0),
+        action_space=Discrete(3),
+        max_episode_steps=None,
+        truncates=False,
+    )
 
 
 @pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("length", [1, 9])
 @pytest.mark.parametrize(("num_envs", "num_steps"), [(4, 128), (64, 128), (2048, 32)])
 def test_no_two_episodes_begin_alike(num_envs, num_steps, length, num_shards):
-    """In two rollouts, one after the other, of two vmapped agents: all starts that a policy saw are different."""
-    env, model = numbered(length), linear_model()
+    """All starts in two consecutive rollouts of two vmapped agents are different."""
+    env = numbered(length)
+    model = linear_model()
     block = num_envs // num_shards
     vector_env = vectorize(env, block, None if num_shards == 1 else block)
     rollout = in_shards(make_rollout(env, vector_env, model, num_steps), num_shards)
@@ -108,22 +138,23 @@ def test_no_two_episodes_begin_alike(num_envs, num_steps, length, num_shards):
     def two_rollouts(key):
         key_reset, key_params, *keys = jax.random.split(key, 4)
         state, obs = reset_shards(vector_env, key_reset, num_shards)
-        params, seen = model.init(key_params, obs), []
+        params = model.init(key_params, obs)
+        observed = []
         for key in keys:
             transitions, state, _, _ = rollout(key, params, None, state, ())
-            seen.append((transitions.obs, transitions.reset))
-        return seen
+            observed.append((transitions.obs, transitions.reset))
+        return observed
 
-    seen = two_rollouts(jax.random.split(jax.random.key(0), 2))
-    starts = np.concatenate([np.asarray(obs)[np.asarray(reset)] for obs, reset in seen])
+    observed = two_rollouts(jax.random.split(jax.random.key(0), 2))
+    starts = np.concatenate([np.asarray(obs)[np.asarray(reset)] for obs, reset in observed])
     per_environment = 1 + (2 * num_steps - 1) // length
     assert starts.shape == (2 * num_envs * per_environment, 5)
     assert len(np.unique(starts, axis=0)) == len(starts)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 8])
-def test_the_rows_that_are_done_are_drawn_and_the_others_stay(at_once):
-    """Any number at once gives what drawing each row alone gives, whichever rows are done; also under vmap."""
+def test_done_rows_are_redrawn_and_the_others_are_kept(at_once):
+    """The result is that of drawing each row alone, for any ``at_once``; also under vmap."""
     done = np.array([[0] * 8, [1] * 8, [0, 1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1]], bool)
     keys = jax.random.split(jax.random.key(1), len(done))
     old = {
@@ -150,8 +181,8 @@ def test_the_rows_that_are_done_are_drawn_and_the_others_stay(at_once):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_states_with_random_keys_pass_the_check_of_keys(at_once):
-    """Without a loop, too, as with one environment or in shards; ``jnp.where`` would count as a use of the keys."""
+def test_states_with_random_keys_pass_the_key_reuse_check(at_once):
+    """Also without a loop (at_once = B), where ``jnp.where`` would count as a use of the keys."""
 
     def reset(key):
         key_state, key_obs = jax.random.split(key)
@@ -160,10 +191,26 @@ def test_states_with_random_keys_pass_the_check_of_keys(at_once):
     def step(key, state, action):
         key_state, key_obs = jax.random.split(state)
         obs = jax.random.normal(key_obs, (2,))
-        return Step(key_state, obs, obs[0], obs[1] > 1, jnp.asarray(False))
+        return Step(
+            state=key_state,
+            obs=obs,
+            reward=obs[0],
+            terminated=obs[1] > 1,
+            truncated=jnp.asarray(False),
+        )
 
     env = vectorize(
-        Env("keys", reset, step, Box((2,), -np.inf, np.inf), Discrete(2), None, False), 3, at_once
+        Env(
+            name="keys",
+            reset=reset,
+            step=step,
+            observation_space=Box((2,), -np.inf, np.inf),
+            action_space=Discrete(2),
+            max_episode_steps=None,
+            truncates=False,
+        ),
+        3,
+        at_once,
     )
 
     @jax.jit
@@ -176,14 +223,14 @@ def test_states_with_random_keys_pass_the_check_of_keys(at_once):
 
 
 def losing_bet(kind, t, action):
-    """Action 1 at the first step pays 0.9 in a long episode and −1.1 in a short one: −0.1 on average, against 0."""
+    """Action 1 at the first step: 0.9 in a long episode, −1.1 in a short one, −0.1 on average."""
     pays = jnp.where(kind == 1, 0.9, -1.1)
     return jnp.where((t == 0) & (action == 1), pays, 0.0)
 
 
 @pytest.mark.learning
-def test_ppo_declines_a_bet_that_loses_where_starts_are_unbiased():
-    """The kind is hidden. With a pool that favours long episodes all of these seeds learnt to take the bet."""
+def test_ppo_declines_a_losing_bet_because_starts_are_unbiased():
+    """The kind is hidden. With a pool that favoured long episodes all seeds took the bet."""
     config = Config(
         num_envs=2,
         num_steps=128,
@@ -204,7 +251,10 @@ def test_ppo_declines_a_bet_that_loses_where_starts_are_unbiased():
 
 @pytest.mark.learning
 def test_a_contextual_bandit_sees_enough_different_contexts():
-    """With 128 starts for 8,192 one-step episodes the accuracy was 0.865 to 0.903; with fresh ones it is above 0.95."""
+    """Fresh starts give an accuracy above 0.95.
+
+    With 128 starts for 8,192 one-step episodes it was 0.865 to 0.903.
+    """
     weights = jax.random.normal(jax.random.key(7), (10, 6))
 
     def reset(key):
@@ -214,9 +264,23 @@ def test_a_contextual_bandit_sees_enough_different_contexts():
     def step(key, context, action):
         right = jnp.argmax(context @ weights) == action
         no = jnp.asarray(False)
-        return Step(context, context, right.astype(jnp.float32), ~no, no)
+        return Step(
+            state=context,
+            obs=context,
+            reward=right.astype(jnp.float32),
+            terminated=~no,
+            truncated=no,
+        )
 
-    env = Env("bandit", reset, step, Box((10,), -np.inf, np.inf), Discrete(6), 1, False)
+    env = Env(
+        name="bandit",
+        reset=reset,
+        step=step,
+        observation_space=Box((10,), -np.inf, np.inf),
+        action_space=Discrete(6),
+        max_episode_steps=1,
+        truncates=False,
+    )
     config = Config(num_envs=64, total_timesteps=20 * 8192, lr=1e-3)
     result = jax.jit(jax.vmap(make_train(config, env)))(jax.random.split(jax.random.key(0), 4))
     contexts = jax.random.normal(jax.random.key(8), (10_000, 10))

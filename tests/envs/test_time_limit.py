@@ -1,7 +1,8 @@
-"""A time limit is no termination: the values that training finds are those of the problem that goes on.
+"""A time limit is no termination: learned values are those of the problem without the limit.
 
-Reward 1 at every step and a cut every 10 steps: with γ = 0.9 every state is worth 10. Were the cut a termination, a
-state k steps before it would be worth (1 − γ^k) / (1 − γ): between 1 and 6.5, and 4.1 on average.
+The reward is 1 at every step and episodes are truncated every 10 steps, so with γ = 0.9 every state
+has the value 10. If the truncation were a termination, a state k steps before it would have the
+value (1 − γ^k) / (1 − γ): between 1 and 6.5, and 4.1 on average.
 """
 
 import jax
@@ -14,12 +15,16 @@ from purejaxppo import Config, make_train
 from purejaxppo.networks.actor_critic import mlp_actor_critic
 from purejaxppo.types import Discrete
 
-GAMMA, LIMIT = 0.9, 10
+GAMMA = 0.9
+LIMIT = 10
 
 
 @pytest.mark.parametrize("num_steps", [8, pytest.param(25, marks=pytest.mark.learning)])
-def test_learned_values_are_those_of_the_problem_that_goes_on(num_steps):
-    """Rollouts with at most one cut and with several; and the control: the same ends as terminations."""
+def test_learned_values_are_those_of_the_problem_without_the_limit(num_steps):
+    """Rollouts with at most one truncation and with several.
+
+    The control is the same environment with terminations instead of truncations.
+    """
     config = Config(
         num_envs=8,
         num_steps=num_steps,
@@ -41,9 +46,9 @@ def test_learned_values_are_those_of_the_problem_that_goes_on(num_steps):
         state = make_train(config, env=clock(LIMIT, terminates))(jax.random.key(0)).state
         return model.step(state.params, (), states, jnp.zeros(5, bool))[2]
 
-    cut, terminated = jax.jit(
+    truncated, terminated = jax.jit(
         jax.vmap(learned_values), compiler_options={"xla_backend_optimization_level": 0}
     )(jnp.asarray([False, True]))
 
-    np.testing.assert_allclose(cut, np.full(5, 1 / (1 - GAMMA)), atol=0.5)
+    np.testing.assert_allclose(truncated, np.full(5, 1 / (1 - GAMMA)), atol=0.5)
     assert (terminated < 6.6).all() and (terminated > 2.5).all()

@@ -1,4 +1,4 @@
-"""Evaluation counts whole fresh episodes, each once, with training left as it was."""
+"""Evaluation plays complete fresh episodes, counts each once, and does not affect training."""
 
 import dataclasses
 
@@ -36,7 +36,10 @@ def fast_compilation():
 
 
 def walk() -> Env:
-    """From a random place, three moves change the place; right of 4 and after 9 steps it ends. Steps have no chance."""
+    """A walk from a random place by three moves; steps are deterministic.
+
+    An episode terminates to the right of 4 and is truncated after 9 steps.
+    """
 
     def observe(state):
         place, t = state
@@ -50,15 +53,27 @@ def walk() -> Env:
         place, t = state
         state = (place + jnp.asarray([-0.5, 0.25, 1.0])[action], t + 1)
         return Step(
-            state, observe(state), jnp.cos(state[0]) + 0.1 * action, state[0] > 4, state[1] >= 9
+            state=state,
+            obs=observe(state),
+            reward=jnp.cos(state[0]) + 0.1 * action,
+            terminated=state[0] > 4,
+            truncated=state[1] >= 9,
         )
 
-    return Env("walk", reset, step, Box((3,), -np.inf, np.inf), Discrete(3), 9, True)
+    return Env(
+        name="walk",
+        reset=reset,
+        step=step,
+        observation_space=Box((3,), -np.inf, np.inf),
+        action_space=Discrete(3),
+        max_episode_steps=9,
+        truncates=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """Two agents after some training on the walk: the jitted training, its arguments and its result."""
+    """Two agents trained on the walk: (config, jitted training, keys, result)."""
     config = TINY.replace(lr=0.03, normalize_obs=True)
     train = jax.jit(jax.vmap(make_train(config, walk())))
     keys = jax.random.split(jax.random.key(5), 2)
@@ -73,29 +88,39 @@ def policy(trained):
 
 @pytest.fixture(scope="module")
 def linear():
-    """A policy without training or compilation to speak of, in an environment of random lengths."""
-    env, model = counter(limit=6, longest=9), linear_model()
+    """An untrained policy that compiles quickly, with episodes of random lengths."""
+    env = counter(limit=6, longest=9)
+    model = linear_model()
     state = jax.jit(make_trainer(TINY, env, model).init)(jax.random.key(0))
     return Policy.from_state(TINY, state, env=env, model=model), env
 
 
 def test_returns_and_lengths_equal_a_plain_python_loop(policy):
-    env, key, count = walk(), jax.random.key(7), 6
+    env = walk()
+    key = jax.random.key(7)
+    count = 6
     got = evaluate(policy, env, key, count)
     states, all_obs = fresh_starts(env, jax.random.split(key)[0], count)
-    step, returns, lengths = jax.jit(env.step), [], []
+    step = jax.jit(env.step)
+    returns = []
+    lengths = []
     for i in range(count):
         state, obs = jax.tree.map(lambda x, i=i: x[i], (states, all_obs))
-        total, done, t = 0.0, False, 0
+        total = 0.0
+        done = False
+        t = 0
         while not done:
-            out = step(jax.random.key(0), state, policy.act(obs))
-            state, obs, t, total = out.state, out.obs, t + 1, total + float(out.reward)
-            done = bool(out.terminated) or bool(out.truncated)
+            timestep = step(jax.random.key(0), state, policy.act(obs))
+            state = timestep.state
+            obs = timestep.obs
+            t += 1
+            total += float(timestep.reward)
+            done = bool(timestep.terminated) or bool(timestep.truncated)
         returns.append(total)
         lengths.append(t)
     np.testing.assert_allclose(got.returns, returns, rtol=1e-5)
     np.testing.assert_array_equal(got.lengths, lengths)
-    assert len(set(returns)) == count  # every episode starts somewhere else
+    assert len(set(returns)) == count  # every episode starts at another place
 
 
 def test_deterministic_and_sampled_actions_differ_and_are_reproducible(policy):
@@ -107,7 +132,7 @@ def test_deterministic_and_sampled_actions_differ_and_are_reproducible(policy):
 
 
 @pytest.mark.parametrize("count", [1, 17])
-def test_there_are_as_many_episodes_as_asked_for(linear, count):
+def test_the_number_of_episodes_is_the_requested_one(linear, count):
     policy, env = linear
     got = evaluate(policy, env, jax.random.key(0), count)
     assert got.returns.shape == got.lengths.shape == (count,)
@@ -124,7 +149,7 @@ def test_no_episodes_is_an_error(linear, count):
 
 
 def test_an_episode_counts_once_so_short_ones_are_not_preferred(linear):
-    """Lengths are 1 … 9 alike, cut at 6: 1 … 5 have a chance of 1/9 each and 6 has 4/9."""
+    """Lengths are uniform on 1 … 9 and truncated at 6: P(1) = … = P(5) = 1/9, and P(6) = 4/9."""
     policy, env = linear
     lengths = np.asarray(evaluate(policy, env, jax.random.key(1), 9000).lengths)
     shares = np.bincount(lengths, minlength=7)[1:] / 9000
@@ -133,11 +158,11 @@ def test_an_episode_counts_once_so_short_ones_are_not_preferred(linear):
 
 def test_an_episode_ends_by_termination_or_by_the_time_limit():
     for terminates in (True, False):
-        env, model = clock(10, terminates), linear_model(actions=2)
+        env = clock(10, terminates)
+        model = linear_model(actions=2)
         state = jax.jit(make_trainer(TINY, env, model).init)(jax.random.key(0))
-        got = evaluate(
-            Policy.from_state(TINY, state, env=env, model=model), env, jax.random.key(0), 3
-        )
+        policy = Policy.from_state(TINY, state, env=env, model=model)
+        got = evaluate(policy, env, jax.random.key(0), 3)
         np.testing.assert_array_equal(got.returns, [10.0] * 3)
         np.testing.assert_array_equal(got.lengths, [10] * 3)
 
@@ -161,10 +186,10 @@ def test_it_can_be_vmapped_over_policies_and_keys(trained, policy):
     config, _, _, result = trained
     keys = jax.random.split(jax.random.key(7), 2)
 
-    def of_one(state, key):
+    def evaluate_one(state, key):
         return evaluate(Policy.from_state(config, state, env=walk()), walk(), key, 5)
 
-    both = jax.jit(jax.vmap(of_one))(result.state, keys)
+    both = jax.jit(jax.vmap(evaluate_one))(result.state, keys)
     assert both.returns.shape == both.lengths.shape == (2, 5)
     alone = evaluate(policy, walk(), keys[1], 5)
     np.testing.assert_allclose(both.returns[1], alone.returns, rtol=1e-4)
@@ -172,17 +197,32 @@ def test_it_can_be_vmapped_over_policies_and_keys(trained, policy):
 
 
 def test_the_normaliser_is_used_and_stays_frozen():
-    """Episodes get ever further from what was seen in training: moments that followed would change the actions."""
+    """Observations leave the range of training: moments that were updated would change actions."""
     config = TINY.replace(normalize_obs=True)
 
     def reset(key):
         return jnp.float32(0), jnp.zeros(1)
 
     def step(key, t, action):
-        return Step(t + 1, jnp.full(1, t + 1), 1.0 * action, t >= 7, jnp.asarray(False))
+        return Step(
+            state=t + 1,
+            obs=jnp.full(1, t + 1),
+            reward=1.0 * action,
+            terminated=t >= 7,
+            truncated=jnp.asarray(False),
+        )
 
-    env = Env("ramp", reset, step, Box((1,), 0.0, 10.0), Discrete(2), 8, False)
-    # Action 1 where the normalised observation is above 1, that is where t > 3 + 1 · 1 = 4 for a deviation of 1.
+    env = Env(
+        name="ramp",
+        reset=reset,
+        step=step,
+        observation_space=Box((1,), 0.0, 10.0),
+        action_space=Discrete(2),
+        max_episode_steps=8,
+        truncates=False,
+    )
+    # Action 1 where the normalised observation is above 1. With the mean 3 and the standard
+    # deviation 1 that is where t > 3 + 1 · 1 = 4.
     params = {
         "policy": {"w": jnp.asarray([[0.0, 1.0]]), "b": jnp.asarray([1.0, 0.0])},
         "value": {"w": jnp.zeros(1), "b": jnp.zeros(())},
@@ -202,7 +242,7 @@ def test_the_normaliser_is_used_and_stays_frozen():
     jax.tree.map(np.testing.assert_array_equal, policy.obs_moments, before)
 
 
-def test_without_an_environment_it_is_the_one_of_the_config():
+def test_without_an_environment_the_one_of_the_config_is_used():
     config = TINY.replace(env="Catch-bsuite")
     policy = Policy.from_state(config, jax.jit(make_trainer(config).init)(jax.random.key(0)))
     got = evaluate(policy, None, jax.random.key(0), 4)
@@ -210,42 +250,45 @@ def test_without_an_environment_it_is_the_one_of_the_config():
     assert set(np.abs(np.asarray(got.returns))) == {1.0}
 
 
-# ------------------------------------------------------------------------------------- without a bound
+# --------------------------------------------------------------------------------- without a bound
 
 
 def endless() -> Env:
-    """The clock without a bound: its episodes end after 10 steps, of which nobody tells."""
+    """The clock with no declared bound, although its episodes end after 10 steps."""
     return clock(10, True)._replace(name="endless", max_episode_steps=None, truncates=False)
 
 
 @pytest.fixture(scope="module")
 def unbounded():
-    env, model = endless(), linear_model(actions=2)
+    env = endless()
+    model = linear_model(actions=2)
     state = jax.jit(make_trainer(TINY, env, model).init)(jax.random.key(0))
     return Policy.from_state(TINY, state, env=env, model=model), env
 
 
-def test_where_an_episode_has_no_bound_one_is_asked_for(unbounded):
+def test_where_an_episode_has_no_bound_one_is_required(unbounded):
     policy, env = unbounded
     with pytest.raises(ConfigError) as error:
         evaluate(policy, env, jax.random.key(0), 2)
     assert str(error.value) == (
-        "endless has no bound on the length of an episode, and a policy may never end one: say by max_steps after how "
-        "many steps an episode counts as it stands"
+        "endless has no bound on the length of an episode, and a policy may never end one: "
+        "say by max_steps after how many steps an episode counts as it stands"
     )
 
 
-def test_episodes_that_still_run_at_the_bound_count_as_they_stand(unbounded, linear):
+def test_unfinished_episodes_at_the_bound_count_with_their_return_so_far(unbounded, linear):
     policy, env = unbounded
     for max_steps, expected in ((1, 1), (7, 7), (10, 10), (11, 10), (2**31 - 1, 10)):
         got = evaluate(policy, env, jax.random.key(0), 3, max_steps=max_steps)
         np.testing.assert_array_equal(got.lengths, [expected] * 3)
         np.testing.assert_array_equal(got.returns, [expected] * 3)
-    policy, env = linear  # episodes of 1 to 6 steps, whose n-th reward is n
-    whole = evaluate(policy, env, jax.random.key(0), 50)
-    cut = evaluate(policy, env, jax.random.key(0), 50, max_steps=4)
-    np.testing.assert_array_equal(cut.lengths, np.minimum(whole.lengths, 4))
-    np.testing.assert_array_equal(cut.returns, cut.lengths * (cut.lengths + 1) / 2)
+    policy, env = linear  # episodes of 1 to 6 steps; the n-th reward is n
+    complete = evaluate(policy, env, jax.random.key(0), 50)
+    truncated = evaluate(policy, env, jax.random.key(0), 50, max_steps=4)
+    np.testing.assert_array_equal(truncated.lengths, np.minimum(complete.lengths, 4))
+    np.testing.assert_array_equal(
+        truncated.returns, truncated.lengths * (truncated.lengths + 1) / 2
+    )
 
 
 def test_a_policy_that_never_ends_an_episode_is_stopped(unbounded):
@@ -266,11 +309,11 @@ def test_the_bound_is_a_number_of_steps(unbounded, max_steps):
         evaluate(*unbounded, jax.random.key(0), 2, max_steps=max_steps)
 
 
-# -------------------------------------------------------------------------------------- compiled once
+# ----------------------------------------------------------------------------------- compiled once
 
 
-def test_without_an_environment_it_compiles_once(monkeypatch, tmp_path):
-    """Eight calls, also of policies that were taken and loaded anew: the environment's step is traced for the first."""
+def test_without_an_environment_evaluation_compiles_once(monkeypatch, tmp_path):
+    """The environment's step is traced in the first call only, also for newly loaded policies."""
     traced = []
 
     def factory(limit):
@@ -286,9 +329,9 @@ def test_without_an_environment_it_compiles_once(monkeypatch, tmp_path):
     config = TINY.replace(env="counted", env_settings={"limit": 3})
     state = jax.eval_shape(make_trainer(config).init, jax.random.key(0))
     state = state._replace(params=jax.tree.map(lambda x: jnp.zeros(x.shape), state.params))
-    where = save_policy(tmp_path / "policy", Policy.from_state(config, state))
+    directory = save_policy(tmp_path / "policy", Policy.from_state(config, state))
     policies = [Policy.from_state(config, state), Policy.from_state(config, state)]
-    policies += [load_policy(where), load_policy(where)]
+    policies += [load_policy(directory), load_policy(directory)]
     counts = []
     for key, policy in enumerate(2 * policies):
         np.testing.assert_array_equal(
@@ -301,8 +344,8 @@ def test_without_an_environment_it_compiles_once(monkeypatch, tmp_path):
     assert len(traced) > counts[0]
 
 
-def test_acting_is_compiled_once_for_policies_that_differ_in_their_numbers(linear):
-    """Whatever object they are: the agents of a vmapped state, say."""
+def test_acting_is_compiled_once_for_policies_with_different_parameters(linear):
+    """Also for separate policy objects, as the agents of a vmapped state are."""
     policy, _ = linear
     traced = []
 
@@ -323,7 +366,7 @@ def test_acting_is_compiled_once_for_policies_that_differ_in_their_numbers(linea
     assert traced == [(1, 3)]
 
 
-def test_an_environment_of_other_spaces_is_refused(linear):
+def test_an_environment_with_other_spaces_is_refused(linear):
     policy, _ = linear
     with pytest.raises(ConfigError, match="clock"):
         evaluate(policy, clock(), jax.random.key(0), 2)

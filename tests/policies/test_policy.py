@@ -1,4 +1,4 @@
-"""Policies: taken from a state, acting on any batch, and saved and loaded whole or refused in one sentence."""
+"""Policies from a state, acting on any batch, saved and loaded bit for bit or refused."""
 
 import json
 
@@ -16,7 +16,7 @@ from purejaxppo.types import Box, Discrete, Env, Step
 TINY = Config(
     num_envs=2, num_steps=8, num_minibatches=1, num_epochs=1, total_timesteps=64, hidden_sizes=(4,)
 )
-FAR = Box((2,), -0.1, 0.05)  # sampled actions leave it nearly always
+FAR = Box((2,), -0.1, 0.05)  # sampled actions are nearly always outside
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,21 +27,33 @@ def fast_compilation():
 
 
 def grid(action_space=DISCRETE) -> Env:
-    """Observations [2, 3] and nothing else of interest."""
+    """A minimal environment with observations [2, 3]."""
 
     def reset(key):
         return jnp.int32(0), jax.random.uniform(key, (2, 3))
 
     def step(key, t, action):
         return Step(
-            t + 1, jax.random.uniform(key, (2, 3)), jnp.ones(()), t >= 3, jnp.asarray(False)
+            state=t + 1,
+            obs=jax.random.uniform(key, (2, 3)),
+            reward=jnp.ones(()),
+            terminated=t >= 3,
+            truncated=jnp.asarray(False),
         )
 
-    return Env("grid", reset, step, Box((2, 3), 0.0, 1.0), action_space, 4, False)
+    return Env(
+        name="grid",
+        reset=reset,
+        step=step,
+        observation_space=Box((2, 3), 0.0, 1.0),
+        action_space=action_space,
+        max_episode_steps=4,
+        truncates=False,
+    )
 
 
 def state_of(config, env, model=None, agents=None):
-    """The state before training, with observation moments as if something had been seen."""
+    """The state before training, with observation moments as after some observations."""
     trainer = make_trainer(config, env, model)
 
     def init(key):
@@ -62,7 +74,7 @@ def state_of(config, env, model=None, agents=None):
 
 @pytest.fixture(scope="module")
 def policies():
-    """One of each kind, by name: (policy, environment, the caller's own model)."""
+    """{name: (policy, environment, custom model or None)}, one for each kind."""
     made = {}
     for name, config, env, model in [
         ("discrete", TINY, grid(), None),
@@ -70,29 +82,22 @@ def policies():
         ("continuous", TINY, grid(FAR), None),
         ("squashed", TINY.replace(squash_actions=True), grid(FAR), None),
         ("normalised", TINY.replace(normalize_obs=True), grid(BOX), None),
-        ("own model", TINY, counter(), linear_model()),
-        ("own containers", TINY.replace(normalize_obs=True), counter(), mixed_model()),
+        ("custom model", TINY, counter(), linear_model()),
+        ("custom containers", TINY.replace(normalize_obs=True), counter(), mixed_model()),
         ("no hidden layers", TINY.replace(hidden_sizes=()), grid(), None),
     ]:
         state = state_of(config, env, model)
         made[name] = Policy.from_state(config, state, env=env, model=model), env, model
-    config, env = TINY.replace(normalize_obs=True, shared_trunk=True), grid()
+    config = TINY.replace(normalize_obs=True, shared_trunk=True)
+    env = grid()
     state = state_of(config, env, agents=3)
     made["one of three"] = Policy.from_state(config, state, 2, env), env, None
     made["three"] = config, env, state
     return made
 
 
-KINDS = [
-    "discrete",
-    "multi-discrete",
-    "continuous",
-    "squashed",
-    "normalised",
-    "own model",
-    "own containers",
-]
-KINDS += ["no hidden layers", "one of three"]
+KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised"]
+KINDS += ["custom model", "custom containers", "no hidden layers", "one of three"]
 
 
 def sentence_of(make):
@@ -119,9 +124,9 @@ def observations(policy, *batch):
 # ----------------------------------------------------------------------------------- from a state
 
 
-def test_the_policy_of_a_vmapped_state_is_that_agents_own(policies):
+def test_the_policy_of_a_vmapped_state_has_the_parameters_of_that_agent(policies):
     config, env, state = policies["three"]
-    seen = []
+    kernels = []
     for index in range(3):
         policy = Policy.from_state(config, state, index, env)
         jax.tree.map(
@@ -130,8 +135,8 @@ def test_the_policy_of_a_vmapped_state_is_that_agents_own(policies):
             state.params,
         )
         np.testing.assert_array_equal(policy.obs_moments.mean, state.normalizer.obs.mean[index])
-        seen.append(np.asarray(policy.params["trunk"]["params"]["Dense_0"]["kernel"]))
-    assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()
+        kernels.append(np.asarray(policy.params["trunk"]["params"]["Dense_0"]["kernel"]))
+    assert (kernels[0] != kernels[1]).any() and (kernels[1] != kernels[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -148,8 +153,9 @@ def test_a_vmapped_state_needs_an_index_within_it(policies, index, message):
 
 
 def test_a_config_that_can_be_trained_has_a_policy():
-    """`make_train` takes widths as a list, so the policy of that state must exist too."""
-    config, env = TINY.replace(hidden_sizes=[4]), grid()
+    """`make_train` accepts a list of widths, so `Policy` must accept it too."""
+    config = TINY.replace(hidden_sizes=[4])
+    env = grid()
     policy = Policy.from_state(config, state_of(config, env), env=env)
     assert policy.act(observations(policy)).shape == ()
 
@@ -157,10 +163,8 @@ def test_a_config_that_can_be_trained_has_a_policy():
 def test_a_state_of_one_agent_forbids_an_index(policies):
     config, env, state = policies["three"]
     one = jax.tree.map(lambda x: x[0], state)
-    assert (
-        sentence_of(lambda: Policy.from_state(config, one, 0, env))
-        == "this state holds one agent: leave index out"
-    )
+    message = sentence_of(lambda: Policy.from_state(config, one, 0, env))
+    assert message == "this state holds one agent: leave index out"
 
 
 # ---------------------------------------------------------------------------------------- acting
@@ -170,13 +174,13 @@ def test_a_state_of_one_agent_forbids_an_index(policies):
 def test_any_batch_of_observations_gives_that_batch_of_actions(policies, kind):
     policy, env, _ = policies[kind]
     obs = observations(policy, 2, 3)
-    together = policy.act(obs)
-    assert together.shape == (2, 3, *env.action_space.shape)
+    batched = policy.act(obs)
+    assert batched.shape == (2, 3, *env.action_space.shape)
     for i in np.ndindex(2, 3):
-        np.testing.assert_allclose(policy.act(obs[i]), together[i], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(policy.act(obs[i]), batched[i], rtol=1e-6, atol=1e-7)
     assert policy.act(obs[0, 0]).shape == env.action_space.shape
     assert jnp.issubdtype(
-        together.dtype, jnp.floating if isinstance(env.action_space, Box) else jnp.integer
+        batched.dtype, jnp.floating if isinstance(env.action_space, Box) else jnp.integer
     )
 
 
@@ -186,7 +190,7 @@ def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
     obs = observations(policy, 5)
     features = np.asarray(obs)
     moments = policy.obs_moments
-    assert (moments is not None) == (kind in {"normalised", "own containers", "one of three"})
+    assert (moments is not None) == (kind in {"normalised", "custom containers", "one of three"})
     if moments is not None:
         deviation = np.sqrt(np.asarray(moments.m2) / float(moments.samples) + 1e-8)
         features = np.clip((features - np.asarray(moments.mean)[None]) / deviation[None], -10, 10)
@@ -202,7 +206,7 @@ def test_act_is_the_model_applied_to_the_normalised_observation(policies, kind):
     np.testing.assert_allclose(policy.act(obs), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_without_a_key_the_mode_and_with_one_a_sample(policies):
+def test_actions_are_the_mode_without_a_key_and_samples_with_one(policies):
     policy = policies["discrete"][0]
     obs = jnp.repeat(observations(policy, 1), 3000, axis=0)
     mode = np.asarray(policy.act(obs))
@@ -219,7 +223,8 @@ def test_without_a_key_the_mode_and_with_one_a_sample(policies):
 def test_sampled_actions_are_within_the_box(policies, kind):
     policy, env, _ = policies[kind]
     actions = np.asarray(policy.act(observations(policy, 200), jax.random.key(0)))
-    low, high = np.float32(env.action_space.low), np.float32(env.action_space.high)
+    low = np.float32(env.action_space.low)
+    high = np.float32(env.action_space.high)
     assert (actions >= low).all() and (actions <= high).all()
     inside = ((actions > low) & (actions < high)).mean()
     assert inside > 0.9 if kind == "squashed" else 0 < inside < 0.9
@@ -267,9 +272,9 @@ def test_an_observation_of_another_shape_is_refused(policies):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_policy_comes_back_bit_for_bit(policies, kind, tmp_path):
     policy, env, model = policies[kind]
-    where = save_policy(tmp_path / "a" / "policy", policy)
-    assert sorted(path.name for path in where.iterdir()) == ["params.npz", "policy.json"]
-    back = load_policy(where, env, model)
+    directory = save_policy(tmp_path / "a" / "policy", policy)
+    assert sorted(path.name for path in directory.iterdir()) == ["params.npz", "policy.json"]
+    back = load_policy(directory, env, model)
     assert (back.config, back.observation_space, back.action_space, back.has_own_model) == (
         policy.config,
         policy.observation_space,
@@ -290,14 +295,14 @@ def saved(policies, tmp_path):
 
 
 def rewrite(directory, **changes):
-    """``policy.json`` with these entries changed; None takes one out."""
+    """Change these entries of ``policy.json``; None removes one."""
     path = directory / "policy.json"
     description = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: x for key, x in description.items() if x is not None}))
 
 
 def repack(directory, **arrays):
-    """``params.npz`` with other contents, and a checksum that agrees."""
+    """Write other contents to ``params.npz``, with a matching checksum."""
     import hashlib
 
     np.savez(directory / "params.npz", **arrays)
@@ -306,12 +311,15 @@ def repack(directory, **arrays):
     )
 
 
-def not_ours(directory):
-    return f"{directory} is not a policy of purejaxppo: it needs a policy.json and a params.npz of its own"
+def not_a_policy(directory):
+    return (
+        f"{directory} is not a policy of purejaxppo: "
+        "it needs a policy.json and a params.npz of its own"
+    )
 
 
 class Trap:
-    """Unpickling it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path):
         self.path = path
@@ -349,21 +357,20 @@ def test_truncated_parameters_are_refused(saved):
 def test_a_truncated_description_is_refused(saved, size):
     text = (saved / "policy.json").read_text()
     (saved / "policy.json").write_text(text[:size])
-    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+    assert sentence_of(lambda: load_policy(saved)) == not_a_policy(saved)
 
 
 @pytest.mark.parametrize("name", ["policy.json", "params.npz"])
-def test_a_missing_file_is_told(saved, name):
+def test_a_missing_file_is_refused(saved, name):
     (saved / name).unlink()
-    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+    assert sentence_of(lambda: load_policy(saved)) == not_a_policy(saved)
 
 
-def test_a_missing_or_foreign_directory_is_told(tmp_path):
+def test_a_missing_or_foreign_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     for directory in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
-        assert sentence_of(lambda directory=directory: load_policy(directory)) == not_ours(
-            directory
-        )
+        message = sentence_of(lambda directory=directory: load_policy(directory))
+        assert message == not_a_policy(directory)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +378,12 @@ def test_a_missing_or_foreign_directory_is_told(tmp_path):
     ["[]", "3", '"policy"', "null", "{}", '{"format": "another"}', "\udcff", "[" * 10**5],
     ids=lambda text: text[:10].encode("ascii", "replace").decode(),
 )
-def test_a_description_of_other_json_is_refused(saved, content):
+def test_a_description_with_other_contents_is_refused(saved, content):
     (saved / "policy.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert sentence_of(lambda: load_policy(saved)) == not_ours(saved)
+    assert sentence_of(lambda: load_policy(saved)) == not_a_policy(saved)
 
 
-def test_a_newer_format_is_told_with_its_version(saved):
+def test_the_error_for_a_newer_format_names_its_version(saved):
     rewrite(saved, format_version=4)
     message = sentence_of(lambda: load_policy(saved))
     assert message.startswith(
@@ -397,13 +404,13 @@ def test_a_newer_format_is_told_with_its_version(saved):
         3,
     ],
 )
-def test_wrong_types_of_the_arrays_are_refused(saved, dtypes):
+def test_wrong_dtypes_of_the_arrays_are_refused(saved, dtypes):
     rewrite(saved, dtypes=dtypes)
     assert str(saved) in sentence_of(lambda: load_policy(saved))
 
 
 def write_format_1(directory, config, space, arrays, own_model=False):
-    """A policy as the first versions wrote it."""
+    """A policy in the format of the first versions."""
     directory.mkdir()
     (directory / "policy.json").write_text("{}")
     rewrite(
@@ -415,7 +422,7 @@ def write_format_1(directory, config, space, arrays, own_model=False):
 
 
 def test_format_1_is_read(tmp_path):
-    """Its bounds may be a list of equal numbers, and it has no types of arrays."""
+    """Its bounds may be a list of equal numbers, and it does not record dtypes."""
     layer = {
         "policy/trunk/params/Dense_0/kernel": [[1, -2, 0.5], [3, 0, -1]],
         "policy/trunk/params/Dense_0/bias": [0.5, 0, -0.5],
@@ -442,51 +449,59 @@ def test_format_1_is_read(tmp_path):
     np.testing.assert_array_equal(policy.act(obs), logits.argmax(-1))
 
 
-def test_bfloat16_in_format_1_is_what_the_model_says(tmp_path):
-    """Format 1 wrote its bytes without the name of the type, and could not read them."""
+def test_bfloat16_in_format_1_is_read_with_the_dtypes_of_the_model(tmp_path):
+    """Format 1 wrote such arrays without the name of the dtype, and could not read them."""
     model = mixed_model()
     params = model.init(jax.random.key(3), jnp.zeros((1, 3)))
     arrays = {f"params/{name}": np.asarray(x) for name, x in named_leaves(params).items()}
     assert {x.dtype.name for x in arrays.values()} == {"bfloat16", "float16", "float32"}
     space = {"kind": "box", "shape": [3], "low": 0.0, "high": 1.0}
-    where = write_format_1(tmp_path / "policy", {}, space, arrays, own_model=True)
-    assert_same(load_policy(where, model=model).params, params)
+    directory = write_format_1(tmp_path / "policy", {}, space, arrays, own_model=True)
+    assert_same(load_policy(directory, model=model).params, params)
 
 
-def test_a_config_of_numpy_numbers_is_saved(policies, tmp_path):
-    """`fit` makes them plain, but a policy can be taken from a state with any config that trains."""
+def test_a_config_with_numpy_numbers_is_saved(policies, tmp_path):
+    """`fit` converts them, but a policy can be made with any config that trains."""
     policy, env, _ = policies["discrete"]
     config = TINY.replace(
         num_envs=np.int64(2), hidden_sizes=[np.int64(4)], lr=np.float32(0.5), env="grid"
     )
     policy = Policy(
-        config, policy.params, None, policy.model, env.observation_space, env.action_space
+        config=config,
+        params=policy.params,
+        obs_moments=None,
+        model=policy.model,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
     )
     back = load_policy(save_policy(tmp_path / "policy", policy))
     assert back.config == TINY.replace(lr=0.5, env="grid")
 
 
 def test_parameters_that_cannot_be_loaded_are_not_saved(policies, tmp_path):
-    policy, env, model = policies["own model"]
+    policy, env, model = policies["custom model"]
     params = policy.params | {"steps": jnp.int32(3)}
-    policy = Policy(TINY, params, None, model, env.observation_space, env.action_space)
-    message = sentence_of(lambda: save_policy(tmp_path / "policy", policy))
-    assert (
-        message
-        == "the parameter 'steps' has the type int32: parameters must be floating-point arrays"
+    policy = Policy(
+        config=TINY,
+        params=params,
+        obs_moments=None,
+        model=model,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
     )
+    message = sentence_of(lambda: save_policy(tmp_path / "policy", policy))
+    expected = "the parameter 'steps' has the type int32: parameters must be floating-point arrays"
+    assert message == expected
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "name", ["config", "observation_space", "action_space", "own_model", "params_sha256"]
 )
-def test_a_description_that_lacks_an_entry_names_it(saved, name):
+def test_the_error_for_a_missing_entry_names_it(saved, name):
     rewrite(saved, **{name: None})
-    assert (
-        sentence_of(lambda: load_policy(saved))
-        == f"{saved / 'policy.json'} is damaged: it lacks {name}"
-    )
+    message = sentence_of(lambda: load_policy(saved))
+    assert message == f"{saved / 'policy.json'} is damaged: it lacks {name}"
 
 
 @pytest.mark.parametrize(
@@ -518,7 +533,7 @@ def test_a_description_with_a_wrong_entry_is_refused(saved, name, value, part):
     assert part in sentence_of(lambda: load_policy(saved))
 
 
-def test_parameters_of_other_sizes_or_none_are_refused(policies, saved):
+def test_parameters_of_other_sizes_or_other_networks_are_refused(policies, saved):
     expected = (
         f"the parameters in {saved} do not fit the model: other sizes or another network made them"
     )
@@ -530,7 +545,7 @@ def test_parameters_of_other_sizes_or_none_are_refused(policies, saved):
     assert sentence_of(lambda: load_policy(saved)) == expected
 
 
-def test_parameters_that_are_no_numbers_are_refused(saved):
+def test_parameters_that_are_not_numbers_are_refused(saved):
     arrays = dict(np.load(saved / "params.npz"))
     repack(saved, **{name: np.full(x.shape, "x") for name, x in arrays.items()})
     assert str(saved) in sentence_of(lambda: load_policy(saved))
@@ -546,27 +561,27 @@ def test_moments_that_are_incomplete_or_missing_are_refused(policies, tmp_path):
     assert str(saved) in sentence_of(lambda: load_policy(saved))
 
 
-def test_an_environment_of_other_spaces_is_refused(saved):
+def test_an_environment_with_other_spaces_is_refused(saved):
     other = grid(Discrete(4))
     expected = f"the policy in {saved} was not trained for the spaces of grid"
     assert sentence_of(lambda: load_policy(saved, env=other)) == expected
     assert load_policy(saved, env=grid()).action_space == DISCRETE
 
 
-def test_a_model_of_ones_own_is_needed_again(policies, tmp_path):
-    where = save_policy(tmp_path / "policy", policies["own model"][0])
-    message = sentence_of(lambda: load_policy(where))
-    assert (
-        message
-        == f"the policy in {where} has a model of its own: load_policy(directory, model=...)"
+def test_a_custom_model_is_needed_again(policies, tmp_path):
+    directory = save_policy(tmp_path / "policy", policies["custom model"][0])
+    message = sentence_of(lambda: load_policy(directory))
+    expected = (
+        f"the policy in {directory} has a model of its own: load_policy(directory, model=...)"
     )
+    assert message == expected
     assert "do not fit the model" in sentence_of(
-        lambda: load_policy(where, model=linear_model(actions=4))
+        lambda: load_policy(directory, model=linear_model(actions=4))
     )
 
 
 def contents(directory):
-    """Every file below a directory with its bytes, and every directory."""
+    """{path: bytes} of all files below a directory, {path: None} of all directories."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
@@ -586,7 +601,7 @@ def test_an_existing_directory_is_refused_and_left_alone(policies, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(policies, tmp_path):
+def test_a_directory_that_cannot_be_made_gives_one_sentence(policies, tmp_path):
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
     message = sentence_of(
@@ -597,7 +612,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(policies, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_nothing_is_left_half_written(policies, tmp_path, monkeypatch, error):
+def test_a_failed_save_leaves_no_files(policies, tmp_path, monkeypatch, error):
     def fail(path, **arrays):
         path.write_bytes(b"half")
         raise error

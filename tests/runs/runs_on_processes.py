@@ -1,4 +1,4 @@
-"""One process of several that train together; each has two host devices.
+"""One of several processes that train together; each has two host devices.
 
 python runs_on_processes.py DIRECTORY INDEX COUNT PORT RUN...     writes DIRECTORY/RUN_INDEX.pkl
 """
@@ -22,8 +22,7 @@ from compiled_once import compiled_once
 from small_envs import LINEAR, counter
 
 from purejaxppo import Config, ConfigError, Exchange, fit, sweep
-from purejaxppo.runs import checkpoints as checkpoint
-from purejaxppo.runs import processes
+from purejaxppo.runs import checkpoints, processes
 
 CONFIG = Config(
     num_envs=16,
@@ -36,10 +35,10 @@ CONFIG = Config(
     normalize_reward=True,
 )
 SMALL = CONFIG.replace(num_envs=4, num_shards=1, num_minibatches=1)
-HOW = {"env": counter(), "model": LINEAR, "key": 3}
+RUN = {"env": counter(), "model": LINEAR, "key": 3}
 
 
-def of_run(run):
+def results_of(run):
     state = run.state._replace(key=jax.random.key_data(run.state.key))
     return {
         "arrays": jax.tree.leaves(jax.tree.map(np.asarray, (state, run.best))),
@@ -50,20 +49,24 @@ def of_run(run):
     }
 
 
-def train(directory, ends=None, **more):
-    """One agent, its environments in four shards; the second process gets a signal after some iteration."""
+def train(directory, kill=None, **more):
+    """One agent with its environments in four shards.
+
+    With ``kill=(signal, iteration)`` the second process gets the signal after that iteration.
+    """
 
     def on_progress(progress):
-        if ends and jax.process_index() == 1 and progress.iterations >= ends[1]:
-            os.kill(os.getpid(), ends[0])
+        if kill and jax.process_index() == 1 and progress.iterations >= kill[1]:
+            os.kill(os.getpid(), kill[0])
 
-    how = {"directory": directory, "eval_every": 3, "eval_episodes": 4}
-    return of_run(fit(CONFIG, **HOW, **how, on_progress=on_progress, **more))
+    options = {"directory": directory, "eval_every": 3, "eval_episodes": 4}
+    return results_of(fit(CONFIG, **RUN, **options, on_progress=on_progress, **more))
 
 
 def full_disk(directory):
     """The first two checkpoints cannot be written."""
-    write, calls = checkpoint.Checkpoints._write, []
+    write = checkpoints.Checkpoints._write
+    calls = []
 
     def fails(*arguments):
         calls.append(arguments)
@@ -72,18 +75,18 @@ def full_disk(directory):
         return write(*arguments)
 
     with (
-        mock.patch.object(checkpoint.Checkpoints, "_write", fails),
-        warnings.catch_warnings(record=True) as told,
+        mock.patch.object(checkpoints.Checkpoints, "_write", fails),
+        warnings.catch_warnings(record=True) as caught,
     ):
         outcome = train(directory / "full", checkpoint_seconds=0)
     return outcome | {
-        "told": [str(x.message) for x in told if "checkpoint" in str(x.message)],
+        "warnings": [str(x.message) for x in caught if "checkpoint" in str(x.message)],
         "calls": len(calls),
     }
 
 
-def sweeping(directory):
-    """Six members on four devices, four at once."""
+def run_sweep(directory):
+    """Six members on four devices, four in parallel."""
     result = sweep(
         SMALL,
         3,
@@ -91,7 +94,7 @@ def sweeping(directory):
         directory=directory / "sweep",
         eval_episodes=4,
         at_once=4,
-        **HOW,
+        **RUN,
     )
     tables = [table.to_numpy(float) for table in (result.scores, result.curves)]
     return {
@@ -101,42 +104,43 @@ def sweeping(directory):
     }
 
 
-def population(directory):
+def run_population(directory):
     """Eight members that copy one another, two on each device."""
-    how = {
+    options = {
         "directory": directory / "population",
         "eval_episodes": 4,
         "exchange": Exchange(2, share=0.5),
     }
-    result = sweep(SMALL, 4, {"lr": [1e-3, 3e-3]}, **how, **HOW)
+    result = sweep(SMALL, 4, {"lr": [1e-3, 3e-3]}, **options, **RUN)
     tables = [table.to_numpy(float) for table in (result.scores, result.schedules)]
     assert (result.schedules["held_by"] != result.schedules["member"]).any()
     return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables}
 
 
 def refused(directory):
-    """What is said to wrong input, the same in all processes."""
-    taken, there = directory / "taken", {"directory": directory / "whole"}
-    asked = [
-        lambda: fit(CONFIG, **HOW, **there),
-        lambda: fit(CONFIG.replace(num_shards=1), **HOW, directory=taken),
-        lambda: fit(CONFIG, seeds=3, **HOW, directory=taken),
-        lambda: sweep(SMALL, 2, at_once=1, directory=taken, **HOW),
-        lambda: fit(CONFIG.replace(lr=1e-3 * (1 + jax.process_index())), **HOW, directory=taken),
+    """The errors for wrong input, which are the same in all processes."""
+    taken = directory / "taken"
+    existing = {"directory": directory / "whole"}
+    calls = [
+        lambda: fit(CONFIG, **RUN, **existing),
+        lambda: fit(CONFIG.replace(num_shards=1), **RUN, directory=taken),
+        lambda: fit(CONFIG, seeds=3, **RUN, directory=taken),
+        lambda: sweep(SMALL, 2, at_once=1, directory=taken, **RUN),
+        lambda: fit(CONFIG.replace(lr=1e-3 * (1 + jax.process_index())), **RUN, directory=taken),
     ]
-    said = []
-    for ask in asked:
+    messages = []
+    for call in calls:
         try:
-            ask()
+            call()
         except ConfigError as error:
-            said.append(str(error))
-    return {"said": said, "taken": taken.exists()}
+            messages.append(str(error))
+    return {"messages": messages, "taken": taken.exists()}
 
 
 RUNS = {
     "whole": lambda directory: train(directory / "whole"),
-    "sweep": sweeping,
-    "population": population,
+    "sweep": run_sweep,
+    "population": run_population,
     "refused": refused,
     "full": full_disk,
     "stopped": lambda directory: train(directory / "run", (signal.SIGTERM, 2)),
@@ -147,7 +151,9 @@ RUNS = {
 }
 
 if __name__ == "__main__":
-    directory, (index, count, port), runs = Path(sys.argv[1]), map(int, sys.argv[2:5]), sys.argv[5:]
+    directory = Path(sys.argv[1])
+    index, count, port = map(int, sys.argv[2:5])
+    runs = sys.argv[5:]
     if count > 1:
         processes.connect(f"localhost:{port}", count, index)
     jax.config.update("jax_enable_x64", True)

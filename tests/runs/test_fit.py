@@ -1,4 +1,4 @@
-"""`fit` is `make_train` in pieces: the same numbers, progress in between, and a run directory that is whole."""
+"""`fit`: the numbers of `make_train`, progress, and a complete run directory."""
 
 import csv
 import dataclasses
@@ -41,10 +41,12 @@ def fast_compilation():
 
 
 class Observed:
-    """A run and everything that was seen of it."""
+    """A run with its plans and progress."""
 
     def __init__(self, directory, chunk_seconds, seeds, config=TINY, key=3):
-        self.plans, self.progress, self.directory = [], [], directory
+        self.plans = []
+        self.progress = []
+        self.directory = directory
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(chunks, "CHUNK_SECONDS", chunk_seconds)
             self.run = fit(
@@ -60,19 +62,19 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """One seed, as many chunks as iterations."""
+    """One seed; every chunk is one iteration."""
     return Observed(tmp_path_factory.mktemp("one") / "below" / "run", 0, 1)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """Three seeds, as few chunks as can be."""
+    """Three seeds; the fewest chunks possible."""
     return Observed(tmp_path_factory.mktemp("three") / "run", 100, 3)
 
 
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory):
-    """A learning rate that no network survives."""
+    """A learning rate that makes any network diverge."""
     return Observed(
         tmp_path_factory.mktemp("diverged") / "run", 0, 1, TINY.replace(lr=1e38, anneal_lr=False)
     )
@@ -111,8 +113,8 @@ def test_three_seeds_equal_vmapped_make_train_exactly(three):
     assert len({float(x) for x in three.run.metrics.policy_loss[:, 0]}) == 3
 
 
-def test_chunks_are_as_long_as_they_take(one, three):
-    """So the two tests above have seen every boundary, and none."""
+def test_the_length_of_chunks_depends_on_their_time(one, three):
+    """So the two tests above cover every possible boundary, and almost none."""
     assert [now.iterations for now in one.progress] == list(range(1, K + 1))
     assert [now.iterations for now in three.progress] == [1, K]
 
@@ -120,20 +122,17 @@ def test_chunks_are_as_long_as_they_take(one, three):
 # --------------------------------------------------------------------------------------- progress
 
 
-def test_the_plan_is_told_before_the_first_progress(one, three):
+def test_there_is_one_plan_and_it_is_that_of_the_run(one, three):
     for observed, seeds in ((one, 1), (three, 3)):
         (plan,) = observed.plans
-        assert (
-            plan.config == TINY.replace(env=ENV.name)
-            and plan.seeds == seeds
-            and plan == observed.run.plan
-        )
+        assert plan.config == TINY.replace(env=ENV.name)
+        assert plan.seeds == seeds and plan == observed.run.plan
         assert plan.device.startswith(jax.devices()[0].platform)
         assert plan.memory_bytes > 0 and plan.compile_seconds > 0
         assert not observed.run.interrupted and observed.run.train_seconds > 0
 
 
-def test_progress_ends_at_the_announced_iteration_with_the_right_steps(one, three):
+def test_progress_ends_at_the_last_iteration_with_the_right_steps(one, three):
     for observed in (one, three):
         iterations = [now.iterations for now in observed.progress]
         assert iterations == sorted(set(iterations)) and iterations[-1] == TINY.num_iterations == K
@@ -148,11 +147,12 @@ def test_the_return_in_progress_is_nan_where_no_episode_finished(one):
     np.testing.assert_allclose([now.episode_return for now in one.progress], expected, rtol=1e-6)
 
 
-def test_the_return_in_progress_weighs_episodes_of_all_seeds(three):
+def test_the_return_in_progress_is_the_mean_over_the_episodes_of_all_seeds(three):
     first, rest = three.progress
     metrics = three.run.metrics
     for now, part in ((first, slice(0, 1)), (rest, slice(1, None))):
-        returns, episodes = metrics.episode_return[:, part], metrics.episodes[:, part]
+        returns = metrics.episode_return[:, part]
+        episodes = metrics.episodes[:, part]
         finished = episodes > 0
         expected = (
             np.average(returns[finished], weights=episodes[finished]) if finished.any() else np.nan
@@ -186,8 +186,8 @@ def test_a_diverged_run_is_never_plotted_as_a_return_of_0(diverged):
     assert (diverged.directory / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_divergence_is_told_seed_by_seed(three):
-    """By hand: metrics of two agents of which one is lost in iteration 2."""
+def test_divergence_is_reported_for_each_seed(three):
+    """Metrics by hand: the first of two agents diverges in iteration 2."""
     ones = np.ones((2, 3))
     fields = dict.fromkeys(Metrics._fields, ones) | {"extra": {}}
     metrics = Metrics(**fields | {"grad_norm": np.array([[1.0, np.inf, 1.0], [1, 1, 1]])})
@@ -204,7 +204,7 @@ def rows_of(directory):
         )
 
 
-def test_a_run_directory_has_exactly_what_it_should(one, three):
+def test_a_run_directory_has_exactly_the_expected_files(one, three):
     names = ["config.json", "learning_curve.png", "metrics.csv", "policy"]
     for observed, policies in (
         (one, ["params.npz", "policy.json"]),
@@ -225,12 +225,14 @@ def test_the_configuration_can_be_read_back(one, three):
 
 def test_there_is_a_row_of_exact_values_per_seed_and_iteration(one, three):
     for observed, seeds in ((one, 1), (three, 3)):
-        rows, metrics = rows_of(observed.directory), observed.run.metrics
+        rows = rows_of(observed.directory)
+        metrics = observed.run.metrics
         assert [(int(row["seed"]), int(row["iteration"])) for row in rows] == [
             (seed, k) for seed in range(seeds) for k in range(1, K + 1)
         ]
         assert set(rows[0]) == {"seed", "iteration", *FIELDS, *metrics.extra}
-        for name, x in ({name: getattr(metrics, name) for name in FIELDS} | metrics.extra).items():
+        columns = {name: getattr(metrics, name) for name in FIELDS} | metrics.extra
+        for name, x in columns.items():
             written = np.array([np.float32(row[name] or "nan") for row in rows])
             np.testing.assert_array_equal(written, np.asarray(x, np.float32).ravel(), err_msg=name)
 
@@ -278,7 +280,10 @@ def test_an_existing_directory_is_refused_before_training(tmp_path):
     before = contents(tmp_path)
     for name in ("run", "empty", "file"):
         message = sentence_of(lambda name=name: fit(TINY, env=ENV, directory=tmp_path / name))
-        expected = f"{tmp_path / name} exists already, and a run never overwrites: choose another directory"
+        expected = (
+            f"{tmp_path / name} exists already, and a run never overwrites: "
+            "choose another directory"
+        )
         assert message == expected
     assert contents(tmp_path) == before
 
@@ -310,12 +315,12 @@ def test_seeds_are_a_positive_integer(seeds, tmp_path):
         ({"env": "CartPole-v2"}, "did you mean 'CartPole-v1'?"),
     ],
 )
-def test_a_wrong_configuration_leaves_no_directory(config, part, tmp_path):
+def test_a_wrong_configuration_makes_no_directory(config, part, tmp_path):
     assert part in sentence_of(lambda: fit(config, directory=tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batched_or_unfit_configuration_leaves_no_directory(tmp_path):
+def test_a_batched_configuration_makes_no_directory(tmp_path):
     for config in (
         TINY.replace(lr=np.array([1e-3, 1e-4])),
         TINY.replace(env="MountainCarContinuous-v0", lr=jnp.ones(2)),

@@ -1,4 +1,4 @@
-"""Loggers: every number comes back, a killed and resumed run leaves no trace, and no logger stops a run."""
+"""Loggers: exact numbers, the same files after kill and resume, and no failure stops a run."""
 
 import csv
 import importlib.util
@@ -25,7 +25,10 @@ N = 12  # iterations
 
 
 def make_table(seed=0, members=3, n=N):
-    """Metrics of agents with 8, 9, 10 … steps an iteration; of the first one, no episode ends in odd iterations."""
+    """Metrics of agents with 8, 9, 10, … steps per iteration.
+
+    No episode of the first agent ends in odd iterations.
+    """
     rng = np.random.default_rng(seed)
     iteration = np.tile(np.arange(1, n + 1), (members, 1))
     episodes = rng.integers(1, 5, size=(members, n))
@@ -39,7 +42,7 @@ def make_table(seed=0, members=3, n=N):
         "episodes": episodes,
         "policy_loss": numbers[1],
         "approx_kl": numbers[2],
-        "bonus, mean": numbers[3],  # of a reward_fn
+        "bonus, mean": numbers[3],  # from a reward_fn
     }
 
 
@@ -68,7 +71,7 @@ def sentence_of(make):
 # ---------------------------------------------------------------------------------------------- csv
 
 
-def test_every_number_comes_back_exactly(tmp_path):
+def test_every_number_is_read_back_exactly(tmp_path):
     table = make_table() | {
         "exact": np.random.default_rng(1).normal(size=(3, N)),
         "done": np.arange(3 * N).reshape(3, N) % 2 == 0,
@@ -89,7 +92,7 @@ def test_every_number_comes_back_exactly(tmp_path):
     assert not (tmp_path / "evaluations.csv").exists()
 
 
-def test_any_float32_comes_back_exactly():
+def test_any_float32_is_read_back_exactly():
     x = (
         np.random.default_rng(2)
         .integers(0, 2**32, size=4000, dtype=np.uint64)
@@ -109,18 +112,17 @@ def test_any_float32_comes_back_exactly():
     np.testing.assert_array_equal(back.view(np.uint32), x[0].view(np.uint32))
 
 
-def test_rows_that_do_not_exist_are_left_out(tmp_path):
+def test_rows_that_are_not_valid_are_omitted(tmp_path):
     table = make_table()
     table["valid"] = np.arange(N) < np.array([[N], [5], [0]])
     write(tmp_path, ("metrics", table))
     rows = rows_of(tmp_path / "metrics.csv")
     expected = [(k, s) for k in range(1, N + 1) for s, end in enumerate((N, 5, 0)) if k <= end]
-    assert [
-        (int(row["iteration"]), int(row["seed"])) for row in rows
-    ] == expected and "valid" not in rows[0]
+    assert [(int(row["iteration"]), int(row["seed"])) for row in rows] == expected
+    assert "valid" not in rows[0]
 
 
-def test_appended_in_any_chunks_is_the_same_file(tmp_path, monkeypatch):
+def test_the_file_does_not_depend_on_the_chunks_that_were_appended(tmp_path, monkeypatch):
     table = make_table()
     for name in ("whole", "chunks", "blocks"):
         (tmp_path / name).mkdir()
@@ -136,12 +138,11 @@ def test_appended_in_any_chunks_is_the_same_file(tmp_path, monkeypatch):
     write(tmp_path / "blocks", ("metrics", table), ("evaluation", part(table, 0, 2)))
     for name in ("metrics.csv", "evaluations.csv"):
         texts = {(tmp_path / run / name).read_bytes() for run in ("whole", "chunks", "blocks")}
-        assert len(texts) == 1 and texts.pop().count(b"\n") == (
-            1 + 3 * N if name == "metrics.csv" else 7
-        )
+        assert len(texts) == 1
+        assert texts.pop().count(b"\n") == (1 + 3 * N if name == "metrics.csv" else 7)
 
 
-def test_what_was_written_can_be_seen_at_once(tmp_path):
+def test_written_rows_can_be_read_immediately(tmp_path):
     logger = open_loggers((), tmp_path, MEMBERS, {})
     for stop in (1, 2):
         logger.write("metrics", part(make_table(), stop - 1, stop))
@@ -150,15 +151,17 @@ def test_what_was_written_can_be_seen_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_killed_and_resumed_run_leaves_the_file_of_one_that_was_not(seed, tmp_path):
-    """Cut at any byte, and resumed from a moment before."""
-    chance, table = random.Random(seed), make_table(seed)
+def test_a_killed_and_resumed_run_has_the_file_of_an_uninterrupted_run(seed, tmp_path):
+    """The file is truncated at a random byte, and the run resumes from an earlier iteration."""
+    rng = random.Random(seed)
+    table = make_table(seed)
     (tmp_path / "whole").mkdir()
     write(tmp_path / "whole", ("metrics", table), ("evaluation", part(table, 0, 1)))
-    whole, killed = tmp_path / "whole" / "metrics.csv", tmp_path / "metrics.csv"
+    whole = tmp_path / "whole" / "metrics.csv"
+    killed = tmp_path / "metrics.csv"
     write(tmp_path, ("metrics", part(table, 0, 9)), ("evaluation", part(table, 0, 3)))
-    kept = chance.randint(0, 9)
-    killed.write_bytes(killed.read_bytes()[: chance.randint(0, killed.stat().st_size)])
+    kept = rng.randint(0, 9)
+    killed.write_bytes(killed.read_bytes()[: rng.randint(0, killed.stat().st_size)])
     before = {"metrics": part(table, 0, kept), "evaluation": part(table, 0, min(kept, 1))}
     after = [("metrics", part(table, kept, N))] + [("evaluation", part(table, 0, 1))] * (kept == 0)
     write(tmp_path, *after, before=before)
@@ -173,7 +176,7 @@ def test_a_killed_and_resumed_run_leaves_the_file_of_one_that_was_not(seed, tmp_
     ]
 
 
-def test_resumed_from_nothing_forgets_everything(tmp_path):
+def test_resuming_from_nothing_deletes_all_rows(tmp_path):
     write(tmp_path, ("metrics", make_table()), ("evaluation", make_table()))
     write(tmp_path, before={})
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +200,7 @@ def test_other_columns_are_not_written_under_the_wrong_names(tmp_path):
     assert len(rows_of(tmp_path / "metrics.csv")) == 3 * N
 
 
-# -------------------------------------------------------------------------------------- tensorboard
+# ------------------------------------------------------------------------------------- tensorboard
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboardX") is None, reason="tensorboardX is an extra"
@@ -205,7 +208,7 @@ needs_tensorboard = pytest.mark.skipif(
 
 
 def events_of(path):
-    """The events of a file, by its format: length, its check sum, data, their check sum."""
+    """The events of a file; its format is length, checksum of the length, data, checksum."""
     from tensorboardX.crc32c import crc32c
     from tensorboardX.proto.event_pb2 import Event
 
@@ -214,34 +217,37 @@ def events_of(path):
         return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
     assert crc32c(b"123456789") == 0xE3069283
-    data, events = path.read_bytes(), []
+    data = path.read_bytes()
+    events = []
     while data:
-        (length,), (checked,) = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
-        body, (body_checked,) = (
-            data[12 : 12 + length],
-            struct.unpack("<I", data[12 + length : 16 + length]),
-        )
-        assert (checked, body_checked) == (masked(data[:8]), masked(body))
+        (length,) = struct.unpack("<Q", data[:8])
+        (length_checksum,) = struct.unpack("<I", data[8:12])
+        body = data[12 : 12 + length]
+        (body_checksum,) = struct.unpack("<I", data[12 + length : 16 + length])
+        assert (length_checksum, body_checksum) == (masked(data[:8]), masked(body))
         events.append(Event.FromString(body))
         data = data[16 + length :]
     return events
 
 
 def streams_of(directory):
-    """For each member what TensorBoard shows, {tag: {step: value}}: a restart purges what was from its step on."""
+    """The curves that TensorBoard shows, {member: {tag: {step: value}}}.
+
+    A restart deletes the values from its step onwards.
+    """
     streams = {}
     for folder in sorted((directory / "tensorboard").iterdir()):
-        shown = streams[folder.name] = {}
+        curves = streams[folder.name] = {}
         for path in sorted(folder.iterdir()):
             start, *events = events_of(path)
             assert start.file_version == "brain.Event:2" and "tfevents" in path.name
             for event in events:
                 if event.HasField("session_log"):
                     assert event.session_log.status == event.session_log.START
-                    for tag, curve in shown.items():
-                        shown[tag] = {step: x for step, x in curve.items() if step < event.step}
+                    for tag, curve in curves.items():
+                        curves[tag] = {step: x for step, x in curve.items() if step < event.step}
                 for value in event.summary.value:
-                    curve = shown.setdefault(value.tag, {})
+                    curve = curves.setdefault(value.tag, {})
                     assert event.step not in curve and abs(event.wall_time - time.time()) < 600
                     curve[event.step] = value.simple_value
     return streams
@@ -257,7 +263,7 @@ TAGS = {
 
 
 def expected_stream(table, member):
-    """Steps and values of a member, by hand; NaN left out."""
+    """Steps and values of a member, by hand, without NaN."""
     steps = (8 + member) * np.arange(1, N + 1)
     return {
         tag: {
@@ -293,27 +299,28 @@ def test_tensorboard_has_a_stream_per_member(tmp_path):
 
 @needs_tensorboard
 @pytest.mark.parametrize("kept", [0, 3])
-def test_tensorboard_forgets_what_a_resumed_run_does_anew(kept, tmp_path):
-    table, lost = make_table(0), make_table(1)
+def test_tensorboard_deletes_the_values_that_a_resumed_run_repeats(kept, tmp_path):
+    table = make_table(0)
+    lost = make_table(1)
     write(
         tmp_path,
         ("metrics", part(table, 0, 3)),
         ("metrics", part(lost, 3, 7)),
         names=["tensorboard"],
     )
-    last = sorted((tmp_path / "tensorboard" / "seed_1").iterdir())[0]
-    size = last.stat().st_size
+    old = sorted((tmp_path / "tensorboard" / "seed_1").iterdir())[0]
+    size = old.stat().st_size
     before = {"metrics": part(table, 0, kept)}
     write(tmp_path, ("metrics", part(table, kept, N)), names=["tensorboard"], before=before)
-    assert last.stat().st_size == size and len(list(last.parent.iterdir())) == 2
+    assert old.stat().st_size == size and len(list(old.parent.iterdir())) == 2
     streams = streams_of(tmp_path)
     for i, member in enumerate(MEMBERS):
         assert {tag: curve for tag, curve in streams[member].items()} == expected_stream(table, i)
 
 
 @needs_tensorboard
-def test_tensorboard_is_for_a_hundred_agents_at_most(tmp_path):
-    """Each of which keeps a file open until the end, and then none."""
+def test_tensorboard_takes_at_most_a_hundred_agents(tmp_path):
+    """Each agent keeps a file open until the end; afterwards all files are closed."""
     members = [f"seed_{i}" for i in range(100)]
     before = len(list(Path("/proc/self/fd").iterdir()))
     write(
@@ -331,7 +338,7 @@ def test_tensorboard_is_for_a_hundred_agents_at_most(tmp_path):
 
 
 @needs_tensorboard
-def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch):
+def test_a_full_disk_stops_tensorboard_and_not_the_run(tmp_path, monkeypatch):
     from tensorboardX.record_writer import RecordWriter
 
     def full(writer, data):
@@ -351,11 +358,13 @@ def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch):
 
 
 class FakeWandb(types.ModuleType):
-    """What of W&B is used: runs by their ids, each with the steps it has from before."""
+    """The part of W&B that is used: runs by id, each with its steps from earlier sessions."""
 
     def __init__(self):
         super().__init__("wandb")
-        self.opened, self.finished, self.logged = [], [], {}
+        self.opened = []
+        self.finished = []
+        self.logged = {}
 
     def init(self, **settings):
         self.opened.append(settings)
@@ -382,7 +391,8 @@ def wandb(monkeypatch):
 
 def test_wandb_has_a_run_per_member_in_one_group(wandb, tmp_path, monkeypatch):
     write(tmp_path, names=["wandb"], description={"config": {"lr": 1e-3}, "seeds": 3})
-    ids, names = [run["id"] for run in wandb.opened], [run["name"] for run in wandb.opened]
+    ids = [run["id"] for run in wandb.opened]
+    names = [run["name"] for run in wandb.opened]
     assert len(set(ids)) == 3 and names == [f"{tmp_path.name}-{member}" for member in MEMBERS]
     assert len({run["group"] for run in wandb.opened}) == 1
     assert sorted(wandb.finished) == ids
@@ -393,7 +403,7 @@ def test_wandb_has_a_run_per_member_in_one_group(wandb, tmp_path, monkeypatch):
             "allow",
             "create_new",
         )
-        assert "mode" not in run  # or WANDB_MODE would be without effect
+        assert "mode" not in run  # a mode would override WANDB_MODE
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     write(tmp_path, names=["wandb"], before={})
     assert [run["id"] for run in wandb.opened[3:]] == ids and wandb.opened[3]["project"] == "mine"
@@ -402,7 +412,7 @@ def test_wandb_has_a_run_per_member_in_one_group(wandb, tmp_path, monkeypatch):
     assert not {run["id"] for run in wandb.opened[6:]} & set(ids)
 
 
-def test_wandb_gets_the_means_of_what_is_written_at_once(wandb, tmp_path):
+def test_wandb_gets_the_means_over_each_write(wandb, tmp_path):
     table = {
         "iteration": np.array([[1, 2, 3]] * 2),
         "timesteps": np.array([[10, 20, 30], [7, 14, 21]]),
@@ -439,8 +449,8 @@ def test_wandb_gets_the_means_of_what_is_written_at_once(wandb, tmp_path):
     }
 
 
-def test_a_resumed_wandb_run_goes_on_where_it_was(wandb, tmp_path):
-    """It has the killed one's iterations up to 5 already, which the resumed one does again from 3 on."""
+def test_a_resumed_wandb_run_continues_without_duplicates(wandb, tmp_path):
+    """W&B has 5 iterations of the killed run already; the resumed run repeats the last two."""
     table = make_table()
     for k in range(5):
         write(
@@ -465,7 +475,7 @@ def test_a_resumed_wandb_run_goes_on_where_it_was(wandb, tmp_path):
         assert written == expected_stream(table, i)
 
 
-def test_runs_that_were_opened_are_finished_when_another_cannot_be(wandb, tmp_path, monkeypatch):
+def test_open_wandb_runs_are_finished_when_another_cannot_be_opened(wandb, tmp_path, monkeypatch):
     def init(**settings):
         if len(wandb.opened) == 2:
             raise OSError("no network")
@@ -481,7 +491,7 @@ def test_runs_that_were_opened_are_finished_when_another_cannot_be(wandb, tmp_pa
 
 
 @pytest.mark.usefixtures("wandb")
-def test_wandb_is_not_for_thousands_of_agents(tmp_path):
+def test_wandb_refuses_thousands_of_agents(tmp_path):
     message = sentence_of(
         lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {})
     )
@@ -494,7 +504,7 @@ def test_wandb_is_not_for_thousands_of_agents(tmp_path):
 # ---------------------------------------------------------------------------- failures and mistakes
 
 
-def test_a_failing_logger_is_told_of_once_and_the_others_go_on(wandb, tmp_path, monkeypatch):
+def test_a_failing_logger_gives_one_warning_and_the_others_continue(wandb, tmp_path, monkeypatch):
     attempts = []
 
     def fail(directory, *arguments, numbered):
@@ -504,7 +514,7 @@ def test_a_failing_logger_is_told_of_once_and_the_others_go_on(wandb, tmp_path, 
         )
 
     monkeypatch.setitem(LOGGERS, "csv", fail)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write(
             tmp_path,
@@ -514,11 +524,10 @@ def test_a_failing_logger_is_told_of_once_and_the_others_go_on(wandb, tmp_path, 
     expected = (
         "logger 'csv' failed and is left out from now on: ZeroDivisionError: division by zero"
     )
-    assert [str(warning.message) for warning in told] == [expected]
+    assert [str(warning.message) for warning in caught] == [expected]
     assert attempts == ["metrics", "close"]
-    assert [len(history) for history in wandb.logged.values()] == [N, N, N] and len(
-        wandb.finished
-    ) == 3
+    assert [len(history) for history in wandb.logged.values()] == [N, N, N]
+    assert len(wandb.finished) == 3
 
 
 def test_a_full_disk_does_not_stop_a_run(wandb, tmp_path):
@@ -530,7 +539,9 @@ def test_a_full_disk_does_not_stop_a_run(wandb, tmp_path):
     before = {"metrics": part(make_table(), 0, 1)}
     with pytest.warns(UserWarning, match="logger 'csv' failed .* No space left on device"):
         write(tmp_path, ("metrics", part(make_table(), 1, N)), names=["wandb"], before=before)
-    assert (tmp_path / "metrics.csv").read_bytes() == text  # written anew whole or not at all
+    assert (
+        tmp_path / "metrics.csv"
+    ).read_bytes() == text  # it is rewritten completely or not at all
     assert [len(history) for history in wandb.logged.values()] == [1, 1, 1]
 
 
@@ -545,7 +556,7 @@ def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
         write(tmp_path, ("metrics", make_table()))
 
 
-def test_wrong_names_are_one_sentence(tmp_path):
+def test_wrong_names_give_one_sentence(tmp_path):
     for directory in (tmp_path, None):
         message = sentence_of(
             lambda directory=directory: open_loggers(["tensorbord"], directory, MEMBERS, {})
@@ -557,28 +568,26 @@ def test_wrong_names_are_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_missing_package_is_one_sentence(name, package, tmp_path, monkeypatch):
+def test_a_missing_package_gives_one_sentence(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     message = sentence_of(lambda: open_loggers([name], tmp_path, MEMBERS, {}))
-    assert (
-        message == f"logger {name!r} needs the package {package}: pip install 'purejaxppo[{name}]'"
-    )
+    expected = f"logger {name!r} needs the package {package}: pip install 'purejaxppo[{name}]'"
+    assert message == expected
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_package_says_what_is_wrong_with_it(tmp_path, monkeypatch):
+def test_the_error_for_a_broken_package_has_its_cause(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text("import purejaxppo_has_no_such_module")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     message = sentence_of(lambda: open_loggers(["wandb"], tmp_path, MEMBERS, {}))
     assert message.startswith(
-        "logger 'wandb' cannot import the package wandb: ModuleNotFoundError: No module named 'purej"
+        "logger 'wandb' cannot import the package wandb: "
+        "ModuleNotFoundError: No module named 'purej"
     )
 
 
-def test_without_a_directory_nothing_is_written_and_no_logger_can_be_asked_for(
-    tmp_path, monkeypatch
-):
+def test_without_a_directory_nothing_is_written_and_loggers_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(None, ("metrics", make_table()))
     assert list(tmp_path.iterdir()) == []
@@ -588,8 +597,10 @@ def test_without_a_directory_nothing_is_written_and_no_logger_can_be_asked_for(
 
 
 def test_importing_the_loggers_imports_none_of_their_packages():
-    packages = "{'pandas', 'wandb', 'tensorboardX'}"
-    code = f"import sys, purejaxppo.runs.loggers.open; print({packages} & set(sys.modules))"
+    code = (
+        "import sys, purejaxppo.runs.loggers.open as _; "
+        "print({'pandas', 'wandb', 'tensorboardX'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -597,6 +608,5 @@ def test_importing_the_loggers_imports_none_of_their_packages():
 def test_the_id_of_a_wandb_run_is_kept_in_its_directory(wandb, tmp_path):
     write(tmp_path, names=["wandb"])
     shared = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    assert [run["id"] for run in wandb.opened] == [f"{shared}-{i}" for i in range(3)] and len(
-        shared
-    ) == 8
+    assert [run["id"] for run in wandb.opened] == [f"{shared}-{i}" for i in range(3)]
+    assert len(shared) == 8

@@ -1,4 +1,4 @@
-"""Several processes that train together: the same numbers as one, and an end when one of them dies."""
+"""Several processes give the numbers of one process, and all end when one of them dies."""
 
 import os
 import pickle
@@ -21,66 +21,66 @@ SCRIPT = Path(__file__).with_name("runs_on_processes.py")
 
 
 def start(directory, count, *runs):
-    """So many processes of `runs_on_processes.py`."""
+    """Start ``count`` processes of `runs_on_processes.py`."""
     directory.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_FLAGS}
-    command, started = [sys.executable, SCRIPT, directory], []
+    command = [sys.executable, SCRIPT, directory]
+    started = []
     for index in range(count):
-        with (directory / f"told_{index}").open("w") as told:
+        with (directory / f"output_{index}").open("w") as output:
             numbers = map(str, (index, count, port))
             started.append(
                 subprocess.Popen(
-                    [*command, *numbers, *runs], env=environment, stdout=told, stderr=told
+                    [*command, *numbers, *runs], env=environment, stdout=output, stderr=output
                 )
             )
     return started
 
 
-def ends(directory, started):
-    """The exit code of each, and what it wrote."""
+def wait_for(directory, started):
+    """The exit codes and the outputs of the processes."""
     try:
         codes = [process.wait(timeout=400) for process in started]
     finally:
         for process in started:
             process.kill()
-    return codes, [(directory / f"told_{index}").read_text() for index in range(len(started))]
+    return codes, [(directory / f"output_{index}").read_text() for index in range(len(started))]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{(processes, run): what each process got}, the directory of two, and how the one that was left alone ended."""
+    """The results {(directory, run, process): …}, the directory of two processes, the survivor."""
     root = tmp_path_factory.mktemp("runs")
     two = start(
         root / "two", 2, "whole", "sweep", "population", "refused", "full", "stopped", "killed"
     )
     two[1].wait(timeout=400)
     died = time.monotonic()
-    (survivor, killed), told = ends(root / "two", two)
-    left = {"codes": (survivor, killed), "told": told[0], "seconds": time.monotonic() - died}
-    again, one = (
-        start(root / "two", 2, "resumed"),
-        start(root / "one", 1, "whole", "sweep", "population"),
-    )
+    codes, outputs = wait_for(root / "two", two)
+    seconds = time.monotonic() - died
+    survivor = {"codes": codes, "output": outputs[0], "seconds": seconds}
+    again = start(root / "two", 2, "resumed")
+    one = start(root / "one", 1, "whole", "sweep", "population")
     for directory, started in ((root / "two", again), (root / "one", one)):
-        codes, told = ends(directory, started)
-        assert not any(codes), told[0][-3000:]
-    found = {}
+        codes, outputs = wait_for(directory, started)
+        assert not any(codes), outputs[0][-3000:]
+    results = {}
     for path in root.glob("*/*.pkl"):
         name, index = path.stem.split("_")
-        found[path.parent.name, name, int(index)] = pickle.loads(path.read_bytes())
-    return found, root / "two", left
+        results[path.parent.name, name, int(index)] = pickle.loads(path.read_bytes())
+    return results, root / "two", survivor
 
 
 @pytest.mark.learning
 @pytest.mark.parametrize("name", ["whole", "sweep", "population"])
 def test_two_processes_have_the_numbers_of_one(runs, name):
-    found, _, _ = runs
-    one = found["one", name, 0]
+    results, _, _ = runs
+    one = results["one", name, 0]
     for index in range(2):
-        two = found["two", name, index]
+        two = results["two", name, index]
         for kind in ("arrays", "tables"):
             assert len(two[kind]) == len(one[kind]) > 0
             for a, b in zip(two[kind], one[kind], strict=True):
@@ -89,35 +89,36 @@ def test_two_processes_have_the_numbers_of_one(runs, name):
 
 
 @pytest.mark.learning
-def test_they_use_the_devices_of_both(runs):
-    found, _, _ = runs
-    assert found["two", "whole", 1]["device"] == "4 × cpu in 2 processes"
-    assert found["one", "whole", 0]["device"] == "2 × cpu"
-    assert found["two", "sweep", 0]["parts"] == found["one", "sweep", 0]["parts"] == 2
+def test_two_processes_use_the_devices_of_both(runs):
+    results, _, _ = runs
+    assert results["two", "whole", 1]["device"] == "4 × cpu in 2 processes"
+    assert results["one", "whole", 0]["device"] == "2 × cpu"
+    assert results["two", "sweep", 0]["parts"] == results["one", "sweep", 0]["parts"] == 2
 
 
 @pytest.mark.learning
-def test_a_signal_to_one_stops_both_after_a_checkpoint(runs):
-    found, _, _ = runs
-    assert [found["two", "stopped", index]["interrupted"] for index in range(2)] == [True, True]
-    assert len({len(found["two", "stopped", index]["tables"][0][0]) for index in range(2)}) == 1
+def test_a_signal_to_one_process_stops_both_after_a_checkpoint(runs):
+    results, _, _ = runs
+    assert [results["two", "stopped", index]["interrupted"] for index in range(2)] == [True, True]
+    assert len({len(results["two", "stopped", index]["tables"][0][0]) for index in range(2)}) == 1
 
 
 @pytest.mark.learning
-def test_when_one_dies_the_other_ends_with_an_error(runs):
-    _, _, left = runs
-    assert left["codes"][1] == -signal.SIGKILL and left["codes"][0] not in (0, -signal.SIGKILL)
-    assert left["seconds"] < 60
-    assert (
-        "ConnectionError: the processes of this run do not work together any more" in left["told"]
-    )
+def test_when_one_process_dies_the_other_ends_with_an_error(runs):
+    _, _, survivor = runs
+    code, killed_code = survivor["codes"]
+    assert killed_code == -signal.SIGKILL and code not in (0, -signal.SIGKILL)
+    assert survivor["seconds"] < 60
+    message = "ConnectionError: the processes of this run do not work together any more"
+    assert message in survivor["output"]
 
 
 @pytest.mark.learning
-def test_what_was_stopped_and_killed_goes_on_to_the_same_bits(runs):
-    found, directory, _ = runs
+def test_a_stopped_and_killed_run_resumes_to_the_same_bits(runs):
+    results, directory, _ = runs
     for index in range(2):
-        whole, resumed = found["two", "whole", index], found["two", "resumed", index]
+        whole = results["two", "whole", index]
+        resumed = results["two", "resumed", index]
         assert resumed["resumed_at"] == 5 and not resumed["interrupted"]
         for kind in ("arrays", "tables"):
             for a, b in zip(resumed[kind], whole[kind], strict=True):
@@ -127,11 +128,11 @@ def test_what_was_stopped_and_killed_goes_on_to_the_same_bits(runs):
 
 
 @pytest.mark.learning
-def test_what_is_refused_is_refused_by_both(runs):
-    found, directory, _ = runs
+def test_wrong_input_is_refused_by_both_processes(runs):
+    results, directory, _ = runs
     for index in range(2):
-        refused = found["two", "refused", index]
-        exists, shards, seeds, at_once, different = refused["said"]
+        refused = results["two", "refused", index]
+        exists, shards, seeds, at_once, different = refused["messages"]
         assert "exists already" in exists and str(directory / "whole") in exists
         assert shards == "num_shards = 1 cannot be divided among 2 processes: take a multiple of 2"
         assert seeds == "seeds = 3 cannot be divided among 2 processes: take a multiple of 2"
@@ -141,17 +142,19 @@ def test_what_is_refused_is_refused_by_both(runs):
 
 
 @pytest.mark.learning
-def test_a_full_disk_is_told_by_both_and_they_go_on(runs):
-    found, _, _ = runs
+def test_both_processes_warn_of_a_full_disk_and_continue(runs):
+    results, _, _ = runs
     for index in range(2):
-        full, whole = found["two", "full", index], found["two", "whole", index]
-        assert len(full["told"]) == 2 and all("no space left" in text for text in full["told"])
-        assert full["calls"] == (9 if index == 0 else 0)  # the first process writes
+        full = results["two", "full", index]
+        whole = results["two", "whole", index]
+        assert len(full["warnings"]) == 2
+        assert all("no space left" in text for text in full["warnings"])
+        assert full["calls"] == (9 if index == 0 else 0)  # process 0 writes
         for a, b in zip(full["tables"], whole["tables"], strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-# ---------------------------------------------------------------------------------------- the parts
+# ----------------------------------------------------------------------- devices and connections
 
 
 @pytest.mark.parametrize(
@@ -167,12 +170,12 @@ def test_a_full_disk_is_told_by_both_and_they_go_on(runs):
         ([3, 3], 8, 2),
     ],
 )
-def test_every_process_gives_equally_many_devices(own, parts, used):
+def test_every_process_contributes_the_same_number_of_devices(own, parts, used):
     assert evenly("agents", parts, own) == used
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ({"coordinator": "here:1"}, "a coordinator needs how many there are"),
         ({"coordinator": "here:1", "num_processes": 2, "process_index": 2}, "process_index = 2"),
@@ -188,7 +191,7 @@ def test_every_process_gives_equally_many_devices(own, parts, used):
         ({}, "the processes were not connected"),
     ],
 )
-def test_wrong_ways_to_connect_are_one_sentence(given, said):
-    with pytest.raises(ConfigError, match=said) as error:
-        processes.connect(**given)
+def test_wrong_arguments_of_connect_give_one_sentence(arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        processes.connect(**arguments)
     assert "\n" not in str(error.value)

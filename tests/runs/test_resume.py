@@ -1,4 +1,4 @@
-"""A run that was killed goes on from its newest checkpoint that is whole, and ends as if nothing had happened."""
+"""A killed run resumes from its newest valid checkpoint and ends with the same result."""
 
 import hashlib
 import json
@@ -28,22 +28,19 @@ CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
 K = 12
 RUN = {"key": 5, "env": counter(limit=9, longest=12), "model": LINEAR}
-ONCE_MORE = {
-    "resume": True,
-    "checkpoint_seconds": 1e9,
-}  # without a checkpoint after every iteration
-WAYS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
+RESUME = {"resume": True, "checkpoint_seconds": 1e9}  # no periodic checkpoints
+OPTIONS = {"eval_every": 3, "eval_episodes": 4, "checkpoint_seconds": 0.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_chunks_compiled_once():
-    """Every chunk is one iteration; a program that was compiled for one run serves the others that are like it."""
+    """Every chunk is one iteration; equal runs share their compiled programs."""
     with compiled_once():
         yield
 
 
-def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
-    """Train in the directory; after iteration ``stop`` the process "dies"."""
+def train(directory, stop=None, seeds=2, config=CONFIG, **options):
+    """Train in the directory; after iteration ``stop`` the run is killed."""
 
     def watch(now):
         if now.iterations == stop:
@@ -51,22 +48,22 @@ def train(directory, stop=None, seeds=2, config=CONFIG, **ways):
 
     try:
         return fit(
-            config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | WAYS | ways)
+            config, seeds=seeds, directory=directory, on_progress=watch, **(RUN | OPTIONS | options)
         )
     except Killed:
         return None
 
 
 @pytest.fixture(scope="module")
-def through(tmp_path_factory):
-    """The run that nothing happened to, and the files it left."""
-    directory = tmp_path_factory.mktemp("through") / "run"
+def uninterrupted(tmp_path_factory):
+    """A run without interruptions: (run, directory)."""
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
     return train(directory), directory
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What a run leaves that was killed in iteration 8: checkpoints after 6 and 7."""
+    """The directory of a run that was killed in iteration 8: checkpoints after 6 and 7."""
     directory = tmp_path_factory.mktemp("killed") / "run"
     assert train(directory, stop=8) is None
     assert sorted(path.name for path in (directory / "checkpoints").glob("*.json")) == [
@@ -82,9 +79,9 @@ def copy(killed, tmp_path):
     return tmp_path / "run"
 
 
-def assert_same(run, directory, through):
+def assert_same(run, directory, uninterrupted):
     """The whole state, every metric, every evaluation and every file, bit for bit."""
-    expected, of_expected = through
+    expected, expected_directory = uninterrupted
 
     def equal(a, b):
         a, b = (
@@ -98,32 +95,32 @@ def assert_same(run, directory, through):
     )
     jax.tree.map(equal, dict(run.evaluations), dict(expected.evaluations))
     for name in ("metrics.csv", "evaluations.csv"):
-        assert (directory / name).read_bytes() == (of_expected / name).read_bytes()
+        assert (directory / name).read_bytes() == (expected_directory / name).read_bytes()
     assert sorted(path.name for path in directory.iterdir()) == sorted(
-        path.name for path in of_expected.iterdir()
+        path.name for path in expected_directory.iterdir()
     )
 
 
 @pytest.mark.exact
-def test_a_killed_run_goes_on_from_its_checkpoint(copy, through):
+def test_a_killed_run_resumes_from_its_checkpoint(copy, uninterrupted):
     run = train(copy, resume=True)
     assert run.resumed_at == 7
-    assert_same(run, copy, through)
+    assert_same(run, copy, uninterrupted)
 
 
 @pytest.mark.exact
-def test_a_run_killed_twice_and_before_its_first_checkpoint(tmp_path, through):
+def test_a_run_killed_twice_and_before_its_first_checkpoint(tmp_path, uninterrupted):
     directory = tmp_path / "run"
     train(directory, stop=2, checkpoint_seconds=1e9)
     assert list((directory / "checkpoints").iterdir()) == []
     train(directory, stop=5, resume=True)
     run = train(directory, resume=True)
     assert run.resumed_at == 4
-    assert_same(run, directory, through)
+    assert_same(run, directory, uninterrupted)
 
 
 @pytest.mark.exact
-def test_one_agent_goes_on_too(tmp_path):
+def test_a_run_of_one_agent_resumes_too(tmp_path):
     directory = tmp_path / "run"
     whole = train(None, seeds=1)
     train(directory, stop=7, seeds=1)
@@ -138,7 +135,7 @@ def test_one_agent_goes_on_too(tmp_path):
 @pytest.mark.parametrize(
     "damage", ["truncated", "deleted", "changed", "no_manifest", "manifest_cut", "rows"]
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, through):
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(damage, copy, uninterrupted):
     checkpoints = copy / "checkpoints"
     newest = checkpoints / "iteration_00000007"
     file = max(
@@ -159,30 +156,32 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, copy, th
         manifest.write_text(manifest.read_text()[:100])
     else:
         os.truncate(checkpoints / "rows_00000006_00000007.npz", 10)
-    if damage == "no_manifest":  # as if it had been killed while it wrote: nothing to warn of
-        run = train(copy, **ONCE_MORE)
+    if damage == "no_manifest":  # as if killed while writing: no warning
+        run = train(copy, **RESUME)
     else:
         with pytest.warns(UserWarning, match=r"checkpoint .*iteration_00000007 is damaged"):
-            run = train(copy, **ONCE_MORE)
+            run = train(copy, **RESUME)
     assert run.resumed_at == 6
-    assert_same(run, copy, through)
+    assert_same(run, copy, uninterrupted)
 
 
 @pytest.mark.exact
-def test_where_all_checkpoints_are_damaged_it_starts_anew_and_says_so(copy, through):
+def test_if_all_checkpoints_are_damaged_it_starts_again_with_a_warning(copy, uninterrupted):
     for path in (copy / "checkpoints").glob("*.npz"):
         path.unlink()
     with pytest.warns(UserWarning, match="is damaged") as warned:
-        run = train(copy, **ONCE_MORE)
+        run = train(copy, **RESUME)
     assert len(warned) == 2 and run.resumed_at == 0
-    assert_same(run, copy, through)
+    assert_same(run, copy, uninterrupted)
 
 
 @pytest.mark.exact
-def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(
-    tmp_path, through, monkeypatch
+def test_a_full_disk_neither_stops_the_run_nor_harms_earlier_checkpoints(
+    tmp_path, uninterrupted, monkeypatch
 ):
-    directory, save, full = tmp_path / "run", Checkpoints.save, [3, 4, 8]
+    directory = tmp_path / "run"
+    save = Checkpoints.save
+    full = [3, 4, 8]
 
     def failing(self, iteration, *arguments):
         if iteration in full:
@@ -195,13 +194,15 @@ def test_a_full_disk_ends_neither_the_run_nor_the_checkpoints_that_are_there(
     ) as warned:
         train(directory, stop=9)
     assert len(warned) == 3
-    run = train(directory, **ONCE_MORE)
+    run = train(directory, **RESUME)
     assert run.resumed_at == 7
-    assert_same(run, directory, through)
+    assert_same(run, directory, uninterrupted)
 
 
-def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, through):
-    """The disk is full when the rows are written: the arrays are there already, the manifest is not."""
+def test_a_checkpoint_that_fails_half_way_does_not_harm_the_others(
+    copy, monkeypatch, uninterrupted
+):
+    """The disk is full when the rows are written: after the arrays and before the manifest."""
 
     def full(*arguments, **fields):
         raise OSError(28, "No space left on device")
@@ -210,73 +211,75 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_others(copy, monkeypatch, t
         patch.setattr(np, "savez", full)
         with pytest.warns(UserWarning, match="No space left"):
             train(copy, stop=10, resume=True)
-    run = train(copy, **ONCE_MORE)
+    run = train(copy, **RESUME)
     assert run.resumed_at == 7
-    assert_same(run, copy, through)
+    assert_same(run, copy, uninterrupted)
 
 
 @pytest.mark.exact
-def test_killed_between_any_two_operations_on_files(tmp_path, through):
-    """Each time it is resumed it dies a few operations on files later than the time before."""
-    directory, left, seen = tmp_path / "run", [0], set()
+def test_killed_between_any_two_file_operations(tmp_path, uninterrupted):
+    """Each time it is resumed, it is killed a few file operations later than before."""
+    directory = tmp_path / "run"
+    left = [0]
+    killed_in = set()
 
     def counted(name, operation):
         def operate(*arguments, **named):
             left[0] -= 1
             if left[0] == 0:
-                seen.add(name)
+                killed_in.add(name)
                 raise Killed
             return operation(*arguments, **named)
 
         return operate
 
-    homes = [(Path, name) for name in ("replace", "rename", "mkdir", "unlink", "write_text")]
-    homes += [(os, "fsync"), (os, "unlink"), (np, "savez"), (shutil, "rmtree")]
+    targets = [(Path, name) for name in ("replace", "rename", "mkdir", "unlink", "write_text")]
+    targets += [(os, "fsync"), (os, "unlink"), (np, "savez"), (shutil, "rmtree")]
     for operations in (*range(1, 12), *range(12, 300, 12)):
         left[0] = operations
         with pytest.MonkeyPatch.context() as patch:
-            for home, name in homes:
-                patch.setattr(home, name, counted(name, getattr(home, name)))
+            for target, name in targets:
+                patch.setattr(target, name, counted(name, getattr(target, name)))
             try:
                 if train(directory, resume=True):
                     break
-            except ConfigError:  # killed while it tidied up: it has come to its end
+            except ConfigError:  # killed while it cleaned up: the run is complete
                 assert not (directory / "checkpoints").exists()
                 break
     else:
-        pytest.fail("it never came to its end")
-    assert len(seen) >= 5
+        pytest.fail("the run was never completed")
+    assert len(killed_in) >= 5
     for name in ("metrics.csv", "evaluations.csv"):
-        assert (directory / name).read_bytes() == (through[1] / name).read_bytes()
+        assert (directory / name).read_bytes() == (uninterrupted[1] / name).read_bytes()
     for name in ("policy/seed_1", "best_policy/seed_0"):
-        a, b = (load_policy(path / name, model=LINEAR) for path in (directory, through[1]))
+        a, b = (load_policy(path / name, model=LINEAR) for path in (directory, uninterrupted[1]))
         jax.tree.map(
             np.testing.assert_array_equal, (a.params, a.obs_moments), (b.params, b.obs_moments)
         )
 
 
-def test_interrupted_it_saves_and_can_go_on(tmp_path, through):
+def test_an_interrupted_run_saves_and_can_be_resumed(tmp_path, uninterrupted):
     directory = tmp_path / "run"
 
     def press(now):
         if now.iterations == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    ways = WAYS | {"checkpoint_seconds": 1e9}
-    run = fit(CONFIG, seeds=2, directory=directory, on_progress=press, **RUN, **ways)
+    options = OPTIONS | {"checkpoint_seconds": 1e9}
+    run = fit(CONFIG, seeds=2, directory=directory, on_progress=press, **RUN, **options)
     assert run.interrupted and int(run.state.iteration[0]) == 5
     assert (directory / "policy").is_dir() and (directory / "checkpoints").is_dir()
     run = train(directory, resume=True)
     assert run.resumed_at == 5 and not run.interrupted
-    assert_same(run, directory, through)
+    assert_same(run, directory, uninterrupted)
 
 
-# ------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------- refused
 
 
-def sentence(directory, **ways):
+def sentence(directory, **options):
     with pytest.raises(ConfigError) as error:
-        train(directory, resume=True, **ways)
+        train(directory, resume=True, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -289,24 +292,25 @@ def contents(directory):
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
     before = contents(copy)
-    said = sentence(copy, config=CONFIG.replace(lr=1e-3, num_epochs=2))
-    assert "num_epochs = 1 there and 2 here" in said and "lr = 0.002 there and 0.001 here" in said
-    assert "gamma" not in said
+    message = sentence(copy, config=CONFIG.replace(lr=1e-3, num_epochs=2))
+    assert "num_epochs = 1 there and 2 here" in message
+    assert "lr = 0.002 there and 0.001 here" in message
+    assert "gamma" not in message
     assert "seeds = 2 there and 3 here" in sentence(copy, seeds=3)
     assert "evaluation = " in sentence(copy, eval_every=4)
     assert contents(copy) == before
 
 
-def test_what_is_not_a_run_or_is_at_its_end_is_refused(through, tmp_path):
-    assert "has come to its end" in sentence(through[1])
+def test_resuming_a_complete_run_or_another_directory_is_refused(uninterrupted, tmp_path):
+    assert "has come to its end" in sentence(uninterrupted[1])
     (tmp_path / "mine").mkdir()
     assert "is not a run that could go on" in sentence(tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
     assert "needs the directory" in sentence(None)
 
 
-def test_a_read_only_directory_is_told(tmp_path):
-    """Root may write everywhere, so that for it somebody else tries."""
+def test_a_read_only_directory_is_refused(tmp_path):
+    """Root may write anywhere, so it tries as another user."""
     tmp_path.chmod(0o500)
     is_root = os.geteuid() == 0
     if is_root:
@@ -322,19 +326,19 @@ def test_a_read_only_directory_is_told(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_two_processes_on_one_directory(copy):
+def test_two_processes_cannot_train_in_one_directory(copy):
     with locked(copy):
         before = contents(copy)
         assert f"another process is training in {copy}" in sentence(copy)
     assert contents(copy) == before
 
 
-def test_a_sweep_is_no_run_and_a_run_no_sweep(copy, tmp_path):
+def test_a_sweep_cannot_resume_a_run(copy, tmp_path):
     with pytest.raises(ConfigError, match="kind = 'fit' there and 'sweep' here"):
         sweep(CONFIG, seeds=2, directory=copy, resume=True, **RUN)
 
 
-def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
+def test_whole_episodes_interrupted_after_the_last_one(tmp_path):
     """Nothing is left to train."""
     config = CONFIG.replace(algorithm="reinforce", num_steps=9, total_timesteps=60, anneal_lr=False)
     whole = train(None, config=config, eval_every=0)
@@ -344,16 +348,16 @@ def test_whole_episodes_that_were_all_played_when_it_was_interrupted(tmp_path):
         if now.iterations == last:
             signal.raise_signal(signal.SIGINT)
 
-    how = RUN | {"seeds": 2, "directory": tmp_path / "run"}
-    assert fit(config, on_progress=press, **how).interrupted
-    run = fit(config, resume=True, **how)
+    options = RUN | {"seeds": 2, "directory": tmp_path / "run"}
+    assert fit(config, on_progress=press, **options).interrupted
+    run = fit(config, resume=True, **options)
     assert run.resumed_at == last
     jax.tree.map(np.testing.assert_array_equal, run.metrics, whole.metrics)
     jax.tree.map(np.testing.assert_array_equal, run.state.params, whole.state.params)
 
 
 def test_a_state_with_an_empty_array_is_saved_too(tmp_path):
-    """As environments from other suites may have one."""
+    """Environments of other suites may have an empty array in their state."""
     state = {"empty": jnp.zeros((0, 3)), "full": jnp.arange(3.0)}
     Checkpoints(tmp_path / "checkpoints").save(1, state, {})
     saved = Checkpoints(tmp_path / "checkpoints").restore(jax.tree.map(jnp.zeros_like, state))
@@ -390,13 +394,13 @@ def test_other_formats_are_read_or_their_version_is_named(version, tmp_path):
 
 
 @pytest.mark.parametrize("key", [np.int64(5), jax.random.key(5), jax.random.PRNGKey(5)])
-def test_every_kind_of_key(key, through):
+def test_every_kind_of_key_gives_the_same_run(key, uninterrupted):
     run = fit(CONFIG, seeds=2, **(RUN | {"key": key}))
-    jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
+    jax.tree.map(np.testing.assert_array_equal, run.state.params, uninterrupted[0].state.params)
 
 
 @pytest.mark.parametrize(
-    ("ways", "said"),
+    ("options", "message"),
     [
         ({"key": "0"}, "key = '0': it must be an integer of at least 0, or one random key"),
         ({"key": jax.random.key(0, impl="rbg")}, "or one random key of JAX's default kind"),
@@ -407,20 +411,20 @@ def test_every_kind_of_key(key, through):
         ({"eval_every": -1}, "eval_every = -1"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(ways, said, tmp_path):
+def test_wrong_arguments_give_one_sentence(options, message, tmp_path):
     with pytest.raises(ConfigError) as error:
-        fit(CONFIG, **(RUN | {"directory": tmp_path / "run"} | ways))
-    assert said in str(error.value) and not (tmp_path / "run").exists()
+        fit(CONFIG, **(RUN | {"directory": tmp_path / "run"} | options))
+    assert message in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_without_a_run_to_go_on_with_it_begins_one(tmp_path, through):
+def test_resume_without_a_run_starts_one(tmp_path, uninterrupted):
     run = train(tmp_path / "run", resume=True)
     assert run.resumed_at == 0
-    assert_same(run, tmp_path / "run", through)
+    assert_same(run, tmp_path / "run", uninterrupted)
 
 
-def test_nothing_but_numbers_is_loaded(copy):
-    """A pickle among the rows, with the checksum that it should have."""
+def test_only_arrays_are_loaded(copy):
+    """A pickle among the rows, with a correct checksum."""
     checkpoints = copy / "checkpoints"
     part = checkpoints / "rows_00000006_00000007.npz"
     np.savez(part, **{"metrics/x": np.array([[print]], dtype=object)})
@@ -430,27 +434,27 @@ def test_nothing_but_numbers_is_loaded(copy):
             manifest["rows"][part.name] = hashlib.sha256(part.read_bytes()).hexdigest()
             path.write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert train(copy, **ONCE_MORE).resumed_at == 6
+        assert train(copy, **RESUME).resumed_at == 6
 
 
 # ---------------------------------------------------------------------------------- evaluations
 
 
-def test_evaluating_changes_nothing_else(through):
+def test_evaluating_changes_nothing_else(uninterrupted):
     plain = train(None, eval_every=0)
     often = train(None, eval_every=1)
     for run in (plain, often):
-        jax.tree.map(np.testing.assert_array_equal, run.state.params, through[0].state.params)
-        jax.tree.map(np.testing.assert_array_equal, run.metrics, through[0].metrics)
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, uninterrupted[0].state.params)
+        jax.tree.map(np.testing.assert_array_equal, run.metrics, uninterrupted[0].metrics)
     assert plain.best is None and plain.evaluations is None
-    expected = through[0].evaluations
+    expected = uninterrupted[0].evaluations
     assert expected["iteration"].tolist() == [[3, 6, 9, 12]] * 2
     for name, x in often.evaluations.items():
         np.testing.assert_array_equal(x[:, 2::3], expected[name], err_msg=name)
 
 
-def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
-    run, directory = through
+def test_the_best_policy_is_the_one_that_was_evaluated_highest(uninterrupted):
+    run, directory = uninterrupted
     table = run.evaluations
     for seed in range(2):
         row = table["return_mean"][seed].argmax()
@@ -462,7 +466,7 @@ def test_the_best_policy_is_the_one_that_was_evaluated_highest(through):
         jax.tree.map(np.testing.assert_array_equal, saved.params, run.best_policy(seed).params)
 
 
-# ------------------------------------------------------------------------------------ a real SIGKILL
+# ---------------------------------------------------------------------------------- a real SIGKILL
 
 
 def script(directory, resume, kills, checkpoint_seconds=0.0):
@@ -473,8 +477,8 @@ def script(directory, resume, kills, checkpoint_seconds=0.0):
         from purejaxppo.runs import chunks
         chunks.CHUNK_SECONDS = 0
         slow = CONFIG.replace(total_timesteps=8 * 20 * (2 + {kills}))
-        ways = RUN | WAYS | {{"checkpoint_seconds": {checkpoint_seconds}}}
-        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **ways)
+        options = RUN | OPTIONS | {{"checkpoint_seconds": {checkpoint_seconds}}}
+        fit(slow, seeds=2, directory={str(directory)!r}, resume={resume}, **options)
     """)
 
 
@@ -482,18 +486,19 @@ def script(directory, resume, kills, checkpoint_seconds=0.0):
 @pytest.mark.exact
 @pytest.mark.parametrize("kills", [int(os.environ.get("PUREJAXPPO_KILLS", 3))])
 def test_sigkill_at_random_moments(kills, tmp_path):
-    """Killed again and again while it trains, and in the end the same bits as the run that nobody killed."""
+    """A run killed repeatedly during training ends with the bits of an uninterrupted run."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = os.environ | cache  # all of them run the programs that the first one compiles
+    environment = os.environ | cache  # all processes use the programs that the first one compiles
     subprocess.run(
         [sys.executable, "-c", script(tmp_path / "whole", False, kills, 1e9)],
         env=environment,
         check=True,
     )
-    random, directory = np.random.default_rng(0), tmp_path / "run"
+    rng = np.random.default_rng(0)
+    directory = tmp_path / "run"
 
     def newest():
         return max((path.name for path in directory.glob("checkpoints/*.json")), default="")
@@ -505,7 +510,7 @@ def test_sigkill_at_random_moments(kills, tmp_path):
         )
         while newest() == before and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 1))
+        time.sleep(rng.uniform(0, 1))
         assert process.poll() is None, (
             f"the run ended before it could be killed for the {kill + 1}th time"
         )

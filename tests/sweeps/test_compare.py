@@ -1,4 +1,4 @@
-"""`compare`: what it trains, what it says of it, and what it leaves."""
+"""`compare`: its training, its tables and its files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from small_envs import counter
 from purejaxppo import Config, ConfigError, envs
 from purejaxppo.analysis.curves import Curve
 from purejaxppo.analysis.plots import comparison_figure
-from purejaxppo.sweeps import compare as comparison
+from purejaxppo.sweeps import compare as compare_module
 from purejaxppo.sweeps.compare import Entry, compare, variant
 
 ENV = "episodes of 5"
@@ -37,7 +37,8 @@ def registered():
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Two algorithms, three seeds each: (entries, directory, plans)."""
-    directory, plans = tmp_path_factory.mktemp("compared") / "here", []
+    directory = tmp_path_factory.mktemp("compared") / "here"
+    plans = []
     changes = {**SMALL, "total_timesteps": 400}
     entries = compare(
         [ENV],
@@ -55,7 +56,16 @@ def entry(
     scores, returns=((1.0, 3.0, 2.0), (4.0, 1.0, 5.0)), name="ppo", env=ENV, interrupted=False
 ):
     curve = Curve(np.asarray([10.0, 20.0, 30.0]), np.asarray(returns))
-    return Entry(env, name, Config(env=env), curve, np.asarray(scores), 30.0, 1000.0, interrupted)
+    return Entry(
+        env=env,
+        name=name,
+        config=Config(env=env),
+        curve=curve,
+        scores=np.asarray(scores),
+        timesteps=30.0,
+        steps_per_second=1000.0,
+        interrupted=interrupted,
+    )
 
 
 def test_each_algorithm_is_trained_and_scored_with_its_own_settings(compared):
@@ -65,15 +75,12 @@ def test_each_algorithm_is_trained_and_scored_with_its_own_settings(compared):
     assert (entries[0].config.objective, entries[1].config.baseline) == ("unclipped", "none")
     assert [one.config.whole_episodes for one in entries] == [False, True]
     for one in entries:
-        assert (
-            one.scores.shape == (3,)
-            and (one.scores >= 1).all()
-            and (one.scores <= 1 + 2 + 3 + 4 + 5).all()
-        )
+        assert one.scores.shape == (3,)
+        assert (one.scores >= 1).all() and (one.scores <= 1 + 2 + 3 + 4 + 5).all()
         assert len(one.curve.returns) == 3 and 400 <= one.timesteps <= 440
 
 
-def test_it_leaves_a_table_data_and_a_picture(compared):
+def test_it_writes_a_table_data_and_a_figure(compared):
     entries, directory, _ = compared
     assert sorted(path.name for path in directory.iterdir()) == [
         "comparison.md",
@@ -100,19 +107,19 @@ def test_it_leaves_a_table_data_and_a_picture(compared):
     np.testing.assert_allclose(mine.episode_return, entries[1].curve.returns[2], rtol=1e-6)
     np.testing.assert_allclose(mine.timesteps, entries[1].curve.timesteps)
     text = (directory / "comparison.md").read_text()
-    assert text == comparison.markdown(entries) and text.count(f"| {ENV} |") == 2
+    assert text == compare_module.markdown(entries) and text.count(f"| {ENV} |") == 2
 
 
-def test_a_row_in_a_literal_example():
-    """Quartiles 2 and 4 of 1 … 5; the seeds fall by 1 and by 3 below their best: 2 in the middle."""
-    (row,) = comparison.rows([entry([5.0, 1.0, 2.0, 3.0, 4.0])])
+def test_a_row_of_a_literal_example():
+    """The quartiles of 1 … 5 are 2 and 4; the seeds fall 1 and 3 below their best, 2 on average."""
+    (row,) = compare_module.rows([entry([5.0, 1.0, 2.0, 3.0, 4.0])])
     assert row["spread (worst … best)"] == "2.0 (1.0 … 5.0)"
     assert row["final return [95 %]"].startswith("3.0 [")
     assert (row["largest fall"], row["steps"], row["steps/s"]) == ("2.0", "30", "1,000")
 
 
-def test_a_seed_that_diverged_is_told_and_counts_in_no_mean():
-    rows = comparison.rows(
+def test_a_diverged_seed_is_reported_and_counts_in_no_mean():
+    rows = compare_module.rows(
         [entry([3.0, NAN, 3.0], [[1, 5, 2], [4, NAN, NAN], [9, 2, 3]]), entry([NAN], [[NAN] * 3])]
     )
     assert [row["largest fall"] for row in rows] == ["3.0", "–"]
@@ -122,17 +129,17 @@ def test_a_seed_that_diverged_is_told_and_counts_in_no_mean():
 
 
 def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm():
-    curve, lost = entry([0.0]).curve, Curve(np.asarray([10.0, 20.0]), np.full((2, 2), NAN))
+    curve = entry([0.0]).curve
+    diverged = Curve(np.asarray([10.0, 20.0]), np.full((2, 2), NAN))
     figure = comparison_figure(
-        {"one": {"ppo": curve, "trpo": curve, "reinforce": lost}, "two": {"ppo": curve}}
+        {"one": {"ppo": curve, "trpo": curve, "reinforce": diverged}, "two": {"ppo": curve}}
     )
     lines = [len(axes.lines) for axes in figure.axes]
     assert lines == [2, 2, 1, 1]
     left, right = figure.axes[:2]
     np.testing.assert_allclose(left.lines[0].get_ydata(), [2.5, 2.0, 3.5])
-    np.testing.assert_allclose(
-        right.lines[0].get_ydata(), [1.5, 1.0, 1.5]
-    )  # between the quartiles of two values
+    # The distance between the quartiles of two values.
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [1.5, 1.0, 1.5])
     assert left.get_title().startswith("one") and figure.axes[2].get_title().startswith("two")
     assert left.lines[0].get_color() != left.lines[1].get_color()
 
@@ -163,7 +170,7 @@ def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm
         ),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_trained_or_written(
+def test_a_mistake_is_refused_before_anything_is_trained_or_written(
     tmp_path, names, algorithms, more, sentence
 ):
     with pytest.raises(ConfigError) as caught:
@@ -172,40 +179,35 @@ def test_a_mistake_is_told_before_anything_is_trained_or_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_without_a_budget_all_get_the_largest_one_that_is_tuned(monkeypatch):
-    planned = comparison._planned("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
+def test_without_a_budget_all_get_the_largest_tuned_one(monkeypatch):
+    planned = compare_module._planned("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
     tuned = [
         Config.for_env("CartPole-v1", algorithm=name).total_timesteps
         for name in ("ppo", "trpo", "reinforce")
     ]
-    assert (
-        len(set(tuned)) == 3
-        and [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
-    )
-    assert (
-        comparison._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})[0][2].total_timesteps
-        == 7
-    )
+    assert len(set(tuned)) == 3
+    assert [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
+    planned = compare_module._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})
+    assert planned[0][2].total_timesteps == 7
 
 
-def test_ctrl_c_leaves_the_entries_so_far_and_says_which_one_it_cut(monkeypatch):
+def test_ctrl_c_returns_the_entries_so_far_and_marks_the_interrupted_one(monkeypatch):
     def stop(plan):
         os.kill(os.getpid(), signal.SIGINT)
 
     changes = {**SMALL, "total_timesteps": 400}
-    (cut,) = compare([ENV], NAMES, seeds=2, eval_episodes=2, changes=changes, on_progress=stop)
-    assert (
-        cut.interrupted and comparison.rows([cut])[0]["algorithm"] == "ppo/unclipped (interrupted)"
-    )
+    (last,) = compare([ENV], NAMES, seeds=2, eval_episodes=2, changes=changes, on_progress=stop)
+    assert last.interrupted
+    assert compare_module.rows([last])[0]["algorithm"] == "ppo/unclipped (interrupted)"
 
     def while_compiling(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "fit", while_compiling)
+    monkeypatch.setattr(compare_module, "fit", while_compiling)
     assert compare([ENV], NAMES, changes=changes) == []
 
 
-def test_a_variant_is_the_tuned_settings_with_one_word_changed():
+def test_a_variant_is_the_tuned_config_with_one_field_changed():
     assert variant("CartPole-v1", "ppo") == Config.for_env("CartPole-v1")
     assert variant("CartPole-v1", "ppo/fixed_kl") == Config.for_env(
         "CartPole-v1", objective="fixed_kl"

@@ -26,14 +26,14 @@ GRID = {"lr": LogUniform(1e-4, 1e-1), "ent_coef": [0.0, 0.1]}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """Each program is compiled once, without optimisation, and run an iteration at a time."""
+    """Programs are compiled once, without optimisation, and run one iteration per chunk."""
     with compiled_once():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-# ------------------------------------------------------------------------------------ who copies whom
+# ---------------------------------------------------------------------------------- who copies whom
 
 
 @given(
@@ -46,29 +46,35 @@ def quick():
     st.integers(0, 2**31 - 1),
 )
 def test_the_worst_copy_the_best(agents, share, seed):
-    score, alive = np.array([x for x, _ in agents]), np.array([y for _, y in agents])
+    score = np.array([x for x, _ in agents])
+    is_finite = np.array([y for _, y in agents])
     parent = np.asarray(
-        choose_parents(jax.random.key(seed), jnp.asarray(score), jnp.asarray(alive), share)
+        choose_parents(jax.random.key(seed), jnp.asarray(score), jnp.asarray(is_finite), share)
     )
-    count, few = len(agents), max(1, int(share * len(agents)))
+    count = len(agents)
+    num_best = max(1, int(share * len(agents)))
     known = sorted(
-        (i for i in range(count) if alive[i] and score[i] == score[i]), key=lambda i: -score[i]
+        (i for i in range(count) if is_finite[i] and score[i] == score[i]), key=lambda i: -score[i]
     )
-    best, slots = known[:few], max(0, few - int((~alive).sum()))
+    best = known[:num_best]
+    slots = max(0, num_best - int((~is_finite).sum()))
     worst = known[len(known) - slots :]
     for i in range(count):
-        if not alive[i]:
+        if not is_finite[i]:
             assert (parent[i] in best) if known else parent[i] == i
         elif i in worst and parent[i] != i:
             assert parent[i] in best and score[parent[i]] > score[i]
         else:
             assert parent[i] == i
-            assert i not in worst or score[i] >= score[best[-1]]  # one of the best was no better
+            assert i not in worst or score[i] >= score[best[-1]]  # the best are not better
 
 
-def test_every_one_of_the_best_is_copied_now_and_then():
-    score, alive = jnp.arange(10.0), jnp.ones(10, bool)
-    parents = np.array([choose_parents(jax.random.key(i), score, alive, 0.3) for i in range(40)])
+def test_each_of_the_best_is_copied_sometimes():
+    score = jnp.arange(10.0)
+    is_finite = jnp.ones(10, bool)
+    parents = np.array(
+        [choose_parents(jax.random.key(i), score, is_finite, 0.3) for i in range(40)]
+    )
     np.testing.assert_array_equal(parents[:, 3:], np.tile(np.arange(3, 10), (40, 1)))
     assert set(parents[:, 0]) == set(parents[:, 1]) == set(parents[:, 2]) == {7, 8, 9}
 
@@ -78,16 +84,17 @@ def test_every_one_of_the_best_is_copied_now_and_then():
 
 @pytest.fixture(scope="module")
 def steps():
-    """A population before an exchange, and after the step with it and without."""
+    """A population before an exchange, and after a step with the exchange and without."""
 
-    def stepping(every):
+    def functions_of(every):
         exchange = Exchange(every, share=0.5, factors=(0.5, 3.0))
         functions = make_population(
             CONFIG, lambda config: make_trainer(config, ENV, LINEAR), exchange, BOUNDS
         )
         return functions[0], jax.jit(functions[1])
 
-    (begin, with_exchange), (_, without) = stepping(2), stepping(1000)
+    begin, with_exchange = functions_of(2)
+    _, without = functions_of(1000)
     swept = {"lr": jnp.geomspace(1e-4, 1e-1, 6), "ent_coef": jnp.linspace(0, 0.1, 6)}
     state, first = with_exchange(jax.jit(begin)(jax.random.split(jax.random.key(1), 6), swept))
     return state, first, with_exchange(state), without(state)
@@ -101,7 +108,7 @@ def test_before_an_exchange_nothing_is_copied(steps):
     np.testing.assert_allclose(state.returns, expected)
 
 
-def test_an_agent_becomes_another_but_for_its_key(steps):
+def test_a_copy_has_everything_of_its_parent_except_the_key(steps):
     _, _, (after, metrics), (before, _) = steps
     parent = np.asarray(metrics.extra["swept/parent"])
     copied = parent != np.arange(6)
@@ -114,35 +121,33 @@ def test_an_agent_becomes_another_but_for_its_key(steps):
     assert len(np.unique(np.concatenate([keys[0], keys[1][copied]]), axis=0)) == 6 + copied.sum()
     assert not after.episodes.any() and not after.returns.any()
     for name, (low, high) in BOUNDS.items():
-        old, new = np.asarray(before.swept[name]), np.asarray(after.swept[name])
+        old = np.asarray(before.swept[name])
+        new = np.asarray(after.swept[name])
         np.testing.assert_array_equal(new[~copied], old[~copied])
         possible = np.clip(
             old[parent][copied][:, None] * np.float32([0.5, 3.0]), np.float32(low), np.float32(high)
         )
         assert np.isclose(new[copied][:, None], possible, rtol=1e-6).any(axis=1).all()
-        np.testing.assert_array_equal(metrics.extra[f"swept/{name}"], old)  # what the iteration had
+        np.testing.assert_array_equal(metrics.extra[f"swept/{name}"], old)  # before the exchange
 
 
-def test_the_way_to_a_state_goes_through_its_parents():
+def test_the_lineage_of_a_state_goes_through_its_parents():
     swept = {"lr": np.array([[1, 1, 4, 4], [2, 2, 2, 5], [3, 3, 3, 3]])}
-    parent = np.array(
-        [[0, 1, 0, 0], [1, 1, 0, 1], [1, 2, 2, 2]]
-    )  # the last column is what no exchange follows
+    # No exchange follows the last column.
+    parent = np.array([[0, 1, 0, 0], [1, 1, 0, 1], [1, 2, 2, 2]])
     schedule = Schedule(np.array([10, 20, 30, 40]), swept, parent)
-    way = schedule.of(
-        1
-    )  # had 0's state before the last part, which had had 1's before, its own from the start
-    assert way.parent.tolist() == [1, 1, 0, 1] and way.swept["lr"].tolist() == [2, 2, 4, 5]
-    assert schedule.of(2).parent.tolist() == [1, 2, 2, 2] and schedule.of(2).swept[
-        "lr"
-    ].tolist() == [2, 3, 3, 3]
+    # Agent 1 copied agent 0 before the last part, and agent 0 had copied agent 1 one part earlier.
+    lineage = schedule.of(1)
+    assert lineage.parent.tolist() == [1, 1, 0, 1] and lineage.swept["lr"].tolist() == [2, 2, 4, 5]
+    lineage = schedule.of(2)
+    assert lineage.parent.tolist() == [1, 2, 2, 2] and lineage.swept["lr"].tolist() == [2, 3, 3, 3]
 
 
-# ------------------------------------------------------------------------------------------ in a sweep
+# --------------------------------------------------------------------------------------- in a sweep
 
 
-def run(**ways):
-    how = {
+def run(**options):
+    defaults = {
         "seeds": 2,
         "grid": GRID,
         "key": 7,
@@ -151,7 +156,7 @@ def run(**ways):
         "model": LINEAR,
         "eval_episodes": 4,
     }
-    return sweep(CONFIG, **(how | {"exchange": Exchange(2, share=0.3)} | ways))
+    return sweep(CONFIG, **(defaults | {"exchange": Exchange(2, share=0.3)} | options))
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +179,12 @@ def test_before_its_first_exchange_it_is_the_sweep(monkeypatch):
     pd.testing.assert_frame_equal(population.curves[columns], plain.curves[columns], rtol=1e-4)
 
 
-def test_the_result_tells_the_way_there(whole):
+def test_the_result_has_the_schedules_of_all_members(whole):
     result, directory = whole
     assert len(result.settings) == 8 and result.seeds == 1
     table = result.schedules
-    assert (
-        table.groupby("member").size().tolist() == [4] * 8
-    )  # 8 iterations, three exchanges between them
+    # 8 iterations with three exchanges between them.
+    assert table.groupby("member").size().tolist() == [4] * 8
     assert table["timesteps"].tolist() == [64, 128, 192, 256] * 8
     ends = table[table["timesteps"] == 256].set_index("member")
     pd.testing.assert_frame_equal(
@@ -202,7 +206,7 @@ def test_the_result_tells_the_way_there(whole):
 
 
 @pytest.mark.exact
-def test_killed_between_two_exchanges_it_goes_on_with_the_same_results(whole, tmp_path):
+def test_killed_between_two_exchanges_it_resumes_to_the_same_results(whole, tmp_path):
     result, directory = whole
     calls = []
 
@@ -224,12 +228,15 @@ def test_killed_between_two_exchanges_it_goes_on_with_the_same_results(whole, tm
         assert (tmp_path / "sweep" / path.relative_to(directory)).read_bytes() == path.read_bytes()
 
 
-def test_copies_do_not_repeat_what_their_parents_do():
-    """Three members have one key and three another; those of the worse key copy, and nothing is perturbed."""
+def test_copies_do_not_repeat_their_parents():
+    """Three members have one key and three have another one, and nothing is perturbed.
+
+    The members with the worse key copy the others.
+    """
     grid = {"lr": [1e-3, 1e-2, 1e-1]}
     result = run(grid=grid, samples=0, exchange=Exchange(4, share=0.5, factors=(1.0,)))
     parents = result.schedules.query("timesteps == 128")["held_by"].tolist()
-    assert max(map(parents.count, parents)) >= 3  # two members have copied the same one
+    assert max(map(parents.count, parents)) >= 3  # two members have copied the same member
     policies = [
         np.concatenate([x.ravel() for x in jax.tree.leaves(result.policy(i).params)])
         for i in range(6)
@@ -237,7 +244,7 @@ def test_copies_do_not_repeat_what_their_parents_do():
     assert all((policies[i] != policies[j]).any() for i in range(6) for j in range(i))
 
 
-def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
+def test_a_diverged_agent_is_replaced_by_a_copy_of_another(tmp_path):
     result = run(seeds=1, grid={"lr": [1e-3, 1e-2, 1e25]}, samples=0, directory=tmp_path / "sweep")
     assert result.scores["diverged_at"].isna().all() and result.scores["score"].notna().all()
     rows = pd.read_csv(next((tmp_path / "sweep").glob("parts/*/metrics.csv"))).query("member == 2")
@@ -245,11 +252,11 @@ def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
     assert rows["swept/parent"].tolist()[1] in (0, 1) and rows["swept/lr"].max() > 9e24
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("ways", "said"),
+    ("options", "message"),
     [
         ({"grid": {}}, "continuous hyper-parameters, and the grid has none"),
         ({"grid": {"lr": [1e-3], "num_envs": [2, 4]}}, "and 'num_envs' is not one"),
@@ -265,12 +272,12 @@ def test_an_agent_that_diverges_begins_anew_as_another(tmp_path):
         ),
     ],
 )
-def test_what_is_no_population_is_refused(ways, said):
-    with pytest.raises(ConfigError, match=said):
-        run(**ways)
+def test_an_impossible_population_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(**options)
 
 
-def test_a_coefficient_that_adapts_is_refused():
+def test_an_adaptive_coefficient_is_refused():
     config = CONFIG.replace(objective="adaptive_kl")
     with pytest.raises(ConfigError, match="'kl_coef' is not one"):
         sweep(config, 4, {"kl_coef": [0.1, 1.0]}, env=ENV, model=LINEAR, exchange=Exchange(2))

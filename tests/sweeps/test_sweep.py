@@ -1,4 +1,4 @@
-"""A sweep is the single runs of its members, whatever its portions, and says which setting is best."""
+"""A sweep gives the single runs of its members, for any portions, and the best setting."""
 
 import os
 import subprocess
@@ -36,35 +36,42 @@ def compiled():
         yield once
 
 
-def run(grid=GRID, config=CONFIG, **ways):
-    how = {"seeds": SEEDS, "grid": grid, "key": 7, "env": ENV, "model": LINEAR, "eval_episodes": 4}
-    return sweep(config, **(how | ways))
+def run(grid=GRID, config=CONFIG, **options):
+    defaults = {
+        "seeds": SEEDS,
+        "grid": grid,
+        "key": 7,
+        "env": ENV,
+        "model": LINEAR,
+        "eval_episodes": 4,
+    }
+    return sweep(config, **(defaults | options))
 
 
-def run_one(config=CONFIG, **ways):
-    return fit(config, **({"key": 7, "env": ENV, "model": LINEAR} | ways))
+def run_one(config=CONFIG, **options):
+    return fit(config, **({"key": 7, "env": ENV, "model": LINEAR} | options))
 
 
-def population(directory):
-    """Six members that copy one another, three on each device if there are two."""
+def run_population(directory):
+    """Six members that copy one another; with two devices, three on each."""
     return run({"lr": [1e-3, 1e-2]}, directory=directory, exchange=Exchange(2, share=0.5))
 
 
 @pytest.fixture(scope="module")
-def seen():
+def announced():
     return {"plans": [], "groups": [], "progress": []}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, seen, compiled):
-    """(result, directory) of the sweep of all tests: 4 settings × 3 seeds in two compilations."""
+def whole(tmp_path_factory, announced, compiled):
+    """The sweep that the tests share: 4 settings × 3 seeds in two compilations."""
     directory = tmp_path_factory.mktemp("whole") / "sweep"
-    told = {
-        "on_plan": seen["plans"].append,
-        "on_start": seen["groups"].append,
-        "on_progress": seen["progress"].append,
+    callbacks = {
+        "on_plan": announced["plans"].append,
+        "on_start": announced["groups"].append,
+        "on_progress": announced["progress"].append,
     }
-    return run(directory=directory, **told), directory
+    return run(directory=directory, **callbacks), directory
 
 
 def assert_close(a, b, tolerance):
@@ -73,14 +80,15 @@ def assert_close(a, b, tolerance):
     )
 
 
-# -------------------------------------------------------------------------- equal to the single runs
+# ------------------------------------------------------------------------- equal to the single runs
 
 
 def test_every_member_is_its_single_run(whole):
     """The first five iterations, in float32."""
     result, _ = whole
     for member in (1, 11):
-        setting, seed = result.settings[member // SEEDS], member % SEEDS
+        setting = result.settings[member // SEEDS]
+        seed = member % SEEDS
         alone = run_one(CONFIG.replace(**setting), seeds=SEEDS)
         policy = result.policy(member)
         assert_close(
@@ -99,7 +107,7 @@ def test_every_member_is_its_single_run(whole):
         )
 
 
-def test_in_float64_for_the_whole_run(x64):
+def test_every_member_is_its_single_run_in_float64_for_the_full_run(x64):
     config = CONFIG.replace(total_timesteps=200)
     result = run({"lr": [1e-2, 1e-3], "clip_eps": [0.1, 0.3]}, config, eval_episodes=0, seeds=2)
     alone = run_one(config.replace(**result.settings[3]), seeds=2)
@@ -114,31 +122,33 @@ def test_neither_portions_nor_order_change_a_member(whole):
     portions = run(at_once=2)
     assert [len(part.members) for part in portions.parts] == [2, 2, 2] * 2
     pd.testing.assert_frame_equal(portions.scores, result.scores, rtol=1e-4)
-    turned = run({name: values[::-1] for name, values in GRID.items()})
-    for member, row in turned.scores.iterrows():
+    reversed_sweep = run({name: values[::-1] for name, values in GRID.items()})
+    for member, row in reversed_sweep.scores.iterrows():
         same = result.scores[
             (result.scores.lr == row.lr) & (result.scores.num_envs == row.num_envs)
         ]
         same = same[same.seed == row.seed].iloc[0]
         np.testing.assert_allclose(row.score, same.score, rtol=1e-4)
-        assert_close(turned.policy(member).params, result.policy(int(same.member)).params, 1e-4)
+        assert_close(
+            reversed_sweep.policy(member).params, result.policy(int(same.member)).params, 1e-4
+        )
 
 
 def test_portions_do_not_change_the_windows_of_whole_episodes():
-    """Agents whose iterations have their own numbers of steps."""
+    """Iterations of different agents have different numbers of steps."""
     config = CONFIG.replace(
         algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False, total_timesteps=100
     )
-    together, apart = (
+    parallel, sequential = (
         run({"lr": [1e-2]}, config, eval_episodes=0, at_once=at_once) for at_once in (3, 1)
     )
-    pd.testing.assert_frame_equal(apart.scores, together.scores, rtol=1e-4)
-    pd.testing.assert_frame_equal(apart.curves, together.curves, rtol=1e-4)
+    pd.testing.assert_frame_equal(sequential.scores, parallel.scores, rtol=1e-4)
+    pd.testing.assert_frame_equal(sequential.curves, parallel.curves, rtol=1e-4)
 
 
 @pytest.mark.devices
-def test_neither_do_devices(whole, tmp_path):
-    """The same sweep in a process that has two devices: three members of one portion go to each."""
+def test_devices_do_not_change_a_member(whole, tmp_path):
+    """The same sweep in a process with two devices, three members of a portion on each."""
     script = textwrap.dedent(f"""
         import signal, sys, jax
         sys.path[:0] = {[str(x) for x in Path(__file__).parents[:2]]!r}
@@ -152,10 +162,11 @@ def test_neither_do_devices(whole, tmp_path):
         one = run_one(CONFIG.replace(num_shards=2), directory=sys.argv[1] + "/one", eval_every=2)
         print(one.plan.device, *one.state.env.obs.sharding.spec)
         both = {{"seeds": 2, "directory": sys.argv[1] + "/both", "eval_every": 1}}
-        run_one(on_progress=lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT), **both)
+        stop = lambda now: now.iterations == 3 and signal.raise_signal(signal.SIGINT)
+        run_one(on_progress=stop, **both)
         resumed = run_one(resume=True, **both)
         print(resumed.plan.device, resumed.resumed_at)
-        population(sys.argv[1] + "/population")
+        run_population(sys.argv[1] + "/population")
     """)
     flags = {"XLA_FLAGS": FAST_FLAGS + " --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", script, str(tmp_path / "sweep")]
@@ -172,8 +183,9 @@ def test_neither_do_devices(whole, tmp_path):
             .reset_index(drop=True)
         )
         pd.testing.assert_frame_equal(two, one, rtol=1e-4)
-    result = population(None)
-    # One agent, the environments of which are on two devices there and on one here; two agents, one on each of them.
+    result = run_population(None)
+    # One agent, with its environments on two devices there and on one here. Then two agents, one on
+    # each of the two devices.
     one = run_one(CONFIG.replace(num_shards=2), eval_every=2)
     for name, policy in (("policy", one.policy()), ("best_policy", one.best_policy())):
         saved = load_policy(tmp_path / "sweep" / "one" / name, model=LINEAR)
@@ -186,33 +198,32 @@ def test_neither_do_devices(whole, tmp_path):
     assert_close(saved.params, both.policy(1).params, 1e-4)
 
 
-# ------------------------------------------------------------------------------ compilations, memory
+# --------------------------------------------------------------------------- compilations, memory
 
 
-def test_the_compilations_are_announced_and_no_more(whole, seen, compiled):
-    (plan,) = seen["plans"]
+def test_exactly_the_announced_compilations_happen(whole, announced, compiled):
+    (plan,) = announced["plans"]
     assert (plan.members, len(plan.settings), plan.seeds, plan.compilations) == (12, 4, SEEDS, 2)
     assert plan.timesteps == 6 * 40 + 6 * 48  # three iterations of 16 steps
-    assert [(group.members, group.at_once) for group in seen["groups"]] == [(6, 6)] * 2
-    assert [group.config.num_envs for group in seen["groups"]] == [2, 4]
-    steps = [now.timesteps for now in seen["progress"]]
+    assert [(group.members, group.at_once) for group in announced["groups"]] == [(6, 6)] * 2
+    assert [group.config.num_envs for group in announced["groups"]] == [2, 4]
+    steps = [now.timesteps for now in announced["progress"]]
     assert steps == sorted(steps) and steps[-1] == plan.timesteps
     before = len(compiled.asked)
     run(eval_episodes=0)
     assert len(compiled.asked) - before == plan.compilations
 
 
-def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
-    config, how = (
-        CONFIG.replace(env=ENV.name),
-        {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()},
-    )
+def test_memory_grows_with_the_parallel_members_only(compiled):
+    config = CONFIG.replace(env=ENV.name)
+    options = {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()}
     needed = [
-        compiled.compile_programs(config, ENV, agents, **how).memory_bytes
+        compiled.compile_programs(config, ENV, agents, **options).memory_bytes
         for agents in (20, 60, 140)
     ]
-    more, twice = needed[1] - needed[0], needed[2] - needed[1]
-    assert more > 0 and abs(twice / more - 2) < 0.2
+    of_40_agents = needed[1] - needed[0]
+    of_80_agents = needed[2] - needed[1]
+    assert of_40_agents > 0 and abs(of_80_agents / of_40_agents - 2) < 0.2
     plans = []
     for seeds in (6, 18):
         run(
@@ -226,9 +237,10 @@ def test_memory_grows_with_members_at_once_and_with_nothing_else(compiled):
     assert plans[0].memory_bytes == plans[1].memory_bytes
 
 
-def test_a_memory_limit_splits_the_members(whole, seen):
-    whole_group = seen["groups"][0]
-    plans, grid = [], {"lr": [1e-2, 1e-3], "gamma": [0.9]}
+def test_a_memory_limit_splits_the_members(whole, announced):
+    whole_group = announced["groups"][0]
+    plans = []
+    grid = {"lr": [1e-2, 1e-3], "gamma": [0.9]}
     limited = run(
         grid,
         memory_limit=int(0.75 * whole_group.memory_bytes),
@@ -247,7 +259,7 @@ def test_a_memory_limit_splits_the_members(whole, seen):
 # ----------------------------------------------------------------------------------------- results
 
 
-def test_the_tables_say_the_same(whole):
+def test_the_files_have_the_tables_of_the_result(whole):
     result, directory = whole
     for name in ("scores", "curves", "summary"):
         table = getattr(result, name)
@@ -281,7 +293,7 @@ def test_statistics_by_setting(whole):
         result.performance_profile({"lr": 5}, thresholds)
 
 
-def test_a_sweep_leaves_pictures_and_a_curve_for_each_member(whole):
+def test_a_sweep_writes_figures_and_a_curve_for_each_member(whole):
     _, directory = whole
     names = {path.name for path in directory.glob("*.png")}
     fields = {f"sensitivity_{name}.png" for name in GRID}
@@ -293,21 +305,20 @@ def test_a_sweep_leaves_pictures_and_a_curve_for_each_member(whole):
     assert not (directory / "checkpoints").exists()
 
 
-def test_a_member_that_diverges_is_marked_and_the_others_go_on(whole, tmp_path):
+def test_a_diverged_member_is_marked_and_the_others_continue(whole, tmp_path):
     result = run({"lr": [1e-2, 1e38], "gamma": [0.9]}, directory=tmp_path / "sweep")
     scores = result.scores
     assert scores.score[:SEEDS].notna().all() and scores.score[SEEDS:].isna().all()
     assert scores.diverged_at[:SEEDS].isna().all() and (scores.diverged_at[SEEDS:] >= 1).all()
     assert result.best.lr == 1e-2
-    assert result.summary.diverged.tolist() == [0, SEEDS] and np.isnan(
-        result.summary.interquartile_mean[1]
-    )
+    assert result.summary.diverged.tolist() == [0, SEEDS]
+    assert np.isnan(result.summary.interquartile_mean[1])
     assert whole[0].settings[0] == {"lr": 1e-2, "num_envs": 2, "gamma": 0.9}
     assert_close(whole[0].policy(1).params, result.policy(1).params, 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "devices", "size"),
+    ("count", "max_parallel", "devices", "size"),
     [
         (7, None, 2, 8),
         (5, None, 4, 8),
@@ -319,8 +330,8 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(whole, tmp_path):
         (3, 2, 8, 2),
     ],
 )
-def test_portions_are_even_and_give_every_device_work(count, most, devices, size):
-    assert portion_size(count, most, devices) == size
+def test_portions_are_even_and_use_every_device(count, max_parallel, devices, size):
+    assert portion_size(count, max_parallel, devices) == size
 
 
 def test_values_drawn_at_random():
@@ -331,7 +342,8 @@ def test_values_drawn_at_random():
         np.array([setting[name] for setting in settings[:400]]) for name in ("lr", "gamma")
     )
     assert rates.min() > 1e-5 and rates.max() < 1e-1 and gammas.min() > 0.5 and gammas.max() < 1
-    # A uniform number has the mean ½ and the deviation 1/√12: five standard errors are 0.072.
+    # A uniform number has the mean ½ and the standard deviation 1/√12: five standard errors of 400
+    # numbers are 0.072.
     for share in (np.log10(rates) / 4 + 5 / 4, 2 * gammas - 1):
         assert abs(share.mean() - 0.5) < 0.072 and abs(np.median(share) - 0.5) < 0.13
     assert [setting["lr"] for setting in settings[:400]] == [
@@ -342,14 +354,13 @@ def test_values_drawn_at_random():
     assert drawn.scores.lr.nunique() == 2 and len(drawn.scores) == 2 * SEEDS
 
 
-def test_what_cannot_be_traced_is_its_own_group():
+def test_values_that_cannot_be_traced_have_a_separate_group():
     settings = settings_of(
         CONFIG, {"early_stop_kl": [None, 0.1, 0.2], "lr": [1e-3, 1e-2]}, 0, np.random.default_rng(0)
     )
     first, second = groups_of(CONFIG, settings)
-    assert (
-        first.config.early_stop_kl is None and first.traced == ("lr",) and first.settings == (0, 1)
-    )
+    assert first.config.early_stop_kl is None
+    assert first.traced == ("lr",) and first.settings == (0, 1)
     assert second.traced == ("early_stop_kl", "lr") and second.settings == (2, 3, 4, 5)
 
 
@@ -357,7 +368,7 @@ def test_what_cannot_be_traced_is_its_own_group():
 
 
 @pytest.mark.exact
-def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
+def test_a_killed_sweep_resumes_to_the_same_results(whole, tmp_path):
     result, directory = whole
     calls = []
 
@@ -370,9 +381,8 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         run(directory=tmp_path / "sweep", checkpoint_seconds=0.0, on_progress=watch)
     assert len(list((tmp_path / "sweep" / "parts").glob("*.npz"))) == 1
     calls.extend([0] * 10)
-    with pytest.raises(
-        ConfigError, match="grid = "
-    ):  # members are numbered in the order of the fields
+    # Members are numbered in the order of the fields.
+    with pytest.raises(ConfigError, match="grid = "):
         run(dict(reversed(GRID.items())), directory=tmp_path / "sweep", resume=True)
     again = []
     resumed = run(
@@ -381,9 +391,8 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         resume=True,
         on_progress=lambda now: again.append(now.timesteps),
     )
-    assert (
-        again[0] == 240 + 2 * 96 and again[-1] == 240 + 3 * 96
-    )  # the first iteration was in a checkpoint
+    # The first iteration of the second portion was in a checkpoint.
+    assert again[0] == 240 + 2 * 96 and again[-1] == 240 + 3 * 96
     pd.testing.assert_frame_equal(resumed.scores, result.scores, check_exact=True)
     pd.testing.assert_frame_equal(resumed.curves, result.curves, check_exact=True)
     for member in range(12):
@@ -396,11 +405,11 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         assert (tmp_path / "sweep" / path.relative_to(directory)).read_bytes() == path.read_bytes()
 
 
-# ----------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("ways", "said"),
+    ("options", "message"),
     [
         ({"grid": {"lrr": [1]}}, "'lrr' is not a setting; did you mean 'lr'?"),
         ({"grid": {"lr": 1e-3}}, "lr is swept over a list of values"),
@@ -424,14 +433,16 @@ def test_a_killed_sweep_goes_on_with_the_same_results(whole, tmp_path):
         ({"resume": True}, "resume needs the directory of what is to go on"),
     ],
 )
-def test_wrong_input_is_one_sentence_before_anything_is_compiled(ways, said, compiled, tmp_path):
+def test_wrong_input_gives_one_sentence_before_anything_is_compiled(
+    options, message, compiled, tmp_path
+):
     before = len(compiled.asked)
     with pytest.raises(ConfigError) as error:
-        run(**ways)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        run(**options)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert len(compiled.asked) == before
 
 
-def test_a_member_that_is_not_there(whole):
+def test_the_policy_of_an_unknown_member_is_refused(whole):
     with pytest.raises(ConfigError, match="member = 12: this sweep has 0 … 11"):
         whole[0].policy(12)
