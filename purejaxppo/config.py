@@ -75,133 +75,145 @@ def _leaf(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a training run but its key; a frozen dataclass that is also a pytree.
+    """The configuration of a training run: a frozen dataclass that is also a pytree.
 
-    Sizes, names and switches are static. The continuous hyper-parameters are leaves: ``jax.vmap`` over a `Config`
-    whose ``lr`` is an array trains every rate in one compiled program (``in_axes=config.axes("lr")``).
-    Nothing is checked here, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
-    `Config.from_dict` check.
+    A run is determined by its config and its random key. Sizes, names and switches are static.
+    Continuous hyper-parameters are leaves: ``jax.vmap`` over a `Config` whose ``lr`` is an array
+    trains every rate in one compiled program (``in_axes=config.axes("lr")``). The constructor checks
+    nothing, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
+    `Config.from_dict` do.
 
-    Of the defaults, the sizes, ``num_epochs`` and ``lr`` are those that learn most within 100,000 steps over eight
-    environments of gymnax (``python -m benchmarks general``); the others are the PPO paper's where they carry over
-    (Schulman et al. 2017, table 3). `Config.for_env` has tuned settings.
+    The default sizes, ``num_epochs`` and ``lr`` learn the most within 100,000 steps over eight
+    environments of gymnax (``python -m benchmarks general``). The other defaults follow the PPO
+    paper where they apply (Schulman et al. 2017, table 3). `Config.for_env` returns tuned settings.
 
-    ``env_settings`` are written as a mapping, ``Config(env_settings={"max_steps_in_episode": 50})``,
-    and held as sorted pairs, which can be hashed; ``dict(config.env_settings)`` is the mapping. None
-    says that they were not recorded (see `Env`).
+    ``env_settings`` is given as a mapping, ``Config(env_settings={"max_steps_in_episode": 50})``,
+    and stored as sorted pairs, which are hashable; ``dict(config.env_settings)`` restores the
+    mapping. None means that the settings were not recorded (see `Env`).
     """
 
-    env: str = _static("CartPole-v1", "environment: a name that `purejaxppo envs` lists")
+    env: str = _static("CartPole-v1", "name of the environment; `purejaxppo envs` lists all")
     env_settings: Mapping[str, Any] | EnvSettings | None = _static(
-        (), "settings of the environment's own, such as max_steps_in_episode=50", kw_only=True
+        (), "parameters of the environment, such as max_steps_in_episode=50", kw_only=True
     )
-    algorithm: str = _static("ppo", "how the agent learns", ALGORITHMS)
+    algorithm: str = _static("ppo", "learning algorithm", ALGORITHMS)
     total_timesteps: int = _static(
-        1_000_000, "environment steps in all, rounded up to whole iterations", POSITIVE_INT
+        1_000_000, "environment steps of the whole run, rounded up to full iterations", POSITIVE_INT
     )
-    num_envs: int = _static(16, "parallel environments (B)", POSITIVE_INT)
-    num_steps: int = _static(128, "steps of each environment per iteration (T)", POSITIVE_INT)
-    num_epochs: int = _static(10, "passes over each iteration's data", POSITIVE_INT)
+    num_envs: int = _static(16, "number of parallel environments (B)", POSITIVE_INT)
+    num_steps: int = _static(128, "steps per environment and iteration (T)", POSITIVE_INT)
+    num_epochs: int = _static(10, "passes over the data of each iteration (K)", POSITIVE_INT)
     num_minibatches: int = _static(
-        8, "gradient steps per pass; must divide num_envs * num_steps", POSITIVE_INT
+        8, "minibatches per epoch; must divide num_envs * num_steps", POSITIVE_INT
     )
     num_shards: int = _static(
-        1, "blocks of environments that can be on different devices (S)", POSITIVE_INT
+        1, "blocks of environments that may be placed on different devices (S)", POSITIVE_INT
     )
 
-    lr: float = _leaf(2e-3, "learning rate of Adam", NOT_NEGATIVE)
-    anneal_lr: bool = _static(True, "take the learning rate linearly to 0 over the run")
-    adam_eps: float = _leaf(1e-5, "epsilon of Adam", POSITIVE)
-    max_grad_norm: float = _leaf(0.5, "the gradient is scaled down to this global norm", POSITIVE)
-    gamma: float = _leaf(0.99, "discount per step", UNIT)
-    gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation", UNIT)
+    lr: float = _leaf(2e-3, "Adam's learning rate", NOT_NEGATIVE)
+    anneal_lr: bool = _static(True, "anneal the learning rate linearly to 0")
+    adam_eps: float = _leaf(1e-5, "Adam's epsilon", POSITIVE)
+    max_grad_norm: float = _leaf(
+        0.5, "clip the global norm of the gradient to this value", POSITIVE
+    )
+    gamma: float = _leaf(0.99, "discount factor", UNIT)
+    gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation (GAE)", UNIT)
     advantage: str = _static(
-        "auto", "estimator of the advantage; auto: returns for reinforce, else gae", ESTIMATORS
+        "auto", "advantage estimator; auto: returns for reinforce, otherwise gae", ESTIMATORS
     )
     episodic: bool = _static(
-        False, "restart all environments every iteration, one whole episode each, as returns do"
+        False, "play one whole episode per environment and iteration; always so with returns"
     )
     baseline: str = _static(
-        "value", "what reinforce takes off the returns", BASELINES, of=["reinforce"], variant=True
+        "value",
+        "baseline that REINFORCE subtracts from the returns",
+        BASELINES,
+        of=["reinforce"],
+        variant=True,
     )
     baseline_decay: float = _leaf(
         0.9,
-        "weight of the past, per iteration, in reinforce's running mean",
+        "decay of the running mean per iteration",
         UNIT,
         of=["reinforce"],
     )
     objective: str = _static(
         "clip",
-        "PPO's surrogate: clipped, penalised by the KL divergence, or neither",
+        "surrogate objective",
         OBJECTIVES,
         of=["ppo"],
         variant=True,
     )
-    clip_eps: float = _leaf(0.2, "the ratio is clipped to 1 ± this", INSIDE_UNIT, of=["ppo"])
+    clip_eps: float = _leaf(
+        0.2, "epsilon: clip the probability ratio to 1 ± epsilon", INSIDE_UNIT, of=["ppo"]
+    )
     kl_coef: float = _leaf(
         1.0,
-        "beta: weight of the KL penalty; of adaptive_kl the first one",
+        "beta: coefficient of the KL penalty; adaptive_kl starts from it",
         NOT_NEGATIVE,
         of=["ppo"],
     )
     kl_target: float = _leaf(
-        0.01, "nats per iteration that adaptive_kl aims at", POSITIVE, of=["ppo"]
+        0.01, "target of adaptive_kl: KL divergence per iteration, in nats", POSITIVE, of=["ppo"]
     )
     early_stop_kl: float | None = _leaf(
         None,
-        "nats after which an iteration's updates end; None: never",
+        "end the updates of an iteration at this KL divergence, in nats; None: never",
         NONE_OR_POSITIVE,
         of=["ppo"],
         variant=True,
     )
     max_kl: float = _leaf(
-        0.01, "delta: TRPO's bound on the divergence of a step, in nats", POSITIVE, of=["trpo"]
+        0.01, "delta: bound on the KL divergence of a step, in nats", POSITIVE, of=["trpo"]
     )
     cg_damping: float = _leaf(
-        0.1, "TRPO adds this times the identity to the Fisher matrix", NOT_NEGATIVE, of=["trpo"]
+        0.1,
+        "multiple of the identity that is added to the Fisher matrix",
+        NOT_NEGATIVE,
+        of=["trpo"],
     )
-    cg_iterations: int = _static(10, "conjugate-gradient steps of TRPO", POSITIVE_INT, of=["trpo"])
+    cg_iterations: int = _static(10, "conjugate-gradient iterations", POSITIVE_INT, of=["trpo"])
     fisher_subsample: int = _static(
-        1, "TRPO's Fisher matrix is of one sample in so many", POSITIVE_INT, of=["trpo"]
+        1, "estimate the Fisher matrix from every n-th sample", POSITIVE_INT, of=["trpo"]
     )
     line_search_steps: int = _static(
-        10, "lengths that TRPO's line search tries", POSITIVE_INT, of=["trpo"]
+        10, "step sizes that the line search tries", POSITIVE_INT, of=["trpo"]
     )
     line_search_shrink: float = _leaf(
-        0.8, "each length is this times the one before", INSIDE_UNIT, of=["trpo"]
+        0.8, "ratio of successive step sizes in the line search", INSIDE_UNIT, of=["trpo"]
     )
-    vf_coef: float = _leaf(0.5, "c1: weight of the value loss", NOT_NEGATIVE)
-    ent_coef: float = _leaf(0.0, "c2: weight of the entropy bonus", NOT_NEGATIVE)
-    normalize_advantage: bool = _static(True, "standardise the advantages of each minibatch")
+    vf_coef: float = _leaf(0.5, "c1: coefficient of the value loss", NOT_NEGATIVE)
+    ent_coef: float = _leaf(0.0, "c2: coefficient of the entropy bonus", NOT_NEGATIVE)
+    normalize_advantage: bool = _static(True, "standardise advantages within each minibatch")
     clip_value: bool = _static(
         False,
-        "clip the value's change to ± clip_eps too, as OpenAI's baselines do",
+        "also clip the change of the value to ± clip_eps, as OpenAI baselines does",
         of=["ppo"],
         variant=True,
     )
 
-    normalize_obs: bool = _static(False, "standardise observations by their running moments")
+    normalize_obs: bool = _static(False, "standardise observations with running moments")
     normalize_reward: bool = _static(
-        False, "divide rewards by the running deviation of the discounted return"
+        False, "divide rewards by the running standard deviation of the discounted return"
     )
     squash_actions: bool = _static(
         False, "squash continuous actions by tanh instead of clipping them"
     )
 
-    network: str = _static("mlp", "kind of network", NETWORKS)
-    hidden_sizes: tuple[int, ...] = _static((64, 64), "width of each hidden layer")
-    activation: str = _static("tanh", "nonlinearity of the hidden layers", ACTIVATIONS)
-    shared_trunk: bool = _static(False, "policy and value share the hidden layers")
+    network: str = _static("mlp", "network architecture", NETWORKS)
+    hidden_sizes: tuple[int, ...] = _static((64, 64), "widths of the hidden layers")
+    activation: str = _static("tanh", "activation function of the hidden layers", ACTIVATIONS)
+    shared_trunk: bool = _static(False, "share the hidden layers between policy and value")
     debug: bool = _static(
-        False, "print a line from inside the compiled program after every iteration"
+        False, "print a line after every iteration, from inside the compiled program"
     )
 
     critic_obs: str = _static(
-        "", "part of the observation for the value function only", kw_only=True
+        "", "part of the observation that only the value function sees", kw_only=True
     )
     group_size: int = _static(
         1,
-        "consecutive environments that share a start, in whole episodes (G)",
+        "environments per group; a group shares its start (whole episodes only)",
         POSITIVE_INT,
         kw_only=True,
     )

@@ -35,19 +35,23 @@ Rollout = Callable[
 def make_rollout(
     env: Env, vector_env: VectorEnv, model: Model, num_steps: int, whole_episodes: bool = False
 ) -> Rollout:
-    """``rollout(key, params, obs_moments, env_state, carry) -> (transitions, env_state, carry, seen)``.
+    """A function that plays ``num_steps`` steps in every environment under the policy:
 
-    Every environment takes ``num_steps`` steps under the policy. Observations are normalised by ``obs_moments``, which
-    stays as it is; ``rollout_moments`` are those of the raw observations met, for the caller to merge after the update.
+        rollout(key, params, obs_moments, env_state, carry)
+            -> (transitions, env_state, carry, rollout_moments)
 
-    ``next_value[t]`` is the value of the true successor of step t. That is the value of obs[t + 1], known from the next
-    step, but where time cut the episode. Cuts come ``max_episode_steps`` apart, so a rollout that is no longer has at
-    most one per environment: its carry and final observation are kept aside and evaluated once. In a longer rollout,
-    or where cuts have no bound, every successor is evaluated.
+    Observations are normalised with ``obs_moments``, which do not change. ``rollout_moments`` are the
+    moments of the raw observations of the rollout; the caller merges them after the update.
 
-    With ``whole_episodes`` every environment starts anew and its first episode alone counts: the steps after its end
-    are taken, but are neither ``valid`` nor in the ``mask``, and count in no statistic. Episodes that happen to end
-    within a window are the short ones, and an average over them alone is biased.
+    ``next_value[t]`` is the value of the true successor of step t. It equals value[t + 1], except
+    where the episode was truncated. Truncations are ``max_episode_steps`` apart, so a rollout that
+    is no longer than that has at most one per environment: its carry and final observation are
+    stored and evaluated once. In a longer rollout, or without a bound, every successor is evaluated.
+
+    With ``whole_episodes`` every environment is reset first, and only its first episode counts: later
+    steps are played, but they are neither ``valid`` nor in the ``mask``, and no statistic includes
+    them. The episodes that happen to end within a window are mostly short, and an average over them
+    would be biased.
     """
     bound = env.max_episode_steps
     at_most_one_truncation = (

@@ -50,18 +50,19 @@ def make_train(
     model: Model | None = None,
     reward_fn: Callable | Reward | None = None,
 ) -> Callable[..., Result]:
-    """``train(key, params=None, frozen=None) -> Result(state, metrics)``, a pure function to jit and vmap.
+    """``train(key, params=None, frozen=None) -> Result(state, metrics)``: pure, for jit and vmap.
 
-    ``config`` is a `Config` or a mapping, PureJaxRL's upper-case keys included. ``env`` and ``model`` replace what the
-    config names. ``reward_fn`` makes the rewards: see `make_trainer`. ``frozen`` is handed to ``reward_fn`` (a
-    reference model, say). Raises `ConfigError` for what cannot run.
+    ``config`` is a `Config` or a mapping, whose keys may be PureJaxRL's upper-case ones. ``env`` and
+    ``model`` replace those that the config names. ``reward_fn`` computes the rewards (see
+    `make_trainer`) and receives ``frozen``, such as a reference model. Raises `ConfigError` for an
+    invalid or unsupported configuration.
 
-    ``params`` is what the run starts from: a `Policy` or a `TrainState`, which bring their normaliser along, or
-    parameters alone, with which normalisation starts anew.
+    ``params`` is the starting point of the run: a `Policy` or a `TrainState` with its normaliser, or
+    parameters alone, for which normalisation starts empty.
 
-    Runs of whole episodes end when their steps are counted: the metrics have room for ⌈total_timesteps / num_envs⌉
-    iterations, of which those that were not needed have no episodes, and reverse-mode differentiation through the run
-    (a loop of unknown length) is not possible.
+    With whole episodes the run stops after ``total_timesteps`` valid steps. Metrics are padded to
+    ⌈total_timesteps / num_envs⌉ iterations; padding rows report zero episodes. The length of that
+    loop is unknown in advance, so reverse-mode differentiation through the run is not possible.
     """
     trainer = make_trainer(config, env, model, reward_fn)
     config = _checked_config(config)

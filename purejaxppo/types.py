@@ -20,7 +20,7 @@ PRNGKey = jax.Array  # a typed key, or the two uint32 of jax.random.PRNGKey
 
 
 class ConfigError(ValueError):
-    """What was asked for cannot be run; the message is one sentence for the person who asked."""
+    """Invalid or unsupported configuration. The message is one sentence for the user."""
 
 
 # ---------------------------------------------------------------------------------------- spaces
@@ -213,8 +213,8 @@ class Step(NamedTuple):
     state: PyTree  # the environment's state after the step
     obs: PyTree  # observation of that state: the true successor, never one of the next episode
     reward: Float[Array, ""]
-    terminated: Bool[Array, ""]  # the episode ended by itself: nothing is worth anything after it
-    truncated: Bool[Array, ""]  # the episode was cut, by a time limit: the state has a value still
+    terminated: Bool[Array, ""]  # the episode ended by itself: the return after it is zero
+    truncated: Bool[Array, ""]  # a time limit cut the episode: the state still has a value
     mask: Bool[Array, ""] | bool = True  # False: the action was forced and not the agent's
 
 

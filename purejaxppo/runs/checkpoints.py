@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, checked before they are used, and never anything but numbers.
+"""Checkpoints of a run: atomic, verified on load, arrays only.
 
 checkpoints/
     iteration_00000128/        the arrays, written by orbax
@@ -99,7 +99,7 @@ class Checkpoints:
     def restore(self, like: PyTree) -> Checkpoint | None:
         """The newest checkpoint that is whole, as a tree like this one and on its devices; None without one.
 
-        Each that is passed over is told by a warning.
+        A warning names each damaged one that is skipped.
         """
         newest = on_main_process(self._newest)
         return None if newest is None else self._read(newest, like)

@@ -1,8 +1,8 @@
 """Several processes that train together, each with devices of its own, connected by `jax.distributed`.
 
-All of them call the same functions with the same arguments. Whatever goes by a clock, a disk or a keyboard is agreed
-here, so that all take the same way; files are written, and found, by the first one. With one process nothing of this
-does anything.
+All of them call the same functions with the same arguments. Decisions that depend on time, files or
+signals are made by process 0 and broadcast, so that all processes run the same collectives. Process 0
+also reads and writes the files. With one process these functions do nothing.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What a sweep came to: tidy tables, statistics over seeds, the best setting, policies and pictures."""
+"""Results of a sweep: tidy tables, statistics over seeds, the best setting, policies and figures."""
 
 import dataclasses
 import zipfile

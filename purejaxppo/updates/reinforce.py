@@ -32,21 +32,22 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         ∇J ≈ 1/B Σ_i Σ_t ∇log π(a_t | s_t) (G_t − b_t)
 
-    The sum over a batch is divided by the number of episodes, a constant: dividing by the number of steps, which
-    depends on the actions, would bias it. No baseline below does, because none looks at the action it is taken off
-    (Greensmith et al. 2004). By ``baseline``:
+    The sum over a batch is divided by the number of episodes, which is constant. The number of steps
+    depends on the actions, and dividing by it would add bias. None of the baselines adds bias,
+    because none depends on the action (Greensmith et al. 2004):
 
         none           b = 0
-        leave_one_out  the mean of G_t over the other episodes that still run at step t; 0 where none does
-        running_mean   the mean of G over all steps of earlier batches, an iteration weighing ``baseline_decay`` times
-                       the one after it; 0 at first
-        value          V(s_t), fitted to G_t by the same step: ``vf_coef`` weighs its loss
+        leave_one_out  the mean of G_t over the other episodes that are still running at step t, or 0
+        running_mean   the mean of G over all steps of earlier batches, each iteration with
+                       ``baseline_decay`` times the weight of the next one; 0 at first
+        value          V(s_t), fitted to G_t in the same step with the coefficient ``vf_coef``
 
-    With γ < 1, G_t is discounted and the factor γ^t of the discounted objective is left out, as everywhere (Nota &
-    Thomas 2020). These take the lack of bias away: ``normalize_advantage`` standardises the differences G − b over the
-    batch; ``normalize_reward`` scales the rewards by what is in the same batch; with ``shared_trunk`` the value's loss
-    moves the policy; with ``advantage="gae"`` the differences are GAE's, bootstrapped from V, so that windows may cut
-    episodes. ``ent_coef`` weighs the sum of the entropies, divided by B like the rest.
+    With γ < 1, G_t is discounted, and the factor γ^t of the discounted objective is omitted, as is
+    usual (Nota & Thomas 2020). These options make the estimator biased: ``normalize_advantage``
+    standardises G − b over the batch; ``normalize_reward`` scales the rewards with statistics of the
+    same batch; with ``shared_trunk`` the value loss moves the policy; and ``advantage="gae"``
+    bootstraps from V, so that a window may cut episodes. ``ent_coef`` is the coefficient of the sum
+    of the entropies, which is divided by B too.
     """
 
     def loss(
