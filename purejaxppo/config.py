@@ -400,7 +400,8 @@ def require_scalars(config: Config) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    default, check = FIELDS[name].default, FIELDS[name].metadata["check"]
+    default = FIELDS[name].default
+    check = FIELDS[name].metadata["check"]
     if name in LEAVES:
         return None if value is None is default else checked_leaf(name, value, check)
     if name == "hidden_sizes":

@@ -117,7 +117,8 @@ def explained_variance(
     def variance(x: Array) -> Array:
         return masked_mean(jnp.where(valid, x - masked_mean(x, valid), 0) ** 2, valid)
 
-    value, target = jnp.where(valid, value, 0), jnp.where(valid, target, 0)
+    value = jnp.where(valid, value, 0)
+    target = jnp.where(valid, target, 0)
     total = variance(target)
     return jnp.where(
         total > 0, 1 - variance(target - value) / jnp.where(total > 0, total, 1), undefined

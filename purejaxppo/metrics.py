@@ -81,7 +81,8 @@ def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:
     Where value loss and explained variance are NaN throughout, there is no value function that is fitted. In a
     population, whose agents begin anew as others, it is said of each iteration alone.
     """
-    value_loss, explained = np.asarray(metrics.value_loss), np.asarray(metrics.explained_variance)
+    value_loss = np.asarray(metrics.value_loss)
+    explained = np.asarray(metrics.explained_variance)
     unmeasured = (np.isnan(value_loss) & np.isnan(explained)).all(axis=-1, keepdims=True)
     value_loss = np.where(unmeasured, 0, value_loss)
     fine = np.isfinite(np.asarray([metrics.policy_loss, value_loss, metrics.grad_norm])).all(axis=0)

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 from purejaxppo.shards import split_shards
 from purejaxppo.types import ACTION_MASK, Box, Dict, ObservationSpace, PyTree
 
-EPSILON, LIMIT = 1e-8, 10.0  # under the root; bound on what is normalised, in standard deviations
+EPSILON = 1e-8  # added to the variance
+LIMIT = 10.0  # normalised values are clipped to ± this many standard deviations
 
 
 class Moments(NamedTuple):
@@ -79,7 +80,8 @@ def moments_of(x: Shaped[Array, "n ..."], valid: Bool[Array, "n"] | None = None)
         return Moments(
             jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0)
         )
-    samples, column = valid.sum(dtype=x.dtype), valid.reshape((-1,) + (1,) * (x.ndim - 1))
+    samples = valid.sum(dtype=x.dtype)
+    column = valid.reshape((-1,) + (1,) * (x.ndim - 1))
     mean = jnp.where(column, x, 0).sum(axis=0) / jnp.maximum(samples, 1)
     return Moments(samples, mean, jnp.where(column, (x - mean[None]) ** 2, 0).sum(axis=0))
 

@@ -83,7 +83,8 @@ def make_rollout(
             action = distribution.sample(key_action)
             next_env_state, timestep = vector_env.step(key_env, env_state, action)
 
-            truncated, next_value = timestep.truncated & ~timestep.terminated, jnp.zeros_like(value)
+            truncated = timestep.truncated & ~timestep.terminated
+            next_value = jnp.zeros_like(value)
             successor = (carry, normalize_obs(obs_moments, timestep.obs))
             if bootstrap_every_step:
                 _, _, next_value = model.step(params, *successor, no_reset)

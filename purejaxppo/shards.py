@@ -65,7 +65,8 @@ def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
     What belongs to single environments is divided among the devices: their states, the model's memory and the running
     discounted returns. Every device has all the rest: parameters, optimiser, statistics, keys and counts.
     """
-    everywhere, divided = replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))
+    everywhere = replicated(mesh)
+    divided = NamedSharding(mesh, PartitionSpec(AXIS))
     if mesh.size == 1:
         return jax.tree.map(lambda _: everywhere, state)
     where = jax.tree.map(lambda _: everywhere, state)

@@ -69,7 +69,8 @@ def _continued(given: Normalizer, fresh: Normalizer) -> Normalizer:
             f"the policy to start from was trained {had} normalised observations: set "
             f"normalize_obs={instead}, or give its parameters alone, for which normalisation starts anew"
         )
-    obs, reward = fresh.obs, fresh.reward
+    obs = fresh.obs
+    reward = fresh.reward
     if given.obs is not None:
         _require_fitting(given.obs, fresh.obs)
         obs = _in_precision_of(fresh.obs, given.obs)
@@ -85,7 +86,8 @@ def _in_precision_of(like: PyTree, given: PyTree) -> PyTree:
 def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) -> None:
     """A policy goes on with the spaces and the network that it has."""
     for what in ("observation", "action"):
-        before, now = getattr(policy, f"{what}_space"), getattr(env, f"{what}_space")
+        before = getattr(policy, f"{what}_space")
+        now = getattr(env, f"{what}_space")
         if _kind(before) != _kind(now):
             raise ConfigError(
                 f"the policy to start from was trained in {policy.config.env}, whose {what}s are {before}, "
@@ -94,7 +96,8 @@ def _require_same_use(policy: Any, config: Config, env: Env, own_model: bool) ->
     is_own = own_model or policy.has_own_model
     fields = ("squash_actions",) if is_own else (*NETWORK, "squash_actions")
     for name in fields:
-        before, now = getattr(policy.config, name), getattr(config, name)
+        before = getattr(policy.config, name)
+        now = getattr(config, name)
         if before != now:
             told = f"{name} = {before!r}, and this configuration has {now!r}"
             raise ConfigError(f"the policy to start from has {told}")

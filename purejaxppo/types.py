@@ -95,7 +95,8 @@ class Box:
         lowest, highest = self.limits
         is_empty = (lowest > highest) | (lowest == np.inf) | (highest == -np.inf)
         if is_empty.any():
-            below, above = lowest[is_empty][0], highest[is_empty][0]
+            below = lowest[is_empty][0]
+            above = highest[is_empty][0]
             raise ConfigError(
                 f"Box has an element with low = {below} and high = {above}: "
                 "low must be at most high, low below inf and high above -inf"
@@ -489,7 +490,8 @@ def _undefined_reads_as_nan(cls: Any) -> Any:
     for index, name in enumerate(cls._fields):
         if name != "extra":
             setattr(cls, name, field(index))
-    cls._asdict, cls.__repr__ = as_dict, text
+    cls._asdict = as_dict
+    cls.__repr__ = text
     return cls
 
 

@@ -149,10 +149,8 @@ class TanhGaussian(NamedTuple):
         standard deviations up to 2.
         """
         points, mass = np.polynomial.hermite_e.hermegauss(32)
-        nodes, weights = (
-            jnp.asarray(points, self.mean.dtype),
-            jnp.asarray(mass / mass.sum(), self.mean.dtype),
-        )
+        nodes = jnp.asarray(points, self.mean.dtype)
+        weights = jnp.asarray(mass / mass.sum(), self.mean.dtype)
         u = self.mean[..., None] + jnp.tensordot(
             jnp.exp(self.log_std), nodes, axes=0
         )  # [..., k, nodes]

@@ -27,7 +27,12 @@ from purejaxppo.runs.tables import Table
 from purejaxppo.trees import named_leaves
 from purejaxppo.types import ConfigError, PyTree
 
-OLD_NAMES = {"0.agent_index": "0.number"}  # of a population: files keep their names
+# Arrays keep their names on disk when their fields are renamed.
+OLD_NAMES = {
+    "0.agent_index": "0.number",
+    "0.update.running_mean.total": "0.update.past.total",
+    "0.update.running_mean.weight": "0.update.past.weight",
+}
 
 FORMAT_VERSION = 3
 # Version 1 had a pool of fresh starts in the state of the environments. Versions 1 and 2 had
@@ -67,7 +72,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.directory.mkdir(exist_ok=True)
-        name, part = f"iteration_{iteration:08d}", f"rows_{self.last:08d}_{iteration:08d}.npz"
+        name = f"iteration_{iteration:08d}"
+        part = f"rows_{self.last:08d}_{iteration:08d}.npz"
         self._remove(self.directory / name)  # a damaged one, which the run has gone back from
         with _checkpointer() as checkpointer:
             checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(named))
@@ -94,7 +100,8 @@ class Checkpoints:
             lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"),
         )
         self._remove_all_but({name, f"iteration_{self.last:08d}"}, set(parts))
-        self.parts, self.last = parts, iteration
+        self.parts = parts
+        self.last = iteration
 
     def restore(self, like: PyTree) -> Checkpoint | None:
         """The newest checkpoint that is whole, as a tree like this one and on its devices; None without one.
@@ -109,7 +116,8 @@ class Checkpoints:
         for iteration in reversed(self._iterations()):
             name = f"iteration_{iteration:08d}"
             try:
-                self.parts, self.last = self._checked(name), iteration
+                self.parts = self._checked(name)
+                self.last = iteration
                 return iteration
             except _DamagedError as error:
                 warnings.warn(
@@ -121,7 +129,9 @@ class Checkpoints:
         """The files of rows of a checkpoint, and their SHA-256, if all of its files are what was written."""
         try:
             manifest = json.loads((self.directory / f"{name}.json").read_text())
-            parts, files, version = manifest["rows"], manifest["arrays"], manifest["format_version"]
+            parts = manifest["rows"]
+            files = manifest["arrays"]
+            version = manifest["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(f"{name}.json cannot be read ({error})") from None
         if version not in READABLE_VERSIONS:

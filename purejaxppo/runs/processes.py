@@ -95,10 +95,8 @@ def _from_each(row: NDArray[Any]) -> NDArray[Any]:
     """[processes, n] of a row [n] of each."""
     one_of = {device.process_index: device for device in reversed(jax.devices())}  # its first
     mesh = Mesh(np.array([one_of[i] for i in range(jax.process_count())]), ("processes",))
-    own, where = (
-        jax.device_put(row[None], one_of[jax.process_index()]),
-        NamedSharding(mesh, PartitionSpec("processes")),
-    )
+    own = jax.device_put(row[None], one_of[jax.process_index()])
+    where = NamedSharding(mesh, PartitionSpec("processes"))
     return np.asarray(
         gather_to_host(
             jax.make_array_from_single_device_arrays((mesh.size, *row.shape), where, [own])

@@ -118,7 +118,8 @@ def _require_same(directory: Path, asked: dict[str, Any]) -> None:
         ) from None
     if not (directory / "checkpoints").is_dir():
         raise ConfigError(f"the run in {directory} has come to its end: there is nothing to resume")
-    then, now = _flat(begun), _flat(json.loads(json.dumps(asked)))
+    then = _flat(begun)
+    now = _flat(json.loads(json.dumps(asked)))
     differing = [name for name in now if then.get(name) != now[name]]
     if differing:
         words = ", ".join(

@@ -107,7 +107,8 @@ def compare(
         raise ConfigError(
             "compare needs at least one environment and one algorithm, and each of them once"
         )
-    seeds, key = integer("seeds", seeds, 1), integer("key", key, 0)
+    seeds = integer("seeds", seeds, 1)
+    key = integer("key", key, 0)
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
     planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
     for env, _, config in planned:

@@ -100,14 +100,16 @@ def run_group(
     members = spec.members_of(group)
     known, ended = processes.on_main_process(lambda: read_progress(spec, members))
     size = known or len(members)
-    programs, evaluate = None, None
+    programs = None
+    evaluate = None
     like = _agents_like(spec, group) if ended else (None, None)
     if len(ended) < len(_parts(members, size)):
         programs, evaluate = _programs(spec, group, len(members), known)
         size = programs.agents or 1
         processes.on_main_process(lambda: write_portion_size(spec, members, size))
         if on_start:
-            seconds, memory = programs.compile_seconds, programs.memory_bytes
+            seconds = programs.compile_seconds
+            memory = programs.memory_bytes
             on_start(
                 GroupPlan(
                     group.config,
@@ -121,7 +123,8 @@ def run_group(
     for part in _parts(members, size):
         done: SweepPortion | None
         if programs is None or part[0] in ended:
-            done, seconds = load_portion(_path(spec, part), *like), 0.0
+            done = load_portion(_path(spec, part), *like)
+            seconds = 0.0
         else:
             done, seconds = _run_part(spec, group, part, programs, evaluate, on_progress)
         on_progress(0 if done is None else int(done.timesteps.sum()), None)
@@ -141,7 +144,8 @@ def _programs(
     spec: SweepSpec, group: CompilationGroup, count: int, known: int | None
 ) -> tuple[Programs, Evaluate | None]:
     """Compiled for as many members as fit the memory, by the compiler's count; for ``known`` of them after a resume."""
-    devices, least = jax.devices(), jax.process_count()
+    devices = jax.devices()
+    least = jax.process_count()
     env = spec.env_of(group)
 
     def compiled(size: int) -> tuple[Programs, Evaluate | None, int]:
@@ -197,7 +201,9 @@ def _run_part(
     """Train these members, score them, and store what they came to; None if they were interrupted."""
     keys, swept = spec.inputs(group, pad_members(members, programs.agents or 1))
     own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, EVALUATION), 0))(keys)
-    keys, own, swept = programs.put(keys), programs.put(own), programs.put(swept)
+    keys = programs.put(keys)
+    own = programs.put(own)
+    swept = programs.put(swept)
     ended = run_session(
         programs,
         keys,
@@ -248,7 +254,8 @@ def _checkpoint_policy(spec: SweepSpec, members: NDArray[np.integer]) -> Checkpo
     if spec.directory is None:
         return None
     logs = _path(spec, members).with_suffix("")
-    names, count = [f"member_{member}" for member in members], len(members)
+    names = [f"member_{member}" for member in members]
+    count = len(members)
     settings = {
         name: str(spec.settings[i // spec.seeds]) for name, i in zip(names, members, strict=True)
     }

@@ -34,10 +34,8 @@ class Schedule(NamedTuple):
 
 def schedule_of(metrics: Metrics, every: int) -> Schedule:
     """The schedules in the metrics [m, iterations] of a population."""
-    timesteps, extra = (
-        np.asarray(metrics.timesteps),
-        {name: np.asarray(x) for name, x in metrics.extra.items()},
-    )
+    timesteps = np.asarray(metrics.timesteps)
+    extra = {name: np.asarray(x) for name, x in metrics.extra.items()}
     count = timesteps.shape[1]
     ends = np.unique([*range(every - 1, count, every), count - 1])
     swept = {

@@ -94,11 +94,9 @@ def sweep(
     if env is not None and (named := {"env", "env_settings"} & grid.keys()):
         raise ConfigError(f"{min(named)} is swept over: leave the environment object out")
     config = config if env is None else config.replace(env=env.name, env_settings=env.settings)
-    seeds, key, samples = (
-        integer("seeds", seeds, 1),
-        integer("key", key, 0),
-        integer("samples", samples, 0),
-    )
+    seeds = integer("seeds", seeds, 1)
+    key = integer("key", key, 0)
+    samples = integer("samples", samples, 0)
     settings = settings_of(config, grid, samples, np.random.default_rng(key))
     spec = SweepSpec(
         settings,
@@ -189,11 +187,9 @@ def _population(
     exchange: Any, grid: Mapping[str, Any], spec: SweepSpec, groups: Sequence[CompilationGroup]
 ) -> tuple[Exchange, dict[str, tuple[float, float]]]:
     """The exchange and the bounds of the hyper-parameters; what cannot be a population is refused."""
-    config, count, fields = (
-        groups[0].config,
-        len(spec.settings) * spec.seeds,
-        list(spec.settings[0]),
-    )
+    config = groups[0].config
+    count = len(spec.settings) * spec.seeds
+    fields = list(spec.settings[0])
     if not isinstance(exchange, Exchange):
         raise ConfigError(
             f"exchange = {exchange!r}: it must be an Exchange, such as Exchange(every=20)"

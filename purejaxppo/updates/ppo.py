@@ -44,10 +44,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     but ``first_ratio_deviation``, of the first one before any step, ``largest_ratio_deviation``, and ``kl``, which is
     exact and of the whole batch after the last step.
     """
-    penalised, adaptive = (
-        config.objective in ("fixed_kl", "adaptive_kl"),
-        config.objective == "adaptive_kl",
-    )
+    penalised = config.objective in ("fixed_kl", "adaptive_kl")
+    adaptive = config.objective == "adaptive_kl"
 
     loss = make_loss(config, model)
 

@@ -79,11 +79,11 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     def step(
         key: PRNGKey, params: PyTree, update_state: ReinforceState, batch: Batch
     ) -> tuple[PyTree, ReinforceState, dict[str, Array]]:
-        weight, running_mean = subtract_baseline(config, update_state.running_mean, batch)
-        batch, num_episodes = batch._replace(advantage=weight), batch.mask.shape[1]
-        if (
-            config.num_shards > 1
-        ):  # [T, B] as N rows, which the network needs, would leave their devices
+        advantage, running_mean = subtract_baseline(config, update_state.running_mean, batch)
+        batch = batch._replace(advantage=advantage)
+        num_episodes = batch.mask.shape[1]
+        if config.num_shards > 1:
+            # As N rows, which the network needs, the arrays [T, B] would leave their devices.
             batch = as_sequences(batch, config.num_shards)
         gradient, (metrics, old) = jax.grad(loss, has_aux=True)(params, batch, num_episodes)
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
@@ -106,29 +106,30 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def subtract_baseline(
     config: Config, running_mean: RunningMean | None, batch: Batch
 ) -> tuple[Float[Array, "T B"], RunningMean | None]:
-    """G − b, 0 outside of the mask, and what the running mean remembers."""
+    """The advantages G − b, 0 outside the mask, and the running mean with this batch in it."""
     if config.baseline == "value":
-        weight = batch.advantage
+        advantage = batch.advantage
     elif config.baseline == "leave_one_out":
-        weight = batch.target - leave_one_out_baseline(batch.target, batch.valid)
+        advantage = batch.target - leave_one_out_baseline(batch.target, batch.valid)
     elif running_mean is not None:
-        weight = batch.target - running_mean.total / jnp.maximum(running_mean.weight, 1)
-        decay, mean = config.baseline_decay, losses.masked_mean(batch.target, batch.valid)
-        running_mean = RunningMean(
-            decay * running_mean.total + mean, decay * running_mean.weight + 1
-        )
+        advantage = batch.target - running_mean.total / jnp.maximum(running_mean.weight, 1)
+        decay = config.baseline_decay
+        mean = losses.masked_mean(batch.target, batch.valid)
+        total = decay * running_mean.total + mean
+        running_mean = RunningMean(total, decay * running_mean.weight + 1)
     else:
-        weight = batch.target
-    weight = jnp.where(batch.mask, weight, 0)
-    return losses.standardize(
-        weight, batch.mask
-    ) if config.normalize_advantage else weight, running_mean
+        advantage = batch.target
+    advantage = jnp.where(batch.mask, advantage, 0)
+    if config.normalize_advantage:
+        advantage = losses.standardize(advantage, batch.mask)
+    return advantage, running_mean
 
 
 def leave_one_out_baseline(
     x: Float[Array, "T B"], valid: Bool[Array, "T B"]
 ) -> Float[Array, "T B"]:
-    """At each step the mean over the other rows that are valid there; 0 where there are none."""
+    """At each step the mean over the other valid episodes; 0 where there are none."""
     x = jnp.where(valid, x, 0)
-    total, count = x.sum(axis=1, keepdims=True) - x, valid.sum(axis=1, keepdims=True) - valid
+    total = x.sum(axis=1, keepdims=True) - x
+    count = valid.sum(axis=1, keepdims=True) - valid
     return total / jnp.maximum(count, 1)

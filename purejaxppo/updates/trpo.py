@@ -52,10 +52,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     ``params["policy"]`` and ``params["value"]`` share nothing. ``optimizer`` fits the value function, in
     ``num_epochs`` of ``num_minibatches``, and ``update_state`` is its state.
     """
-    policy_step, value_steps = (
-        make_policy_step(config, model),
-        make_value_steps(config, model, optimizer),
-    )
+    policy_step = make_policy_step(config, model)
+    value_steps = make_value_steps(config, model, optimizer)
 
     def init(params: PyTree) -> PyTree:
         if not isinstance(params, dict) or set(params) != {"policy", "value"}:

@@ -19,8 +19,9 @@ from compiled_once import compiled_once
 from killed import Killed
 from small_envs import LINEAR, counter
 
-from purejaxppo import Config, ConfigError, fit, load_policy, sweep
-from purejaxppo.runs.checkpoints import Checkpoints
+from purejaxppo import Config, ConfigError, fit, load_policy, make_trainer, sweep
+from purejaxppo.population import Population
+from purejaxppo.runs.checkpoints import Checkpoints, _leaves
 from purejaxppo.runs.disk import locked
 from purejaxppo.runs.run_directory import reserve
 
@@ -368,6 +369,17 @@ def test_arrays_of_another_precision_are_refused(tmp_path):
     Checkpoints(tmp_path / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
     with pytest.raises(ConfigError, match="was not written by this configuration"):
         Checkpoints(tmp_path / "checkpoints").restore({"x": np.arange(3.0)})
+
+
+def test_renamed_fields_keep_their_names_on_disk():
+    """Those that checkpoints of format 2 have: of REINFORCE's running mean and of a population."""
+    config = Config.for_env("CartPole-v1", algorithm="reinforce", baseline="running_mean")
+    state = jax.eval_shape(make_trainer(config).init, jax.random.key(0))
+    names = set(_leaves((state, None)))
+    assert {"0.update.past.total", "0.update.past.weight", "0.env.obs"} <= names
+    assert not any("running_mean" in name for name in names)
+    population = Population(*[jnp.zeros(2)] * len(Population._fields))
+    assert "0.number" in _leaves((population, None))
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
