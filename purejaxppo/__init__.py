@@ -14,12 +14,14 @@ from purejaxppo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     import purejaxppo.envs as envs
+    from purejaxppo.analysis.plots import learning_curve as learning_curve
     from purejaxppo.config import Config as Config
     from purejaxppo.policies.evaluate import EpisodeStatistics as EpisodeStatistics
     from purejaxppo.policies.evaluate import evaluate as evaluate
     from purejaxppo.policies.files import load_policy as load_policy
     from purejaxppo.policies.files import save_policy as save_policy
     from purejaxppo.policies.policy import Policy as Policy
+    from purejaxppo.policies.render import animate as animate
     from purejaxppo.population import Exchange as Exchange
     from purejaxppo.runs.fit import fit as fit
     from purejaxppo.runs.processes import connect as connect
@@ -53,10 +55,12 @@ _HOME = {
     "TrainState": "types",
     "UPDATES": "updates",
     "Uniform": "sweeps.grid",
+    "animate": "policies.render",
     "compare": "sweeps.compare",
     "connect": "runs.processes",
     "evaluate": "policies.evaluate",
     "fit": "runs.fit",
+    "learning_curve": "analysis.plots",
     "load_policy": "policies.files",
     "make_train": "train",
     "make_trainer": "train",

@@ -23,6 +23,7 @@ from purejaxppo import (
 from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.networks.distributions import Categorical, MultiCategorical
 from purejaxppo.networks.heads import masked
+from purejaxppo.policies.render import play
 from purejaxppo.types import Box, Dict, Discrete, MultiDiscrete
 
 ENV = masked_corridor()
@@ -215,6 +216,11 @@ def test_a_sweep_with_named_parts_has_its_policies():
     result = sweep(TINY, 2, {"lr": [1e-3, 1e-2]}, key=1, env=ENV, eval_episodes=4)
     _, obs = ENV.reset(jax.random.key(0))
     assert bool(obs["action_mask"][result.policy(3).act(obs)])
+
+
+def test_an_episode_with_named_parts_is_played_step_by_step_for_a_picture():
+    states, rewards = play(trained().policy(0), ENV, 0, 12)
+    assert 2 <= len(states) == len(rewards) <= 13 and min(rewards) > -1
 
 
 def test_the_values_alone_depend_on_critic_obs():

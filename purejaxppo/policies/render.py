@@ -50,7 +50,8 @@ def play(policy: Policy, env: Env, key: int, max_steps: int) -> tuple[list[PyTre
     states = [state]
     rewards = [0.0]
     for step_key in jax.random.split(key_steps, max_steps):
-        carry, action = policy.step(carry, jnp.asarray(obs)[None], reset)
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], obs)
+        carry, action = policy.step(carry, batch, reset)
         timestep: Any = env_step(step_key, state, action[0])
         state = timestep.state
         obs = timestep.obs
