@@ -20,7 +20,7 @@ from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import iteration_metrics
 from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.normalize import Normalizer, init_normalizer, merge_obs, normalize_reward
-from purejaxppo.rollout import in_shards, make_rollout, reset_shards
+from purejaxppo.rollout import Rollout, in_shards, make_rollout, reset_shards
 from purejaxppo.starting import Start, start_from
 from purejaxppo.types import (
     Batch,
@@ -88,11 +88,9 @@ def make_trainer(
 ) -> Trainer:
     """Training in pieces: ``init(key, params=None) -> state``, ``step(state, frozen=None)``.
 
-    ``step`` is one iteration of Algorithm 1 of the PPO paper and returns ``(state, metrics)``.
-    ``params`` are as in `make_train`. A ``reward_fn`` is a function ``(transitions, config, frozen)
-    -> rewards [T, B]``, or a `Reward` where it needs memory or adds extras to the batch; episode
-    returns stay those of the environment. Jit ``init`` as well as ``step``: state that is not on the
-    device cannot be donated.
+    ``step`` returns ``(state, metrics)`` of one iteration of Algorithm 1 of the PPO paper. A
+    ``reward_fn`` is a function ``(transitions, config, frozen) -> rewards [T, B]`` or a `Reward`;
+    episode returns stay those of the environment. Jit ``init`` too, or no state can be donated.
     """
     config = _checked_config(config)
     given_env = envs.of_config(config) if env is None else env
@@ -101,8 +99,7 @@ def make_trainer(
     config = _limit_num_steps_to_episode(config, env)
     _require_enough_sequences(config, model)
     vector_env = _vectorize(env, config)
-    rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
-    rollout = in_shards(rollout, config.num_shards)
+    rollout = _rollout_in_shards(config, env, vector_env, model)
     estimate_advantages = ADVANTAGES[config.estimator]
     update = UPDATES[config.algorithm](config, model, make_optimizer(config))
     reward = _reward(reward_fn)
@@ -110,13 +107,11 @@ def make_trainer(
     def init(key: PRNGKey, params: PyTree = None) -> TrainState:
         key_params, key_env, key_run = jax.random.split(key, 3)
         env_state, obs = reset_shards(vector_env, key_env, config.num_shards)
-        normalizer = init_normalizer(
-            obs, env.observation_space, config.normalize_obs, config.normalize_reward
-        )
         if params is None:
-            start = Start(model.init(key_params, obs), normalizer)
+            start = Start(model.init(key_params, obs), _normalizer(config, env, obs))
         else:
-            fresh = Start(jax.eval_shape(model.init, key_params, obs), normalizer)
+            shapes = jax.eval_shape(model.init, key_params, obs)
+            fresh = Start(shapes, _normalizer(config, env, obs))
             start = start_from(params, fresh, config, given_env, own_model)
         state = TrainState(
             params=start.params,
@@ -146,9 +141,7 @@ def make_trainer(
 
         # Optimise the surrogate with respect to θ, for K epochs of minibatches.
         batch = _batch(transitions, advantage, target, rewards.extras, state.carry)
-        params, update_state, update_metrics = update.step(
-            key_update, state.params, state.update, batch
-        )
+        params, update_state, measured = update.step(key_update, state.params, state.update, batch)
 
         state = TrainState(
             params=params,
@@ -162,11 +155,8 @@ def make_trainer(
             timesteps=timesteps_after(config, state.iteration + 1, state.timesteps, batch.mask),
         )
         finished = finished_in_all_shards(env_state)
-        measured = update_metrics | rewards.metrics
-        metrics = iteration_metrics(state.timesteps, finished, batch, measured)
-        if config.debug:
-            jax.debug.callback(_print_line, metrics)
-        return state, metrics
+        metrics = iteration_metrics(state.timesteps, finished, batch, measured | rewards.metrics)
+        return state, _printed(config, metrics)
 
     return Trainer(init, step)
 
@@ -193,6 +183,16 @@ def resolve(
     if model is None:
         model = make_model(config, env.observation_space, env.action_space)
     return env, model
+
+
+def _rollout_in_shards(config: Config, env: Env, vector_env: VectorEnv, model: Model) -> Rollout:
+    rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
+    return in_shards(rollout, config.num_shards)
+
+
+def _normalizer(config: Config, env: Env, obs: PyTree) -> Normalizer:
+    space = env.observation_space
+    return init_normalizer(obs, space, config.normalize_obs, config.normalize_reward)
 
 
 def _vectorize(env: Env, config: Config) -> VectorEnv:
@@ -299,6 +299,13 @@ def _limit_num_steps_to_episode(config: Config, env: Env) -> Config:
 
 def _each_shard(config: Config) -> str:
     return f" / num_shards = {config.num_shards}" if config.num_shards > 1 else ""
+
+
+def _printed(config: Config, metrics: Metrics) -> Metrics:
+    """The metrics; with ``debug`` a line of them is printed from inside the compiled program."""
+    if config.debug:
+        jax.debug.callback(_print_line, metrics)
+    return metrics
 
 
 def _print_line(metrics: Metrics) -> None:

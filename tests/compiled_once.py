@@ -15,8 +15,11 @@ class CompiledOnce:
     """In the place of `compile_programs` and `make_evaluate`: what was compiled, and which programs were asked for."""
 
     def __init__(self):
-        self.programs, self.evaluations, self.asked = {}, {}, []
-        self._compile, self._evaluate = programs.compile_programs, programs.make_evaluate
+        self.programs = {}
+        self.evaluations = {}
+        self.asked = []
+        self._compile = programs.compile_programs
+        self._evaluate = programs.make_evaluate
 
     def compile_programs(
         self, config, env, agents, swept=(), *, model=None, exchange=None, devices=None, **rest
@@ -49,7 +52,8 @@ class Evaluation:
     """A jitted function that is lowered and compiled once, whoever asks for it."""
 
     def __init__(self, jitted):
-        self.jitted, self.compiled = jitted, None
+        self.jitted = jitted
+        self.compiled = None
 
     def __call__(self, *arguments):
         return self.jitted(*arguments)

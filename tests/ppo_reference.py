@@ -9,7 +9,10 @@ from small_envs import linear_model
 from purejaxppo import Config
 from purejaxppo.types import Batch
 
-T, B, F, A = 5, 3, 4, 3
+T = 5
+B = 3
+F = 4
+A = 3
 ONE_STEP = Config(
     num_envs=B,
     num_steps=T,
@@ -39,9 +42,11 @@ def numpy_kl(old, new, obs, gaussian):
     """KL(π_old ‖ π_new) at one observation."""
     a, b = (obs @ theta["w"] + theta["b"] for theta in (old, new))
     if gaussian:
-        s, t = np.exp(old["log_std"]), np.exp(new["log_std"])
+        s = np.exp(old["log_std"])
+        t = np.exp(new["log_std"])
         return np.sum(np.log(t / s) + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5)
-    log_p, log_q = a - np.log(np.exp(a).sum()), b - np.log(np.exp(b).sum())
+    log_p = a - np.log(np.exp(a).sum())
+    log_q = b - np.log(np.exp(b).sum())
     return (np.exp(log_p) * (log_p - log_q)).sum()
 
 
@@ -67,18 +72,21 @@ def random_batch(seed, gaussian=False, masked=True):
 
 def numpy_objective(theta, batch, config, gaussian, old_policy=None):
     """−(L − c1 L_VF + c2 S) and its parts: eq. 6 to 9 of the paper, row by row, with the ½ in L_VF."""
-    surrogate, value_loss, entropy, clipped, kl = [], [], [], [], []
+    surrogate = []
+    value_loss = []
+    entropy = []
+    clipped = []
+    kl = []
     kept = batch["advantage"][batch["mask"]]
     mean, deviation = (kept.mean(), kept.std() + 1e-8) if config.normalize_advantage else (0.0, 1.0)
-    low, high = 1 - config.clip_eps, 1 + config.clip_eps
+    low = 1 - config.clip_eps
+    high = 1 + config.clip_eps
     for i in np.ndindex(T, B):
         x = batch["obs"][i]
         log_prob, s = numpy_policy(theta["policy"], x, batch["action"][i], gaussian)
         if batch["mask"][i]:
-            ratio, advantage = (
-                np.exp(log_prob - batch["log_prob"][i]),
-                (batch["advantage"][i] - mean) / deviation,
-            )
+            ratio = np.exp(log_prob - batch["log_prob"][i])
+            advantage = (batch["advantage"][i] - mean) / deviation
             if config.objective == "clip":
                 surrogate.append(min(ratio * advantage, np.clip(ratio, low, high) * advantage))
             else:
@@ -90,11 +98,9 @@ def numpy_objective(theta, batch, config, gaussian, old_policy=None):
             clipped.append(abs(ratio - 1) > config.clip_eps)
             kl.append(ratio - 1 - np.log(ratio))
         if batch["valid"][i]:
-            v, old, target = (
-                x @ theta["value"]["w"] + theta["value"]["b"],
-                batch["value"][i],
-                batch["target"][i],
-            )
+            v = x @ theta["value"]["w"] + theta["value"]["b"]
+            old = batch["value"][i]
+            target = batch["target"][i]
             error = (v - target) ** 2
             if config.clip_value:
                 error = max(

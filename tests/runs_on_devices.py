@@ -56,11 +56,9 @@ COLLECTIVE = re.compile(r"= (\S+|\(.*?\)) (all-\w+|reduce-scatter|collective-\w+
 def lowered(name, count):
     config, model, x64, _ = RUNS[name]
     with jax.enable_x64(x64):
-        train, key, mesh = (
-            make_train(config, counter(), model),
-            jax.random.key(3),
-            make_mesh(4, jax.devices()[:count]),
-        )
+        train = make_train(config, counter(), model)
+        key = jax.random.key(3)
+        mesh = make_mesh(4, jax.devices()[:count])
         where = Result(state_sharding(mesh, jax.eval_shape(train, key).state), replicated(mesh))
         return jax.jit(train, in_shardings=replicated(mesh), out_shardings=where).lower(key)
 

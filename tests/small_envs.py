@@ -10,7 +10,9 @@ from purejaxppo.networks.actor_critic import feed_forward
 from purejaxppo.networks.distributions import Categorical, DiagonalGaussian
 from purejaxppo.types import Box, Dict, Discrete, Env, Model, MultiDiscrete, Step
 
-DISCRETE, MULTI, BOX = Discrete(3), MultiDiscrete((2, 3, 4)), Box((2,), -1.0, 0.5)
+DISCRETE = Discrete(3)
+MULTI = MultiDiscrete((2, 3, 4))
+BOX = Box((2,), -1.0, 0.5)
 
 
 class Layer(NamedTuple):
@@ -52,10 +54,24 @@ def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
     def step(key, state, action):
         state = state._replace(t=state.t + 1)
         terminated = state.t >= state.length
-        return Step(state, observe(state, action), 1.0 * state.t, terminated, state.t >= limit)
+        return Step(
+            state=state,
+            obs=observe(state, action),
+            reward=1.0 * state.t,
+            terminated=terminated,
+            truncated=state.t >= limit,
+        )
 
     space = Box((2 + width,), -np.inf, np.inf)
-    return Env("counter", reset, step, space, action_space, limit, True)
+    return Env(
+        name="counter",
+        reset=reset,
+        step=step,
+        observation_space=space,
+        action_space=action_space,
+        max_episode_steps=limit,
+        truncates=True,
+    )
 
 
 def clock(limit=10, terminates=False, phases=5) -> Env:
@@ -76,10 +92,22 @@ def clock(limit=10, terminates=False, phases=5) -> Env:
         state = state[0] + 1, state[1] + 1
         end = state[0] >= limit
         return Step(
-            state, observe(state), jnp.ones(()), end & terminates, end & ~jnp.asarray(terminates)
+            state=state,
+            obs=observe(state),
+            reward=jnp.ones(()),
+            terminated=end & terminates,
+            truncated=end & ~jnp.asarray(terminates),
         )
 
-    return Env("clock", reset, step, Box((phases,), 0.0, 1.0), Discrete(2), limit, True)
+    return Env(
+        name="clock",
+        reset=reset,
+        step=step,
+        observation_space=Box((phases,), 0.0, 1.0),
+        action_space=Discrete(2),
+        max_episode_steps=limit,
+        truncates=True,
+    )
 
 
 def masked_corridor(length=4, limit=12) -> Env:
@@ -110,7 +138,13 @@ def masked_corridor(length=4, limit=12) -> Env:
         state = jnp.clip(position, 0, length - 1), t + 1
         arrived = position == length - 1
         reward = jnp.where(is_forbidden, -10.0, jnp.where(arrived, 1.0, -0.01))
-        return Step(state, observe(state, key), reward, arrived | is_forbidden, t + 1 >= limit)
+        return Step(
+            state=state,
+            obs=observe(state, key),
+            reward=reward,
+            terminated=arrived | is_forbidden,
+            truncated=t + 1 >= limit,
+        )
 
     space = Dict(
         {
@@ -120,7 +154,15 @@ def masked_corridor(length=4, limit=12) -> Env:
             "action_mask": Box((3,), 0, 1),
         }
     )
-    return Env("corridor", reset, step, space, Discrete(3), limit, True)
+    return Env(
+        name="corridor",
+        reset=reset,
+        step=step,
+        observation_space=space,
+        action_space=Discrete(3),
+        max_episode_steps=limit,
+        truncates=True,
+    )
 
 
 def memory_model(features: int, decay: float = 0.5) -> Model:
@@ -162,7 +204,8 @@ def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
         }
 
     def forward(params, obs):
-        policy, value = params["policy"], params["value"]
+        policy = params["policy"]
+        value = params["value"]
         out = obs @ policy["w"]
         out = out + jnp.broadcast_to(policy["b"], out.shape)
         if gaussian:
@@ -189,7 +232,8 @@ def mixed_model(actions: int = 3) -> Model:
 
     def init(key, obs):
         params = linear.init(key, obs)
-        policy, value = params["policy"], params["value"]
+        policy = params["policy"]
+        value = params["value"]
         b = jnp.asarray(policy["b"], jnp.float16)
         return {
             "policy": ([], Layer(jnp.asarray(policy["w"], jnp.bfloat16), b), {}),
@@ -201,7 +245,8 @@ def mixed_model(actions: int = 3) -> Model:
         }
 
     def plain(params):
-        policy, value = params["policy"][1], params["value"]
+        policy = params["policy"][1]
+        value = params["value"]
         return {"policy": policy._asdict(), "value": {"w": value["1/w"], "b": value["1"]["w"]}}
 
     def step(params, carry, obs, reset):

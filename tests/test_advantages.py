@@ -82,12 +82,11 @@ def test_lambda_1_is_the_return_with_bootstrap_minus_the_value(seed, shape, gamm
 
 def test_advantages_in_a_literal_example():
     """Two steps, then a cut whose successor is worth 4, then a step that terminates (its successor counts nothing)."""
-    reward, value = np.array([[1.0], [2.0], [3.0]]), np.array([[0.5], [1.0], [2.0]])
+    reward = np.array([[1.0], [2.0], [3.0]])
+    value = np.array([[0.5], [1.0], [2.0]])
     next_value = np.array([[1.0], [4.0], [100.0]])
-    terminated, truncated = (
-        np.array([[False], [False], [True]]),
-        np.array([[False], [True], [False]]),
-    )
+    terminated = np.array([[False], [False], [True]])
+    truncated = np.array([[False], [True], [False]])
     advantage, target = gae64(reward, value, next_value, terminated, truncated, 0.5, 0.5)
     # δ = 1 + .5·1 − .5 = 1;  2 + .5·4 − 1 = 3;  3 − 2 = 1.  Â = 1 + .25·3, 3, 1.
     np.testing.assert_allclose(advantage[:, 0], [1.75, 3.0, 1.0], rtol=1e-15)

@@ -32,10 +32,8 @@ from purejaxppo.metrics import iteration_metrics, with_nan, without_nan
 from purejaxppo.runs import chunks, compilation, processes, run_directory
 from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics, nan_where_undefined
 
-ENDLESS, SHORT = (
-    counter(limit=60, longest=0),
-    counter(),
-)  # no episode ends in a run of these tests; all do
+ENDLESS = counter(limit=60, longest=0)
+SHORT = counter()  # no episode ends in a run of these tests; all do
 PPO = Config(num_envs=2, num_steps=4, total_timesteps=16, num_minibatches=2, num_epochs=2)
 TRPO = PPO.replace(algorithm="trpo", normalize_obs=True, normalize_reward=True, fisher_subsample=2)
 REINFORCE = PPO.replace(
@@ -293,7 +291,8 @@ def test_the_checker_still_finds_a_key_that_the_caller_uses_twice():
 @pytest.mark.parametrize(("implementation", "size"), IMPLEMENTATIONS.items())
 def test_a_key_of_the_default_implementation_is_taken_raw_or_typed(implementation, size):
     with jax.default_prng_impl(implementation):
-        raw, typed = jax.random.PRNGKey(7), jax.random.key(7)
+        raw = jax.random.PRNGKey(7)
+        typed = jax.random.key(7)
         assert raw.shape == (size,)
         for key in (raw, np.asarray(raw), typed):
             got, described = random_key(key)

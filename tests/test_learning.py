@@ -15,7 +15,8 @@ pytestmark = pytest.mark.learning
 
 
 def scores(name: str, seeds: int, **changes: object) -> np.ndarray:
-    config, env = Config.for_env(name, **changes), envs.make(name)
+    config = Config.for_env(name, **changes)
+    env = envs.make(name)
 
     def one(key: jax.Array) -> jax.Array:
         key_train, key_evaluate = jax.random.split(key)

@@ -46,7 +46,8 @@ def every_formula(value, old_value, target, advantage, log_ratio, mask):
 @given(seeds, shapes)
 def test_every_formula_equals_a_loop_over_the_entries_of_the_mask(seed, shape):
     value, old_value, target, advantage, log_ratio, mask = random_batch(seed, shape)
-    eps, ratio = 0.2, np.exp(log_ratio)
+    eps = 0.2
+    ratio = np.exp(log_ratio)
     expected = {
         "masked_mean": over(mask, lambda x: x, value),
         "surrogate": over(
@@ -99,14 +100,16 @@ def test_explained_variance_equals_numpys(seed, shape):
 
 
 def test_explained_variance_in_the_known_cases():
-    target, mask = jnp.asarray([1.0, 2.0, 4.0]), jnp.ones(3, bool)
+    target = jnp.asarray([1.0, 2.0, 4.0])
+    mask = jnp.ones(3, bool)
     assert losses.explained_variance(target, target, mask) == 1
     assert losses.explained_variance(jnp.full(3, 7.0), target, mask) == pytest.approx(0, abs=1e-6)
     assert np.isnan(losses.explained_variance(target, jnp.full(3, 7.0), mask))
 
 
 def test_the_ratio_is_1_where_masked_and_exponential_elsewhere():
-    log_prob, old = jnp.asarray([-1.0, jnp.nan, 500.0]), jnp.asarray([-1.5, 0.0, 0.0])
+    log_prob = jnp.asarray([-1.0, jnp.nan, 500.0])
+    old = jnp.asarray([-1.5, 0.0, 0.0])
     log_ratio = losses.log_ratio(log_prob, old, jnp.asarray([True, False, False]))
     got = losses.probability_ratio(log_ratio)
     np.testing.assert_allclose(got, [np.exp(0.5), 1, 1], rtol=1e-6)
@@ -116,7 +119,8 @@ def test_the_ratio_is_1_where_masked_and_exponential_elsewhere():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_ratios_of_any_size_have_finite_losses_and_gradients(log_ratio, advantage):
     """exp(89) is infinite in float32, and 0 · ∞ in the gradient of a clipped entry is NaN."""
-    mask, advantages = jnp.ones(2, bool), jnp.full(2, advantage)
+    mask = jnp.ones(2, bool)
+    advantages = jnp.full(2, advantage)
 
     def clipped(x):
         return losses.clipped_surrogate(losses.probability_ratio(x), advantages, mask, 0.2)

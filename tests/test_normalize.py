@@ -21,7 +21,8 @@ from purejaxppo.types import Box, Reward, Rewards
 
 SPACE = Box((1,), -np.inf, np.inf)
 
-merge_jit, moments_jit = jax.jit(merge), jax.jit(moments_of)
+merge_jit = jax.jit(merge)
+moments_jit = jax.jit(moments_of)
 
 
 @given(
@@ -61,13 +62,19 @@ def test_observations_are_standardised_and_cut_at_10_deviations():
 
 def test_the_reward_normaliser_equals_a_loop():
     """The terminal reward counts in the return, which is forgotten after it and not before (PureJaxRL, rejax)."""
-    rng, gamma, T, B = np.random.default_rng(0), 0.9, 12, 3
-    running, returns, ended = np.zeros(B), [], np.ones(B, bool)
+    rng = np.random.default_rng(0)
+    gamma = 0.9
+    T = 12
+    B = 3
+    running = np.zeros(B)
+    returns = []
+    ended = np.ones(B, bool)
     normalize = jax.jit(normalize_reward)
     with jax.enable_x64(True):
         scale = init_normalizer(jnp.zeros((B, 1)), SPACE, False, True).reward
         for _ in range(3):
-            reward, done = rng.normal(1.0, 2.0, (T, B)), rng.random((T, B)) < 0.3
+            reward = rng.normal(1.0, 2.0, (T, B))
+            done = rng.random((T, B)) < 0.3
             for t in range(T):
                 for b in range(B):
                     running[b] = gamma * running[b] + reward[t, b]
@@ -134,10 +141,8 @@ def test_statistics_are_merged_after_the_update_and_equal_those_of_what_was_seen
     for _ in range(3):
         before = state.normalizer.obs
         state, metrics = step(state)
-        obs, deviation = (
-            np.asarray(metrics.extra["obs"]).reshape(-1, 3),
-            np.sqrt(np.asarray(before.variance) + EPSILON),
-        )
+        obs = np.asarray(metrics.extra["obs"]).reshape(-1, 3)
+        deviation = np.sqrt(np.asarray(before.variance) + EPSILON)
         raw.append(obs * deviation + np.asarray(before.mean))
         everything = np.concatenate(raw)
         assert state.normalizer.obs.samples == len(everything)

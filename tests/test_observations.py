@@ -143,6 +143,7 @@ LEARNERS = {
 }
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_a_masked_environment_is_solved_and_no_forbidden_action_is_played(algorithm):
     """A forbidden action would end the episode with −10; the best return of the corridor is 1."""

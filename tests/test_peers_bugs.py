@@ -35,8 +35,10 @@ KEY = jax.random.key(0)
 def pieces():
     """init and step, compiled, and the uninterrupted run: states and metrics after 1 … 6 iterations."""
     trainer = make_trainer(CONFIG, ENV, linear_model())
-    init, step = jax.jit(trainer.init), jax.jit(trainer.step)
-    state, history = init(KEY), []
+    init = jax.jit(trainer.init)
+    step = jax.jit(trainer.step)
+    state = init(KEY)
+    history = []
     for _ in range(6):
         state, metrics = step(state)
         history.append((state, metrics))
@@ -111,7 +113,8 @@ def test_mean_return_is_nan_in_an_iteration_in_which_no_episode_ends(pieces):
     """gymnax issue 62: 0 before any episode has finished. The cuts are after 12, 24, 36 and 48 of the 48 steps."""
     _, _, history = pieces
     seen = [(float(m.episode_return), float(m.episode_length), int(m.episodes)) for _, m in history]
-    none, some = (np.nan, np.nan, 0), (12 * 13 / 2, 12, 4)  # 1 + 2 + … + 12
+    none = (np.nan, np.nan, 0)
+    some = (12 * 13 / 2, 12, 4)  # 1 + 2 + … + 12
     np.testing.assert_array_equal(seen, [none, some, some, none, some, some])
 
 

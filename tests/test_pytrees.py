@@ -17,7 +17,8 @@ from purejaxppo.types import Reward, Rewards
 CONFIG = Config(
     num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=32, normalize_obs=True
 )
-ENV, MODEL = counter(limit=9, longest=12), mixed_model()
+ENV = counter(limit=9, longest=12)
+MODEL = mixed_model()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +125,8 @@ def test_a_checkpoint_tells_paths_apart_that_read_the_same(tmp_path):
 
 def test_a_sweep_keeps_its_parameters_as_they_are(through, tmp_path, monkeypatch):
     """Two portions of two members; the second time the first portion is read from its file."""
-    saved, save = [], sweep_parts.save_portion
+    saved = []
+    save = sweep_parts.save_portion
 
     def save_one(path, part):
         if saved:

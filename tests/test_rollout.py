@@ -15,7 +15,8 @@ from purejaxppo.normalize import Moments, normalize_obs
 from purejaxppo.rollout import make_rollout
 from purejaxppo.types import Batch, EpisodeSums
 
-T, B = 8, 4
+T = 8
+B = 4
 COUNTERS = {
     "one cut": (10, 16),
     "many cuts": (3, 6),
@@ -173,20 +174,22 @@ def test_the_final_observation_is_not_lost():
 @pytest.mark.parametrize("name", COUNTERS)
 def test_episode_statistics_equal_a_loop(name):
     _, _, _, _, first, middle, second, end = two_rollouts(name)
-    running, length = np.zeros(B), np.zeros(B, int)
+    running = np.zeros(B)
+    length = np.zeros(B, int)
     for rollout, state in ((first, middle), (second, end)):
-        returns, lengths, episodes = 0.0, 0, 0
+        returns = 0.0
+        lengths = 0
+        episodes = 0
         for t in range(T):
             for b in range(B):
                 running[b] += rollout.reward[t, b]
                 length[b] += 1
                 if rollout.terminated[t, b] or rollout.truncated[t, b]:
-                    returns, lengths, episodes = (
-                        returns + running[b],
-                        lengths + length[b],
-                        episodes + 1,
-                    )
-                    running[b], length[b] = 0.0, 0
+                    returns = returns + running[b]
+                    lengths = lengths + length[b]
+                    episodes = episodes + 1
+                    running[b] = 0.0
+                    length[b] = 0
         np.testing.assert_allclose(state.finished.returns, returns, rtol=1e-6)
         assert (state.finished.lengths, state.finished.episodes) == (lengths, episodes)
         np.testing.assert_allclose(state.episode_return, running, rtol=1e-6)
@@ -201,7 +204,9 @@ def test_episode_statistics_equal_a_loop(name):
     ("limit", "longest"), [(5, 8), (5, 0), (T, 5)], ids=["both ends", "cuts", "terminations"]
 )
 def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(limit, longest):
-    env, model, rows = counter(DISCRETE, limit, longest), linear_model(), 16
+    env = counter(DISCRETE, limit, longest)
+    model = linear_model()
+    rows = 16
     vector_env = vectorize(env, rows)
     rollout = make_rollout(env, vector_env, model, T, whole_episodes=True)
     state = vector_env.reset(jax.random.key(0))
@@ -211,7 +216,8 @@ def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(
     for seed in (2, 3):
         transitions, state, _, seen = run(jax.random.key(seed), state)
         transitions = jax.tree.map(np.asarray, transitions)
-        obs, done = raw(transitions.obs, MOMENTS), transitions.terminated | transitions.truncated
+        obs = raw(transitions.obs, MOMENTS)
+        done = transitions.terminated | transitions.truncated
         assert transitions.reset[0].all()
         np.testing.assert_allclose(obs[0, :, 1], 0, atol=1e-5)  # all begin anew
         if first_starts is not None:
@@ -236,7 +242,8 @@ def test_with_whole_episodes_the_first_of_every_row_counts_and_nothing_after_it(
 
 
 def test_with_whole_episodes_memory_begins_anew():
-    env, model = counter(DISCRETE, 5, 8), memory_model(3)
+    env = counter(DISCRETE, 5, 8)
+    model = memory_model(3)
 
     def never_reset(params, carry, obs, reset):
         return model.step(params, carry, obs, jnp.zeros_like(reset))
@@ -259,9 +266,11 @@ def test_with_whole_episodes_memory_begins_anew():
 def test_log_prob_is_of_the_sampled_action_and_the_environment_gets_the_clipped_one():
     (_, params), _, _, _, first, _, _, _ = two_rollouts("one cut", space=BOX)
     low, high = BOX.limits
-    action, policy = first.action, params["policy"]
+    action = first.action
+    policy = params["policy"]
     assert (action < low).any() and (action > high).any()
-    mean, log_std = first.obs @ policy["w"] + policy["b"], policy["log_std"]
+    mean = first.obs @ policy["w"] + policy["b"]
+    log_std = policy["log_std"]
     z = (action - mean) / np.exp(log_std)
     expected = (-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
     np.testing.assert_allclose(first.log_prob, expected, rtol=1e-4, atol=1e-4)

@@ -35,10 +35,8 @@ CONFIG = Config(num_envs=12, num_steps=10, num_epochs=1, num_minibatches=2, tota
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What `runs_on_devices.py` writes."""
-    script, path = (
-        Path(__file__).with_name("runs_on_devices.py"),
-        tmp_path_factory.mktemp("runs") / "runs.pkl",
-    )
+    script = Path(__file__).with_name("runs_on_devices.py")
+    path = tmp_path_factory.mktemp("runs") / "runs.pkl"
     done = subprocess.run(
         [sys.executable, script, path],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_FLAGS},
@@ -54,7 +52,8 @@ def runs(tmp_path_factory):
     ("name", "devices"), [("ppo", 2), ("ppo", 4), ("trpo", 4), ("reinforce", 4)]
 )
 def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name, devices):
-    one, several = runs[name, 1], runs[name, devices]
+    one = runs[name, 1]
+    several = runs[name, devices]
     close = {"rtol": 1e-9, "atol": 1e-11}
     for a, b in zip(several["state"], one["state"], strict=True):
         np.testing.assert_allclose(a, b, **close)
@@ -68,7 +67,8 @@ def test_whole_runs_in_float64_are_the_same_on_any_number_of_devices(runs, name,
 
 @pytest.mark.devices
 def test_five_iterations_in_float32_are_close_on_any_number_of_devices(runs):
-    one, two = runs["memory", 1]["metrics"], runs["memory", 2]["metrics"]
+    one = runs["memory", 1]["metrics"]
+    two = runs["memory", 2]["metrics"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), two, one)
     assert one["policy_loss"].shape == (5,) and one["policy_loss"].dtype == np.float32
 
@@ -153,7 +153,8 @@ def cutting(T, B, M, S, memory):
     st.integers(0, 2**32 - 1),
 )
 def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(sizes, seed):
-    T, (B, M, S, memory) = 3, sizes
+    T = 3
+    (B, M, S, memory) = sizes
     cut = cutting(T, *sizes)(jax.random.key(seed))
     values = np.asarray(cut.value)
     np.testing.assert_array_equal(np.sort(values.ravel()), np.arange(T * B))
@@ -204,9 +205,11 @@ def test_splitting_and_joining_are_inverse():
 @pytest.mark.parametrize("shares", [[3, 5, 2], [4, 0, 1], [0, 0, 0]])
 def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
     rng = np.random.default_rng(1)
-    x, valid = rng.normal(1e4, 3, (3, 5, 2)), np.arange(5)[None] < np.asarray(shares)[:, None]
+    x = rng.normal(1e4, 3, (3, 5, 2))
+    valid = np.arange(5)[None] < np.asarray(shares)[:, None]
     parts = jax.jit(jax.vmap(moments_of))(x, valid)
-    total, merged = jax.jit(pooled)(parts), no_moments((2,))
+    total = jax.jit(pooled)(parts)
+    merged = no_moments((2,))
     for i in range(3):
         merged = jax.jit(merge)(merged, jax.tree.map(lambda x, i=i: np.asarray(x)[i], parts))
     jax.tree.map(
@@ -222,10 +225,8 @@ def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
     rng = np.random.default_rng(2)
-    x, valid = (
-        jnp.asarray(rng.normal(5, 2, (4, 6))),
-        jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None,
-    )
+    x = jnp.asarray(rng.normal(5, 2, (4, 6)))
+    valid = jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None
     one, three = (
         jax.jit(moments_in_shards, static_argnums=2)(x, valid, shards) for shards in (1, 3)
     )
@@ -233,7 +234,11 @@ def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
 
 
 def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_all():
-    env, model, S, T, size = counter(limit=5, longest=8), linear_model(), 3, 10, 4
+    env = counter(limit=5, longest=8)
+    model = linear_model()
+    S = 3
+    T = 10
+    size = 4
     vector_env = vectorize(env, size)
     each = make_rollout(env, vector_env, model, T)
     state, obs = jax.jit(lambda: reset_shards(vector_env, KEY, S))()

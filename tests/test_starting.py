@@ -51,12 +51,27 @@ def sides(low=-np.inf, name="sides") -> Env:
     def step(key, state, action):
         side, obs = observe(key)
         t = state[1] + 1
-        return Step((side, t), obs, 1.0 * (action == state[0]), jnp.asarray(False), t >= 4)
+        return Step(
+            state=(side, t),
+            obs=obs,
+            reward=1.0 * (action == state[0]),
+            terminated=jnp.asarray(False),
+            truncated=t >= 4,
+        )
 
-    return Env(name, reset, step, Box((1,), low, np.inf), Discrete(2), 4, True)
+    return Env(
+        name=name,
+        reset=reset,
+        step=step,
+        observation_space=Box((1,), low, np.inf),
+        action_space=Discrete(2),
+        max_episode_steps=4,
+        truncates=True,
+    )
 
 
-ENV, MODEL = sides(), linear_model(actions=2)
+ENV = sides()
+MODEL = linear_model(actions=2)
 RIGHT = {
     "policy": {
         "w": jnp.asarray([[-50.0, 50.0]]),
@@ -69,7 +84,14 @@ RIGHT = {
 @pytest.fixture(scope="module")
 def policy():
     """Always right, with the moments of what it has seen."""
-    return Policy(NORMALISED, RIGHT, MOMENTS, MODEL, ENV.observation_space, ENV.action_space)
+    return Policy(
+        config=NORMALISED,
+        params=RIGHT,
+        obs_moments=MOMENTS,
+        model=MODEL,
+        observation_space=ENV.observation_space,
+        action_space=ENV.action_space,
+    )
 
 
 def state_of(config, policy, reward=None):

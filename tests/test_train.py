@@ -44,7 +44,8 @@ def in_chunks(trainer, *arguments, batched=False):
     """A loop of the host over jitted pieces, joined to what the one function returns."""
     vmap = jax.vmap if batched else lambda f: f
     state = jax.jit(vmap(trainer.init))(*arguments)
-    step, pieces = jax.jit(vmap(trainer.step), donate_argnums=0), []
+    step = jax.jit(vmap(trainer.step), donate_argnums=0)
+    pieces = []
     for _ in range(CONFIG.num_iterations):
         state, metrics = step(state)
         pieces.append(jax.tree.map(np.asarray, metrics))
@@ -91,7 +92,8 @@ def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
 
 def test_a_batched_config_in_chunks_equals_the_one_shot_run():
     """One key, three learning rates: of the state, only what depends on the rate would be batched by itself."""
-    batch, axes = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2])), (CONFIG.axes("lr"), None)
+    batch = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2]))
+    axes = (CONFIG.axes("lr"), None)
     one_shot = jax.jit(
         jax.vmap(lambda config, key: make_train(config, ENV, LINEAR)(key), in_axes=axes)
     )(batch, KEY)
@@ -115,9 +117,11 @@ def test_a_batched_config_in_chunks_equals_the_one_shot_run():
 
 
 def test_a_vmapped_seed_equals_the_seed_alone(single, seeds):
-    alone, together = single[1].metrics, jax.tree.map(lambda x: x[1], seeds[1].metrics)
+    alone = single[1].metrics
+    together = jax.tree.map(lambda x: x[1], seeds[1].metrics)
     for name in ("policy_loss", "value_loss", "entropy", "episode_return", "grad_norm"):
-        a, b = getattr(alone, name), getattr(together, name)
+        a = getattr(alone, name)
+        b = getattr(together, name)
         np.testing.assert_allclose(a[:3], b[:3], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
@@ -282,7 +286,8 @@ def test_training_starts_from_the_parameters_that_are_given(single):
 
 def gru_model(actions=3, width=5) -> Model:
     """A recurrent actor-critic of a user's own."""
-    cell, head = nn.GRUCell(width), nn.Dense(actions + 1)
+    cell = nn.GRUCell(width)
+    head = nn.Dense(actions + 1)
 
     def forward(params, carry, obs, reset):
         carry = jnp.where(reset[:, None], 0, carry)

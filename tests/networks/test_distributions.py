@@ -68,31 +68,36 @@ def test_categorical_probabilities_are_the_softmax_and_sum_to_1():
 
 
 def test_categorical_entropy_and_kl():
-    p, q = softmax(LOGITS), softmax(OTHER)
+    p = softmax(LOGITS)
+    q = softmax(OTHER)
     close(categorical().entropy(), -(p * np.log(p)).sum(-1))
     close(categorical().kl(categorical(OTHER)), (p * np.log(p / q)).sum(-1))
     close(categorical().kl(categorical(LOGITS + 5.0)), np.zeros(3))
 
 
 def test_categorical_samples_and_mode():
-    samples, p = draw(categorical()), softmax(LOGITS)
+    samples = draw(categorical())
+    p = softmax(LOGITS)
     frequency = np.stack([(samples == a).mean(0) for a in range(4)], axis=-1)
     assert (np.abs(frequency - p) < 5 * np.sqrt(p * (1 - p) / DRAWS)).all()
     np.testing.assert_array_equal(categorical().mode(), LOGITS.argmax(-1))
 
 
 def test_a_forbidden_action_is_never_taken_and_leaves_everything_finite():
-    logits, other = LOGITS.copy(), OTHER.copy()
+    logits = LOGITS.copy()
+    other = OTHER.copy()
     logits[:, 1] = other[:, 1] = -np.inf
     allowed = [0, 2, 3]
-    p, q = softmax(logits[:, allowed]), softmax(other[:, allowed])
+    p = softmax(logits[:, allowed])
+    q = softmax(other[:, allowed])
     close(categorical(logits).entropy(), -(p * np.log(p)).sum(-1))
     close(categorical(logits).kl(categorical(other)), (p * np.log(p / q)).sum(-1))
     close(categorical(logits).log_prob(jnp.full(3, 2)), np.log(p[:, 1]))
     assert (draw(categorical(logits)) != 1).all()
 
     def everything(logits, other):
-        p, q = Categorical(logits), Categorical(other)
+        p = Categorical(logits)
+        q = Categorical(other)
         return (p.entropy() + p.kl(q) + p.log_prob(jnp.full(3, 2))).sum()
 
     for gradient in jax.grad(everything, argnums=(0, 1))(jnp.asarray(logits), jnp.asarray(other)):
@@ -135,11 +140,9 @@ def test_multi_categorical_samples_its_parts_independently():
         p = softmax(logits)
         frequency = np.stack([(samples[..., i] == a).mean(0) for a in range(SIZES[i])], axis=-1)
         assert (np.abs(frequency - p) < 5 * np.sqrt(p * (1 - p) / DRAWS)).all()
-    joint, first, second = (
-        (samples[..., 0] == 1) & (samples[..., 1] == 1),
-        samples[..., 0] == 1,
-        samples[..., 1] == 1,
-    )
+    joint = (samples[..., 0] == 1) & (samples[..., 1] == 1)
+    first = samples[..., 0] == 1
+    second = samples[..., 1] == 1
     assert np.abs(joint.mean(0) - first.mean(0) * second.mean(0)).max() < 5 * 0.5 / np.sqrt(DRAWS)
     np.testing.assert_array_equal(multi(MULTI).mode(), np.stack([x.argmax(-1) for x in MULTI], -1))
 
@@ -170,18 +173,18 @@ def test_gaussian_log_prob_is_the_density_and_integrates_to_1():
 
 @pytest.mark.parametrize(("i", "j"), [(0, 0), (1, 1), (2, 0)])
 def test_gaussian_entropy_and_kl_equal_quadrature(i, j):
-    p, q = (
-        one_dimensional(DiagonalGaussian, i, j),
-        one_dimensional(DiagonalGaussian, i, j, MEAN_2, LOG_STD_2),
-    )
+    p = one_dimensional(DiagonalGaussian, i, j)
+    q = one_dimensional(DiagonalGaussian, i, j, MEAN_2, LOG_STD_2)
     x, dx = grid(-30, 30)
-    log_p, log_q = each(p, jnp.asarray(x[:, None])), each(q, jnp.asarray(x[:, None]))
+    log_p = each(p, jnp.asarray(x[:, None]))
+    log_q = each(q, jnp.asarray(x[:, None]))
     close(p.entropy(), -(np.exp(log_p) * log_p).sum() * dx, 1e-9)
     close(p.kl(q), (np.exp(log_p) * (log_p - log_q)).sum() * dx, 1e-9)
 
 
 def test_gaussian_dimensions_add_up():
-    p, q = gaussian(), gaussian(mean=MEAN_2, log_std=LOG_STD_2)
+    p = gaussian()
+    q = gaussian(mean=MEAN_2, log_std=LOG_STD_2)
     single = [
         (
             one_dimensional(DiagonalGaussian, 1, j),
@@ -194,7 +197,8 @@ def test_gaussian_dimensions_add_up():
 
 
 def test_gaussian_samples_and_mode():
-    samples, std = draw(gaussian()), np.exp(LOG_STD)
+    samples = draw(gaussian())
+    std = np.exp(LOG_STD)
     assert (np.abs(samples.mean(0) - MEAN) < 5 * std / np.sqrt(DRAWS)).all()
     assert (np.abs(samples.std(0) / std - 1) < 5 / np.sqrt(2 * DRAWS)).all()
     correlation = np.corrcoef(samples.reshape(DRAWS, -1).T) - np.eye(6)
@@ -210,7 +214,8 @@ def test_squashed_density_integrates_to_1_over_the_open_interval(mean, log_std):
     """∫ p(a) da with a = tanh(u): the density is of the squashed action, though log_prob takes u."""
     distribution = gaussian(TanhGaussian, [mean], [log_std])
     edges = np.tanh(np.linspace(-18, 18, 40_001))  # closer together towards ±1
-    middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    middle = (edges[1:] + edges[:-1]) / 2
+    width = np.diff(edges)
     inside = np.abs(middle) < 1
     density = np.exp(each(distribution, jnp.asarray(np.arctanh(middle[inside])[:, None])))
     close((density * width[inside]).sum(), 1.0, 1e-6)
@@ -251,7 +256,8 @@ def test_squashed_entropy_has_the_gradient_of_the_quadrature():
 
 
 def test_squashed_kl_is_the_expected_difference_of_log_probabilities():
-    p, q = gaussian(TanhGaussian), gaussian(TanhGaussian, MEAN_2, LOG_STD_2)
+    p = gaussian(TanhGaussian)
+    q = gaussian(TanhGaussian, MEAN_2, LOG_STD_2)
     u = jnp.asarray(draw(p))
     difference = np.asarray(each(p, u) - each(q, u))
     error = difference.std(0) / np.sqrt(DRAWS)
@@ -262,7 +268,8 @@ def test_squashed_kl_is_the_expected_difference_of_log_probabilities():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_squashed_log_prob_is_finite_and_right_where_the_tanh_saturates(dtype):
     u = np.asarray([[-20.0], [20.0]], dtype)
-    mean, log_std = jnp.zeros((2, 1), dtype), jnp.full((2, 1), 1.0, dtype)
+    mean = jnp.zeros((2, 1), dtype)
+    log_std = jnp.full((2, 1), 1.0, dtype)
 
     def log_prob(u, mean, log_std):
         return TanhGaussian(mean, log_std).log_prob(u)

@@ -57,7 +57,8 @@ def test_every_algorithm_is_here():
 
 @every_variant
 def test_an_update_keeps_every_shape_and_compiles_once(name):
-    config, (update, step) = VARIANTS[name], made(name)
+    config = VARIANTS[name]
+    (update, step) = made(name)
     assert isinstance(update, Update)
     params = parameters()
     state = update.init(params)
@@ -77,7 +78,8 @@ def test_an_update_keeps_every_shape_and_compiles_once(name):
 
 @every_variant
 def test_rows_outside_of_the_masks_have_no_effect(name):
-    params, raw = parameters(), random_batch(6)
+    params = parameters()
+    raw = random_batch(6)
     batch = on_policy(arrays(raw), params)
 
     def spoiled(name, used):
@@ -102,10 +104,8 @@ def test_vmapped_updates_are_the_updates_alone(name):
     vmapped = jax.vmap(lambda params, batch: update.step(KEY, params, update.init(params), batch))
     together = jax.tree.map(np.asarray, jax.jit(vmapped)(*stacked))
     for i, (params, batch) in enumerate(zip(members, batches, strict=True)):
-        alone, mine = (
-            step(KEY, params, update.init(params), batch),
-            jax.tree.map(lambda x, i=i: x[i], together),
-        )
+        alone = step(KEY, params, update.init(params), batch)
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine
         )
@@ -129,7 +129,8 @@ def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
 @pytest.mark.parametrize("name", ["trpo subsample", "ppo adaptive_kl", "reinforce running_mean"])
 def test_a_model_with_memory_learns_from_whole_sequences(name):
     """PPO's clipped objective has its own test."""
-    config, model = VARIANTS[name], memory_model(3)
+    config = VARIANTS[name]
+    model = memory_model(3)
     state, metrics = jax.jit(make_train(config, counter(), model))(KEY)
     assert metrics.first_ratio_deviation.max() < 1e-4
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))

@@ -17,7 +17,8 @@ def test_a_random_order_has_every_number_once(n):
 
 
 def test_every_number_is_equally_likely_in_every_place():
-    n, draws = 8, 40_000
+    n = 8
+    draws = 40_000
     orders = np.asarray(jax.vmap(lambda key: random_order(key, n))(jax.random.split(KEY, draws)))
     frequency = np.stack([np.bincount(place, minlength=n) for place in orders.T]) / draws
     assert np.abs(frequency - 1 / n).max() < 5 * np.sqrt(1 / n * (1 - 1 / n) / draws)

@@ -45,7 +45,8 @@ def descend(config, params, batch, gaussian=False, rate=0.1):
 def test_the_second_step_follows_the_gradient_of_the_objective(objective, gaussian):
     """The first cannot tell them apart: at θ_old the divergence and its gradient are 0."""
     config = ONE_STEP.replace(objective=objective, kl_coef=3.0)
-    params, batch = parameters(gaussian), random_batch(7, gaussian)
+    params = parameters(gaussian)
+    batch = random_batch(7, gaussian)
     policy = jax.tree.map(np.asarray, params["policy"])
     for i in np.ndindex(T, B):
         batch["log_prob"][i] = numpy_policy(policy, batch["obs"][i], batch["action"][i], gaussian)[
@@ -73,8 +74,10 @@ def test_the_second_step_follows_the_gradient_of_the_objective(objective, gaussi
 
 @pytest.mark.usefixtures("x64")
 def test_all_objectives_have_the_policy_gradient_at_the_old_policy():
-    params, raw = parameters(), random_batch(8)
-    model, batch = linear_model(False, A), arrays(raw)
+    params = parameters()
+    raw = random_batch(8)
+    model = linear_model(False, A)
+    batch = arrays(raw)
     distribution, _ = model.unroll(params, (), batch.obs, batch.reset)
     batch = batch._replace(log_prob=distribution.log_prob(batch.action))
     config = ONE_STEP.replace(ent_coef=0.0, vf_coef=0.0, normalize_advantage=False)
@@ -132,18 +135,17 @@ def test_the_adaptive_penalty_is_carried_from_iteration_to_iteration():
 
 
 def test_early_stopping_takes_no_step_after_the_limit():
-    config, params, batch = (
-        ONE_STEP.replace(num_epochs=4, vf_coef=0.5),
-        parameters(),
-        arrays(random_batch(9)),
-    )
+    config = ONE_STEP.replace(num_epochs=4, vf_coef=0.5)
+    params = parameters()
+    batch = arrays(random_batch(9))
     distribution, _ = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
     batch = batch._replace(log_prob=distribution.log_prob(batch.action))
 
     def run(epochs, limit):
         return descend(config.replace(num_epochs=epochs, early_stop_kl=limit), params, batch)
 
-    whole, one = run(4, None)[0], run(1, None)[0]
+    whole = run(4, None)[0]
+    one = run(1, None)[0]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     stopped, _, metrics = run(4, 1e-12)  # the first step is at a divergence of 0, and is taken
     jax.tree.map(close, stopped, one)
@@ -158,7 +160,8 @@ def test_early_stopping_takes_no_step_after_the_limit():
 
 def test_early_stopping_leaves_the_schedule_of_the_learning_rate_alone():
     config = ONE_STEP.replace(num_epochs=4, early_stop_kl=1e-9, lr=0.1, total_timesteps=1000)
-    params, batch = parameters(), arrays(random_batch(9))
+    params = parameters()
+    batch = arrays(random_batch(9))
     distribution, _ = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
     batch = batch._replace(log_prob=distribution.log_prob(batch.action))
     update = UPDATES["ppo"](config, linear_model(False, A), make_optimizer(config))
@@ -193,14 +196,26 @@ def test_many_action_dimensions_do_not_make_the_ratio_overflow():
 
     def step(key, state, action):
         obs = jax.random.normal(key, (3,))
-        return Step(obs, obs, -((action - 0.5) ** 2).mean(), jnp.asarray(False), jnp.asarray(False))
+        return Step(
+            state=obs,
+            obs=obs,
+            reward=-((action - 0.5) ** 2).mean(),
+            terminated=jnp.asarray(False),
+            truncated=jnp.asarray(False),
+        )
 
     def reset(key):
         obs = jax.random.normal(key, (3,))
         return obs, obs
 
     env = Env(
-        "many", reset, step, Box((3,), -np.inf, np.inf), Box((300,), -np.inf, np.inf), None, False
+        name="many",
+        reset=reset,
+        step=step,
+        observation_space=Box((3,), -np.inf, np.inf),
+        action_space=Box((300,), -np.inf, np.inf),
+        max_episode_steps=None,
+        truncates=False,
     )
     config = Config(
         num_envs=8, num_steps=32, total_timesteps=6 * 256, num_epochs=20, lr=0.01, anneal_lr=False

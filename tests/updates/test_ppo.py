@@ -81,7 +81,8 @@ def test_loss_and_gradient_equal_an_independent_calculation(
 @pytest.mark.parametrize(("normalize_advantage", "clip_value"), [(True, False), (False, True)])
 def test_masked_rows_have_no_effect(fill, normalize_advantage, clip_value):
     config, step = one_step(False, normalize_advantage, clip_value)
-    batch, params = random_batch(3), parameters()
+    batch = random_batch(3)
+    params = parameters()
     changed = dict(batch)
     for name, used in (
         ("log_prob", "mask"),
@@ -100,7 +101,8 @@ def test_masked_rows_have_no_effect(fill, normalize_advantage, clip_value):
 @pytest.mark.usefixtures("x64")
 def test_the_first_ratio_deviation_is_the_largest_distance_of_a_ratio_from_1():
     config, step = one_step(False)
-    params, batch = parameters(), arrays(random_batch(4, masked=False))
+    params = parameters()
+    batch = arrays(random_batch(4, masked=False))
     distribution, _ = linear_model(False, A).unroll(params, (), batch.obs, batch.reset)
     exact = batch._replace(log_prob=distribution.log_prob(batch.action))
     assert step(config, params, exact)[1]["first_ratio_deviation"] < 1e-12
@@ -114,7 +116,8 @@ def test_the_first_ratio_deviation_is_the_largest_distance_of_a_ratio_from_1():
 def test_vf_coef_has_an_effect_with_separate_trunks():
     """The value's gradient is proportional to it, the policy's is not touched (rejax and Stoix: no effect at all)."""
     config, step = one_step(False)
-    params, batch = parameters(), arrays(random_batch(5))
+    params = parameters()
+    batch = arrays(random_batch(5))
     one, two, none = (step(config.replace(vf_coef=c), params, batch)[0] for c in (0.7, 1.4, 0.0))
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-9), one["policy"], two["policy"]
@@ -178,9 +181,11 @@ def test_the_learning_rate_goes_linearly_to_0_and_never_below():
         lr=0.1, num_envs=4, num_steps=8, total_timesteps=100, num_epochs=3, num_minibatches=2
     )
     assert config.num_iterations == 4
-    optimizer, g = make_optimizer(config.replace(max_grad_norm=1e9)), jnp.ones(())
+    optimizer = make_optimizer(config.replace(max_grad_norm=1e9))
+    g = jnp.ones(())
     # A constant gradient of 1 makes every step of Adam lr / (1 + ε).
-    state, rates = optimizer.init(g), []
+    state = optimizer.init(g)
+    rates = []
     update = jax.jit(optimizer.update)
     for _ in range(6 * 6):
         change, state = update(g, state)
@@ -203,7 +208,9 @@ def test_a_shared_trunk_is_one_trunk_and_separate_ones_are_two():
     def count(tree):
         return sum(x.size for x in jax.tree.leaves(tree))
 
-    hidden, policy, value = 4 * 8 + 8 + 8 * 8 + 8, 8 * 3 + 3, 8 + 1
+    hidden = 4 * 8 + 8 + 8 * 8 + 8
+    policy = 8 * 3 + 3
+    value = 8 + 1
     for shared in (True, False):
         model = mlp_actor_critic(FEATURES, DISCRETE, hidden_sizes=(8, 8), shared_trunk=shared)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4)))

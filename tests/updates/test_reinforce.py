@@ -24,7 +24,11 @@ from purejaxppo.updates import reinforce
 ONCE = Config(
     algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False, hidden_sizes=(4,)
 )
-STATES, ACTIONS, HORIZON, EPISODES, BATCHES = 3, 2, 4, 4, 20_000
+STATES = 3
+ACTIONS = 2
+HORIZON = 4
+EPISODES = 4
+BATCHES = 20_000
 RNG = np.random.default_rng(1)
 START = np.asarray([0.6, 0.4, 0.0])
 NEXT = RNG.dirichlet(
@@ -46,11 +50,26 @@ def process():
         after = jax.random.categorical(key, jnp.log(jnp.asarray(NEXT)[now, action])).astype(
             jnp.int32
         )
-        end, after = after == STATES, jnp.minimum(after, STATES - 1)
+        end = after == STATES
+        after = jnp.minimum(after, STATES - 1)
         reward = jnp.asarray(REWARD)[now, action]
-        return Step((after, t + 1), jax.nn.one_hot(after, STATES), reward, end, t + 1 >= HORIZON)
+        return Step(
+            state=(after, t + 1),
+            obs=jax.nn.one_hot(after, STATES),
+            reward=reward,
+            terminated=end,
+            truncated=t + 1 >= HORIZON,
+        )
 
-    return Env("process", reset, step, Box((STATES,), 0.0, 1.0), Discrete(ACTIONS), HORIZON, True)
+    return Env(
+        name="process",
+        reset=reset,
+        step=step,
+        observation_space=Box((STATES,), 0.0, 1.0),
+        action_space=Discrete(ACTIONS),
+        max_episode_steps=HORIZON,
+        truncates=True,
+    )
 
 
 @functools.cache
@@ -94,7 +113,8 @@ def expected_return(policy):
 
 def estimates(config, params, batches=BATCHES):
     """The policy's gradient of many independent batches [batches, P], each after an update on another batch."""
-    env, model = process(), linear_model(actions=ACTIONS)
+    env = process()
+    model = linear_model(actions=ACTIONS)
     vector_env = vectorize(env, EPISODES)
     rollout = make_rollout(env, vector_env, model, HORIZON, whole_episodes=True)
     update = reinforce.make_update(config, model, optax.sgd(1.0))
@@ -106,16 +126,16 @@ def estimates(config, params, batches=BATCHES):
             x = rollout(key_rollout, params, None, vector_env.reset(key_env), ())[0]
             advantage, target = estimate_returns(config, x, x.reward)
             batch = Batch(
-                x.obs,
-                x.action,
-                x.log_prob,
-                x.value,
-                advantage,
-                target,
-                x.reset,
-                x.mask,
-                x.valid,
-                (),
+                obs=x.obs,
+                action=x.action,
+                log_prob=x.log_prob,
+                value=x.value,
+                advantage=advantage,
+                target=target,
+                reset=x.reset,
+                mask=x.mask,
+                valid=x.valid,
+                carry=(),
             )
             new, state, _ = update.step(key_rollout, params, state, batch)
         return jax.flatten_util.ravel_pytree(
@@ -165,7 +185,8 @@ def test_the_enumeration_is_whole():
     shares = [p[length == steps].sum() for steps in range(1, HORIZON + 1)]
     assert min(shares) > 0.05  # episodes of every length
     # J again, backwards: Q_t(s, a) = r + Σ p V_{t+1}, V_t = Σ π Q_t.
-    pi, V = np.asarray(jax.nn.softmax(POLICY["w"] + POLICY["b"][None])), np.zeros(STATES + 1)
+    pi = np.asarray(jax.nn.softmax(POLICY["w"] + POLICY["b"][None]))
+    V = np.zeros(STATES + 1)
     for _ in range(HORIZON):
         V = np.append((pi * (REWARD + NEXT @ V)).sum(1), 0.0)
     np.testing.assert_allclose(expected_return(POLICY), START @ V[:STATES], rtol=1e-5)
@@ -221,15 +242,24 @@ def test_the_leave_one_out_mean_in_a_literal_example():
 
 def test_the_running_mean_weighs_batches_by_age():
     config = ONCE.replace(baseline="running_mean", baseline_decay=0.5, normalize_advantage=False)
-    past, none, yes = (
-        reinforce.RunningMean(jnp.zeros(()), jnp.zeros(())),
-        jnp.zeros((1, 1)),
-        jnp.ones((1, 1), bool),
-    )
+    past = reinforce.RunningMean(jnp.zeros(()), jnp.zeros(()))
+    none = jnp.zeros((1, 1))
+    yes = jnp.ones((1, 1), bool)
     weights = []
     for G in (8.0, 2.0, 5.0):
         target = jnp.full((1, 1), G)
-        batch = Batch(none, none, none, none, none, target, yes, yes, yes, ())
+        batch = Batch(
+            obs=none,
+            action=none,
+            log_prob=none,
+            value=none,
+            advantage=none,
+            target=target,
+            reset=yes,
+            mask=yes,
+            valid=yes,
+            carry=(),
+        )
         weight, past = reinforce.subtract_baseline(config, past, batch)
         weights.append(float(weight[0, 0]))
     np.testing.assert_allclose(weights, [8.0, 2.0 - 8.0, 5.0 - (0.5 * 8 + 2) / 1.5], rtol=1e-6)
@@ -240,7 +270,9 @@ def test_the_running_mean_weighs_batches_by_age():
 
 def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatch):
     """Episodes of 1 to 5 steps in rows of 8. How many iterations 600 steps take differs from agent to agent."""
-    B, total, seeds = 8, 600, 3
+    B = 8
+    total = 600
+    seeds = 3
     config = ONCE.replace(num_envs=B, num_steps=8, total_timesteps=total)
     keys = jax.random.split(jax.random.key(0), seeds)
     state, metrics = jax.jit(jax.vmap(make_train(config, counter(), LINEAR)))(keys)
@@ -248,11 +280,9 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
     assert metrics.timesteps.shape == (seeds, config.num_iterations) == (seeds, -(-total // B))
     assert config.actual_timesteps == total + 8 * B - 1
     for i, done in enumerate(state.iteration.tolist()):
-        steps, episodes, lengths = (
-            metrics.timesteps[i],
-            metrics.episodes[i],
-            metrics.episode_length[i],
-        )
+        steps = metrics.timesteps[i]
+        episodes = metrics.episodes[i]
+        lengths = metrics.episode_length[i]
         assert (
             steps[done - 2]
             < total
@@ -311,7 +341,8 @@ def test_a_step_takes_returns_to_go_and_counts_what_was_the_agents(x64):
         params = jax.tree.map(
             jnp.zeros_like, linear_model().init(jax.random.key(0), jnp.zeros((1, 3)))
         )
-        step, state = jax.jit(trainer.step), jax.jit(trainer.init)(jax.random.key(0), params)
+        step = jax.jit(trainer.step)
+        state = jax.jit(trainer.init)(jax.random.key(0), params)
         after, metrics = step(state)
         np.testing.assert_allclose(metrics.policy_loss, np.log(3) * (14 + 12 + 9 + 5), rtol=1e-6)
         assert (metrics.timesteps, metrics.episodes, metrics.episode_return) == (4 * 4, 4, 15)

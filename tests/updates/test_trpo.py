@@ -99,7 +99,8 @@ def test_fisher_products_are_those_of_the_hessian_and_of_the_outer_products_of_s
 def test_conjugate_gradient_with_a_step_per_parameter_is_a_dense_solve(n):
     rng = np.random.default_rng(n)
     root = rng.normal(size=(n, n))
-    matrix, b = root @ root.T + 0.5 * np.eye(n), rng.normal(size=n)
+    matrix = root @ root.T + 0.5 * np.eye(n)
+    b = rng.normal(size=n)
     for iterations in (n, n + 5):  # steps after the solution change nothing
         x = conjugate_gradient(lambda v: matrix @ v, jnp.asarray(b), iterations)
         close(x, np.linalg.solve(matrix, b), rtol=1e-8)
@@ -116,11 +117,13 @@ def test_conjugate_gradient_with_a_step_per_parameter_is_a_dense_solve(n):
 def numpy_gradient_and_fisher(theta, batch, gaussian):
     """g = E[Â ∇log π] and F = E[Fisher of one state], both over the mask, in the order of `ravel_pytree`."""
     kept = batch["advantage"][batch["mask"]]
-    gradient, fisher = [], []
+    gradient = []
+    fisher = []
     for i in np.ndindex(T, B):
         if not batch["mask"][i]:
             continue
-        x, advantage = batch["obs"][i], (batch["advantage"][i] - kept.mean()) / (kept.std() + 1e-8)
+        x = batch["obs"][i]
+        advantage = (batch["advantage"][i] - kept.mean()) / (kept.std() + 1e-8)
         out = x @ theta["w"] + theta["b"]
         if gaussian:  # ravel_pytree sorts the names: b, log_std, w
             z = (batch["action"][i] - out) / np.exp(theta["log_std"])
@@ -156,12 +159,15 @@ def numpy_step(theta, batch, config, gaussian):
     """Appendix C with dense matrices: the new parameters as a vector, and how many lengths were refused."""
     gradient, fisher = numpy_gradient_and_fisher(theta, batch, gaussian)
     matrix = fisher + config.cg_damping * np.eye(len(gradient))
-    x, r = np.zeros_like(gradient), gradient.copy()
+    x = np.zeros_like(gradient)
+    r = gradient.copy()
     d = r.copy()
     for _ in range(config.cg_iterations):
         image = matrix @ d
         length = (r @ r) / (d @ image)
-        x, before, r = x + length * d, r @ r, r - length * image
+        x = x + length * d
+        before = r @ r
+        r = r - length * image
         d = r + (r @ r) / before * d
     longest = np.sqrt(2 * config.max_kl / (x @ matrix @ x))
     start, rebuild = flat(jax.tree.map(jnp.asarray, theta))
@@ -198,7 +204,8 @@ def numpy_step(theta, batch, config, gaussian):
 def test_a_step_equals_an_independent_calculation(gaussian, max_kl, iterations, damping):
     config = CONFIG.replace(max_kl=max_kl, cg_iterations=iterations, cg_damping=damping)
     params = parameters(gaussian)
-    theta, refusals = jax.tree.map(np.asarray, params["policy"]), set()
+    theta = jax.tree.map(np.asarray, params["policy"])
+    refusals = set()
     for seed in range(12):
         batch = on_policy(random_batch(seed, gaussian), gaussian)
         expected, refused, kl = numpy_step(theta, batch, config, gaussian)
@@ -214,7 +221,8 @@ def test_a_step_equals_an_independent_calculation(gaussian, max_kl, iterations, 
 
 def test_the_constraint_holds_on_a_thousand_random_batches():
     """Of all combinations of bounds and sizes of the advantage, in one vmapped call."""
-    params, rng = parameters(), np.random.default_rng(0)
+    params = parameters()
+    rng = np.random.default_rng(0)
     policy = jax.tree.map(np.asarray, params["policy"])
     max_kl = rng.choice([1e-4, 0.01, 0.3], 1000).astype(np.float32)
     scale = rng.choice([1e-3, 1.0, 1e4], 1000)
@@ -259,7 +267,8 @@ def test_without_an_admissible_step_the_policy_stays_and_the_metrics_say_so(chan
 
 
 def test_policy_and_value_are_fitted_apart():
-    params, batch = parameters(), arrays(on_policy(random_batch(2)))
+    params = parameters()
+    batch = arrays(on_policy(random_batch(2)))
     new = compiled()(CONFIG, params, batch)[0]
     other_targets = compiled()(CONFIG, params, batch._replace(target=batch.target + 5))[0]
     jax.tree.map(np.testing.assert_array_equal, new["policy"], other_targets["policy"])
@@ -272,7 +281,8 @@ def test_policy_and_value_are_fitted_apart():
 @pytest.mark.usefixtures("x64")
 def test_a_subsampled_fisher_matrix_is_that_of_one_sample_in_k():
     config = CONFIG.replace(fisher_subsample=2, max_kl=1e-6, cg_iterations=40, cg_damping=0.1)
-    params, batch = parameters(), on_policy(random_batch(3, masked=False))
+    params = parameters()
+    batch = on_policy(random_batch(3, masked=False))
     theta = jax.tree.map(np.asarray, params["policy"])
     numbered = as_sequences(arrays(batch | {"value": np.arange(T * B).reshape(T, B)}))
     key_policy, _ = jax.random.split(jax.random.key(0))  # of the update's own key
@@ -296,13 +306,12 @@ def test_a_subsampled_fisher_matrix_is_that_of_one_sample_in_k():
 
 @pytest.mark.usefixtures("x64")
 def test_the_value_function_takes_gradient_steps_on_its_own_loss():
-    config, params, batch = (
-        CONFIG.replace(num_epochs=1, num_minibatches=1),
-        parameters(),
-        random_batch(4),
-    )
+    config = CONFIG.replace(num_epochs=1, num_minibatches=1)
+    params = parameters()
+    batch = random_batch(4)
     new, _, metrics = compiled()(config, params, arrays(batch))
-    theta, x = jax.tree.map(np.asarray, params["value"]), batch["obs"][batch["valid"]]
+    theta = jax.tree.map(np.asarray, params["value"])
+    x = batch["obs"][batch["valid"]]
     error = x @ theta["w"] + theta["b"] - batch["target"][batch["valid"]]
     close(metrics["value_loss"], 0.5 * np.mean(error**2))
     close(
@@ -315,7 +324,8 @@ def test_the_value_function_takes_gradient_steps_on_its_own_loss():
 def test_the_surrogate_has_the_policy_gradient_at_the_old_policy():
     """As PPO's objectives (test_objectives.py): one step of conjugate gradient goes along it."""
     config = CONFIG.replace(cg_iterations=1, normalize_advantage=False)
-    raw, params = on_policy(random_batch(5)), parameters()
+    raw = on_policy(random_batch(5))
+    params = parameters()
     batch = arrays(raw)
 
     def actor_critic(policy):
