@@ -3,8 +3,9 @@
     from purejaxppo import Config, make_train
     result = jax.jit(make_train(Config(env="CartPole-v1")))(jax.random.key(0))
 
-The public names are imported when they are first used, so that ``import purejaxppo`` itself costs nothing. (No module
-here may have the name of a public function: importing ``purejaxppo.x`` would put the module in the function's place.)
+Public names are imported on first use, so that ``import purejaxppo`` itself is cheap. No module may
+have the name of a public function: importing ``purejaxppo.x`` would replace the function by the
+module.
 """
 
 from importlib import import_module
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from purejaxppo.types import TrainState as TrainState
     from purejaxppo.updates import UPDATES as UPDATES
 
-_HOME = {
+_MODULES = {
     "Config": "config",
     "ConfigError": "types",
     "EpisodeStatistics": "policies.evaluate",
@@ -67,15 +68,15 @@ _HOME = {
     "save_policy": "policies.files",
     "sweep": "sweeps.sweep",
 }
-__all__ = ["envs", *sorted(_HOME)]
+__all__ = ["envs", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
     if name == "envs":
         return import_module("purejaxppo.envs")
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'purejaxppo' has no attribute {name!r}")
-    value = getattr(import_module(f"purejaxppo.{_HOME[name]}"), name)
+    value = getattr(import_module(f"purejaxppo.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

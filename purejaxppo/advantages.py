@@ -1,4 +1,4 @@
-"""Advantage estimators: the formulas on plain arrays, and `ADVANTAGES`, the estimators by name."""
+"""Advantage estimators: formulas on plain arrays, and `ADVANTAGES`, the estimators by name."""
 
 from typing import Any
 
@@ -19,16 +19,18 @@ def gae(
     gamma: Float[Array, ""] | float,
     gae_lambda: Float[Array, ""] | float,
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), right at episode ends.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), correct at episode ends.
 
         δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
         Â_t = δ_t + γ λ (1 − terminated_t) (1 − truncated_t) Â_{t+1},     Â_T = 0
         target_t = Â_t + V(s_t)
 
-    ``next_value[t]`` is the value of s'_t, the true successor of step t: of the final observation where an episode
-    was cut, never of the next episode's first. Only termination takes the bootstrap away; both ends cut the λ-sum.
-    Pardo et al. 2018 show what treating a time limit as a termination costs. With λ = 0 the advantage is the TD
-    error; with λ = 1 it is the Monte-Carlo return, bootstrapped where the data end, minus the value.
+    ``next_value[t]`` is the value of s'_t, the true successor of step t. Where an episode is
+    truncated it is the value of the final observation, never of the first one of the next episode.
+    Only termination removes the bootstrap; termination and truncation both cut the λ-sum. Pardo et
+    al. 2018 show the cost of treating a time limit as a termination. With λ = 0 the advantage is
+    the TD error. With λ = 1 it is the Monte-Carlo return, bootstrapped at the end of the data,
+    minus the value.
 
     Returns the advantages and the value targets, both [T, B].
     """
@@ -55,14 +57,15 @@ def returns(
     gamma: Float[Array, ""] | float,
     gae_lambda: Float[Array, ""] | float,
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
-    """Returns-to-go of whole episodes, without bootstrapping (Williams 1992; Sutton & Barto 2018, section 13.3).
+    """Returns-to-go of whole episodes, without bootstrapping.
 
         G_t = r_t + γ (1 − end_t) G_{t+1},     G_T = 0,     end = terminated or truncated
         Â_t = G_t − V(s_t)
 
-    What is maximised is the return as it is played, so an end by a time limit is an end like any other; nothing is
-    estimated, and the estimate has no bias. ``next_value`` and ``gae_lambda`` are not used. A row must be played to
-    the end of its episode, as ``whole_episodes`` sees to.
+    Source: Williams 1992; Sutton & Barto 2018, section 13.3. The objective is the return up to the
+    end of the episode, so a time limit ends it like a termination. Nothing is bootstrapped, so the
+    estimate is unbiased. ``next_value`` and ``gae_lambda`` are not used. Every row must contain the
+    end of its episode, which ``whole_episodes`` ensures.
 
     Returns the advantages and G, both [T, B].
     """

@@ -1,4 +1,4 @@
-"""`Config`: what is trained, on what and how, and the checks that turn a mistake into one clear sentence."""
+"""`Config`: the configuration of a training run, its settings by algorithm, and its validation."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ from purejaxppo.validation import (
     POSITIVE_INT,
     UNIT,
     Check,
+    checked_env_settings,
     checked_int,
     checked_leaf,
-    checked_settings,
     checked_sizes,
     nearest,
-    require_that_it_can_run,
+    require_compatible,
     wrong,
 )
 
-# A new algorithm or estimator adds its name here, beside its line in `UPDATES` or `ADVANTAGES`.
+# A new algorithm or estimator needs its name here and an entry in `UPDATES` or `ADVANTAGES`.
 ALGORITHMS = ["ppo", "trpo", "reinforce"]
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
 ESTIMATORS = ["auto", "gae", "returns"]
@@ -47,10 +47,10 @@ def _static(
     variant: bool = False,
     kw_only: bool = False,
 ) -> Any:
-    """A size, a name or a switch: another value is another compiled program.
+    """A static field (size, name or switch): each value needs its own compiled program.
 
-    ``of`` names the algorithms that have this field; without any, all have it. A ``variant`` changes
-    what its algorithm computes, and other algorithms refuse any value but the default.
+    ``doc`` is the help text. ``of`` names the algorithms that have this field; empty means all. A
+    ``variant`` changes the computation of its algorithm; other algorithms accept only its default.
     """
     metadata = {"static": True, "doc": doc, "check": check, "of": tuple(of), "variant": variant}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
@@ -64,9 +64,9 @@ def _leaf(
     of: Sequence[str] = (),
     variant: bool = False,
 ) -> Any:
-    """A continuous hyper-parameter: traced, batched and swept within one compiled program.
+    """A continuous hyper-parameter, which can be traced, batched and swept in one compiled program.
 
-    ``of`` and ``variant`` are as in `_static`.
+    The arguments are those of `_static`.
     """
     metadata = {"doc": doc, "check": check, "of": tuple(of), "variant": variant}
     return dataclasses.field(default=default, metadata=metadata)
@@ -79,11 +79,11 @@ class Config:
 
     A run is determined by its config and its random key. Sizes, names and switches are static.
     Continuous hyper-parameters are leaves: ``jax.vmap`` over a `Config` whose ``lr`` is an array
-    trains every rate in one compiled program (``in_axes=config.axes("lr")``). The constructor checks
-    nothing, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
+    trains all rates in one compiled program (``in_axes=config.axes("lr")``). The constructor does
+    not validate, because JAX rebuilds pytrees with tracers and placeholders; `make_train` and
     `Config.from_dict` do.
 
-    The default sizes, ``num_epochs`` and ``lr`` learn the most within 100,000 steps over eight
+    The defaults of the sizes, ``num_epochs`` and ``lr`` scored best after 100,000 steps over eight
     environments of gymnax (``python -m benchmarks general``). The other defaults follow the PPO
     paper where they apply (Schulman et al. 2017, table 3). `Config.for_env` returns tuned settings.
 
@@ -98,7 +98,7 @@ class Config:
     )
     algorithm: str = _static("ppo", "learning algorithm", ALGORITHMS)
     total_timesteps: int = _static(
-        1_000_000, "environment steps of the whole run, rounded up to full iterations", POSITIVE_INT
+        1_000_000, "total environment steps, rounded up to full iterations", POSITIVE_INT
     )
     num_envs: int = _static(16, "number of parallel environments (B)", POSITIVE_INT)
     num_steps: int = _static(128, "steps per environment and iteration (T)", POSITIVE_INT)
@@ -107,22 +107,22 @@ class Config:
         8, "minibatches per epoch; must divide num_envs * num_steps", POSITIVE_INT
     )
     num_shards: int = _static(
-        1, "blocks of environments that may be placed on different devices (S)", POSITIVE_INT
+        1, "shards of the environments, for placement on several devices (S)", POSITIVE_INT
     )
 
-    lr: float = _leaf(2e-3, "Adam's learning rate", NOT_NEGATIVE)
+    lr: float = _leaf(2e-3, "learning rate of Adam", NOT_NEGATIVE)
     anneal_lr: bool = _static(True, "anneal the learning rate linearly to 0")
-    adam_eps: float = _leaf(1e-5, "Adam's epsilon", POSITIVE)
+    adam_eps: float = _leaf(1e-5, "epsilon of Adam", POSITIVE)
     max_grad_norm: float = _leaf(
         0.5, "clip the global norm of the gradient to this value", POSITIVE
     )
     gamma: float = _leaf(0.99, "discount factor", UNIT)
     gae_lambda: float = _leaf(0.95, "lambda of generalised advantage estimation (GAE)", UNIT)
     advantage: str = _static(
-        "auto", "advantage estimator; auto: returns for reinforce, otherwise gae", ESTIMATORS
+        "auto", "advantage estimator (auto: returns for reinforce, gae otherwise)", ESTIMATORS
     )
     episodic: bool = _static(
-        False, "play one whole episode per environment and iteration; always so with returns"
+        False, "play one whole episode per environment and iteration (implied by returns)"
     )
     baseline: str = _static(
         "value",
@@ -133,7 +133,7 @@ class Config:
     )
     baseline_decay: float = _leaf(
         0.9,
-        "decay of the running mean per iteration",
+        "decay of the running-mean baseline per iteration",
         UNIT,
         of=["reinforce"],
     )
@@ -149,35 +149,38 @@ class Config:
     )
     kl_coef: float = _leaf(
         1.0,
-        "beta: coefficient of the KL penalty; adaptive_kl starts from it",
+        "beta: coefficient of the KL penalty (initial value for adaptive_kl)",
         NOT_NEGATIVE,
         of=["ppo"],
     )
     kl_target: float = _leaf(
-        0.01, "target of adaptive_kl: KL divergence per iteration, in nats", POSITIVE, of=["ppo"]
+        0.01, "target KL divergence per iteration for adaptive_kl, in nats", POSITIVE, of=["ppo"]
     )
     early_stop_kl: float | None = _leaf(
         None,
-        "end the updates of an iteration at this KL divergence, in nats; None: never",
+        "stop an iteration's updates above this KL divergence, in nats (None: never)",
         NONE_OR_POSITIVE,
         of=["ppo"],
         variant=True,
     )
     max_kl: float = _leaf(
-        0.01, "delta: bound on the KL divergence of a step, in nats", POSITIVE, of=["trpo"]
+        0.01, "delta: bound on the KL divergence of one step, in nats", POSITIVE, of=["trpo"]
     )
     cg_damping: float = _leaf(
         0.1,
-        "multiple of the identity that is added to the Fisher matrix",
+        "damping: multiple of the identity added to the Fisher matrix",
         NOT_NEGATIVE,
         of=["trpo"],
     )
     cg_iterations: int = _static(10, "conjugate-gradient iterations", POSITIVE_INT, of=["trpo"])
     fisher_subsample: int = _static(
-        1, "estimate the Fisher matrix from every n-th sample", POSITIVE_INT, of=["trpo"]
+        1,
+        "k: estimate the Fisher matrix from a random 1/k of the samples",
+        POSITIVE_INT,
+        of=["trpo"],
     )
     line_search_steps: int = _static(
-        10, "step sizes that the line search tries", POSITIVE_INT, of=["trpo"]
+        10, "maximum number of step sizes in the line search", POSITIVE_INT, of=["trpo"]
     )
     line_search_shrink: float = _leaf(
         0.8, "ratio of successive step sizes in the line search", INSIDE_UNIT, of=["trpo"]
@@ -187,7 +190,7 @@ class Config:
     normalize_advantage: bool = _static(True, "standardise advantages within each minibatch")
     clip_value: bool = _static(
         False,
-        "also clip the change of the value to ± clip_eps, as OpenAI baselines does",
+        "clip the change of the value estimate to ± clip_eps, as in OpenAI baselines",
         of=["ppo"],
         variant=True,
     )
@@ -197,73 +200,73 @@ class Config:
         False, "divide rewards by the running standard deviation of the discounted return"
     )
     squash_actions: bool = _static(
-        False, "squash continuous actions by tanh instead of clipping them"
+        False, "squash continuous actions with tanh instead of clipping them"
     )
 
     network: str = _static("mlp", "network architecture", NETWORKS)
     hidden_sizes: tuple[int, ...] = _static((64, 64), "widths of the hidden layers")
     activation: str = _static("tanh", "activation function of the hidden layers", ACTIVATIONS)
-    shared_trunk: bool = _static(False, "share the hidden layers between policy and value")
-    debug: bool = _static(
-        False, "print a line after every iteration, from inside the compiled program"
-    )
+    shared_trunk: bool = _static(False, "share the hidden layers of policy and value function")
+    debug: bool = _static(False, "print one line per iteration from inside the compiled program")
 
     critic_obs: str = _static(
-        "", "part of the observation that only the value function sees", kw_only=True
+        "", "name of an observation part that only the value function sees", kw_only=True
     )
     group_size: int = _static(
         1,
-        "environments per group; a group shares its start (whole episodes only)",
+        "environments per group with the same start (whole episodes only)",
         POSITIVE_INT,
         kw_only=True,
     )
 
     def __post_init__(self) -> None:
-        """Hold static fields that are written as a mapping or a list in a form that can be hashed."""
+        """Convert a mapping or a list in a static field to a hashable value."""
         settings = plain_settings(self.env_settings)
         if settings is not None:
             object.__setattr__(self, "env_settings", settings)
         if isinstance(self.hidden_sizes, list):
             object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
 
-    # ------------------------------------------------------------------------------- derived numbers
+    # ------------------------------------------------------------------------------ derived values
 
     @property
     def batch_size(self) -> int:
-        """N = num_envs · num_steps: the environment steps of one iteration."""
+        """N = num_envs · num_steps, the environment steps of one iteration."""
         return self.num_envs * self.num_steps
 
     @property
     def estimator(self) -> str:
-        """The name in `ADVANTAGES` that ``advantage`` stands for."""
+        """The key in `ADVANTAGES`: ``advantage`` with ``auto`` resolved."""
         return {"auto": "returns" if self.algorithm == "reinforce" else "gae"}.get(
             self.advantage, self.advantage
         )
 
     @property
     def whole_episodes(self) -> bool:
-        """Every iteration plays one whole episode in each environment: returns that are cut off would be biased."""
+        """Whether each iteration plays one whole episode per environment.
+
+        ``advantage="returns"`` requires it, because returns of incomplete episodes are biased.
+        """
         return self.episodic or self.estimator == "returns"
 
     @property
     def num_iterations(self) -> int:
-        """K = ⌈total_timesteps / N⌉; with whole episodes the most there are, which one step of each episode takes."""
-        return -(
-            -self.total_timesteps // (self.num_envs if self.whole_episodes else self.batch_size)
-        )
+        """⌈total_timesteps / N⌉; with whole episodes the bound ⌈total_timesteps / num_envs⌉."""
+        least_steps = self.num_envs if self.whole_episodes else self.batch_size
+        return -(-self.total_timesteps // least_steps)
 
     @property
     def actual_timesteps(self) -> int:
-        """The environment steps that will run: ``total_timesteps`` rounded up to whole iterations.
+        """The environment steps that will run: ``total_timesteps`` rounded up to full iterations.
 
-        With whole episodes it is the most there can be: steps count up to the end of an episode, and the iteration in
-        which ``total_timesteps`` are reached is the last.
+        With whole episodes this is an upper bound: steps count up to the end of an episode, and the
+        iteration that reaches ``total_timesteps`` is the last.
         """
         if self.whole_episodes:
             return self.total_timesteps + self.batch_size - 1
         return self.num_iterations * self.batch_size
 
-    # ---------------------------------------------------------------------------- making and changing
+    # ------------------------------------------------------------------ construction and conversion
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with these fields changed."""
@@ -271,21 +274,26 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def axes(self, *names: str) -> "Config":
-        """The ``in_axes`` of `jax.vmap` for a config batched in these fields: ``config.axes("lr", "gamma")``."""
+        """The ``in_axes`` of `jax.vmap` for a config batched in these fields.
+
+        For example ``config.axes("lr", "gamma")``. Raises `ConfigError` for a static field.
+        """
         for name in names:
             if name not in LEAVES:
                 raise ConfigError(
-                    f"{name!r} cannot be batched{nearest(name, LEAVES)}; what can: {', '.join(LEAVES)}"
+                    f"{name!r} cannot be batched{nearest(name, LEAVES)}; "
+                    f"fields that can: {', '.join(LEAVES)}"
                 )
         axes: dict[str, Any] = {name: 0 if name in names else None for name in LEAVES}
         return dataclasses.replace(self, **axes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: "Config | None" = None) -> "Config":
-        """A validated config from a mapping of our keys, or of PureJaxRL's upper-case ones; ``base`` fills the rest.
+        """A validated config from a mapping of field names, or of PureJaxRL's upper-case keys.
 
-        Without ``base`` the rest is the general settings of the algorithm. The mapping is not changed. Raises
-        `ConfigError` for an unknown key, a wrong type and a value out of range.
+        Missing fields come from ``base``, by default the general settings of the algorithm. The
+        mapping is not changed. Raises `ConfigError` for an unknown key, a wrong type, or a value
+        out of range.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(
@@ -303,7 +311,7 @@ class Config:
         return validate(dataclasses.replace(base, **values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; `from_dict` takes those of an unbatched config back."""
+        """The fields as JSON types; `from_dict` is the inverse for an unbatched config."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             name: np.asarray(x).tolist() if name in LEAVES else x for name, x in values.items()
@@ -314,7 +322,10 @@ class Config:
 
     @classmethod
     def for_env(cls, name: str, **changes: Any) -> "Config":
-        """The settings of an algorithm tuned for an environment (``purejaxppo/tuned.toml``), else its general ones."""
+        """The settings tuned for an environment (``purejaxppo/tuned.toml``), else the general ones.
+
+        ``changes`` replace fields; ``algorithm`` selects whose settings are used.
+        """
         known = tuned(changes.get("algorithm", cls.algorithm)).get(
             str(name).removeprefix("gymnax/"), {}
         )
@@ -327,12 +338,12 @@ LEAVES = tuple(name for name, field in FIELDS.items() if not field.metadata.get(
 
 
 def fields_of(algorithm: str) -> tuple[str, ...]:
-    """The fields that belong to this algorithm, and not to all."""
+    """The fields that this algorithm has and others lack."""
     return tuple(name for name, field in FIELDS.items() if algorithm in field.metadata["of"])
 
 
 def variants_of(algorithm: str) -> dict[str, tuple[str, ...]]:
-    """The names that ``ALGORITHM/VARIANT`` may have: each variant field of names, and these."""
+    """The variants of ``ALGORITHM/VARIANT``: variant fields with named choices, and the choices."""
     named = {name: FIELDS[name].metadata for name in fields_of(algorithm)}
     return {
         name: tuple(metadata["check"])
@@ -342,17 +353,19 @@ def variants_of(algorithm: str) -> dict[str, tuple[str, ...]]:
 
 
 def tuned(algorithm: str = Config.algorithm) -> dict[str, dict[str, Any]]:
-    """The settings tuned for an algorithm by environment name, each with the result it reached under ``result``."""
-    return _settings().get(algorithm, {}) if isinstance(algorithm, str) else {}
+    """The tuned settings of an algorithm by environment; ``result`` is the score they reach."""
+    return _read_tuned_settings().get(algorithm, {}) if isinstance(algorithm, str) else {}
 
 
 def general(algorithm: Any) -> dict[str, Any]:
-    """What an algorithm needs other than the defaults of `Config`, in any environment."""
-    return _settings()["general"].get(algorithm, {}) if isinstance(algorithm, str) else {}
+    """The settings that an algorithm needs in any environment beyond the defaults of `Config`."""
+    return (
+        _read_tuned_settings()["general"].get(algorithm, {}) if isinstance(algorithm, str) else {}
+    )
 
 
 @functools.cache
-def _settings() -> dict[str, Any]:
+def _read_tuned_settings() -> dict[str, Any]:
     return tomllib.loads(resources.files("purejaxppo").joinpath("tuned.toml").read_text())
 
 
@@ -360,28 +373,28 @@ def _settings() -> dict[str, Any]:
 
 
 def validate(config: Config) -> Config:
-    """The config with numbers in their right types, or `ConfigError` for the first thing that cannot be.
+    """The config with numbers converted to their types. Raises `ConfigError` for the first mistake.
 
-    Traced values are not looked at; batched ones are checked element by element.
+    Batched values are checked element by element; traced values are not checked.
     """
     if not isinstance(config, Config):
         raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
     config = dataclasses.replace(
-        config, **{name: _checked(name, getattr(config, name)) for name in FIELDS}
+        config, **{name: _validated_field(name, getattr(config, name)) for name in FIELDS}
     )
-    _require_own_fields(config)
-    require_that_it_can_run(config)
+    _require_variants_of_algorithm(config)
+    require_compatible(config)
     return config
 
 
-def _require_own_fields(config: Config) -> None:
-    """Variants of another algorithm are refused; its other fields have no effect and may have any value."""
+def _require_variants_of_algorithm(config: Config) -> None:
+    """Reject variants of other algorithms; their other fields have no effect and may differ."""
     for name, field in FIELDS.items():
         of = field.metadata["of"]
         if not field.metadata["variant"] or config.algorithm in of:
             continue
         value = getattr(config, name)
-        is_plain = value is None or isinstance(value, bool | str)  # and neither traced nor an array
+        is_plain = value is None or isinstance(value, bool | str)  # neither traced nor an array
         if not (is_plain and value == field.default):
             raise ConfigError(
                 f"{name} = {value!r} is for {' and '.join(of)} only: leave it out, or set "
@@ -390,16 +403,19 @@ def _require_own_fields(config: Config) -> None:
 
 
 def require_scalars(config: Config) -> None:
-    """One call trains one agent: batched hyper-parameters come in through `jax.vmap`."""
+    """Raise `ConfigError` for a batched config: one call trains one agent, and vmap trains many."""
     for name in LEAVES:
-        if np.ndim(getattr(config, name)):
+        shape = np.shape(getattr(config, name))
+        if shape:
             raise ConfigError(
-                f"{name} is an array of shape {np.shape(getattr(config, name))}: train one agent for each element by "
-                f"jax.vmap(lambda config, key: make_train(config)(key), in_axes=(config.axes({name!r}), None))"
+                f"{name} is an array of shape {shape}: train one agent for each element by "
+                "jax.vmap(lambda config, key: make_train(config)(key), "
+                f"in_axes=(config.axes({name!r}), None))"
             )
 
 
-def _checked(name: str, value: Any) -> Any:
+def _validated_field(name: str, value: Any) -> Any:
+    """The value of a field in its type. Raises `ConfigError` if it is invalid."""
     default = FIELDS[name].default
     check = FIELDS[name].metadata["check"]
     if name in LEAVES:
@@ -407,7 +423,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "hidden_sizes":
         return checked_sizes(name, value)
     if name == "env_settings":
-        return checked_settings(name, value)
+        return checked_env_settings(name, value)
     if isinstance(default, bool):
         if not isinstance(value, bool | np.bool_):
             raise wrong(name, value, "True or False")

@@ -1,8 +1,8 @@
-"""Random keys: made from what a user gives, and moved around without `jax_debug_key_reuse` counting it as a use.
+"""Creation of random keys, and operations on keys that `jax_debug_key_reuse` accepts.
 
-The checker knows what split, slices and reshapes do to a key. `select`, and the transposition that `vmap` makes of the
-keys that a `scan` runs over, it takes for a second use, although no number is drawn. Here keys go through these as the
-integers that they are made of.
+The key-reuse checker understands split, slices and reshapes. It counts `select`, and the transpose
+that `vmap` applies to the keys of a `scan`, as a second use, although no number is drawn. The
+functions below therefore apply these operations to the integers of the keys.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,11 @@ Carry = TypeVar("Carry")
 
 
 def random_key(key: Any) -> tuple[jax.Array, Any]:
-    """A key of JAX from an integer, a key or the integers of `jax.random.PRNGKey`; and what describes it.
+    """A typed key from an integer, a key or the integers of `jax.random.PRNGKey`.
 
-    It is of the kind that ``jax_default_prng_impl`` says: of two integers with threefry, of four with rbg.
+    Also returns its description for JSON: the integer, or the key data as a list. The key has the
+    implementation ``jax_default_prng_impl``: two integers for threefry, four for rbg. Raises
+    `ConfigError` for anything else.
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         number = integer("key", int(key), 0)
@@ -39,19 +41,19 @@ def random_key(key: Any) -> tuple[jax.Array, Any]:
 
 
 def default_prng_impl() -> str:
-    """The implementation of random keys that ``jax_default_prng_impl`` says."""
+    """The implementation of random keys that ``jax_default_prng_impl`` names."""
     return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
 
 
 def is_typed(x: Any) -> bool:
-    """Whether it is an array of `jax.random.key`s, and not the plain integers of `jax.random.PRNGKey`."""
+    """Whether ``x`` is an array of `jax.random.key`s, not the integers of `jax.random.PRNGKey`."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def select(
     condition: Bool[Array, "..."], new: Shaped[Array, "..."], old: Shaped[Array, "..."]
 ) -> Array:
-    """``jnp.where`` for arrays of any kind; ``condition`` has the shape of both, or is one number."""
+    """``jnp.where`` that also accepts keys; ``condition`` has their shape or is a scalar."""
     if not is_typed(new):
         return jnp.where(condition, new, old)
     data = jnp.where(condition[..., None], jax.random.key_data(new), jax.random.key_data(old))
@@ -59,7 +61,7 @@ def select(
 
 
 def first_key(keys: PRNGKey) -> PRNGKey:
-    """``keys[0]``, to fold numbers into while the keys are used for something else."""
+    """``keys[0]``, into which numbers can be folded while ``keys`` are used elsewhere."""
     if not is_typed(keys):
         return keys[0]
     return jax.random.wrap_key_data(jax.random.key_data(keys)[0], impl=jax.random.key_impl(keys))
@@ -68,7 +70,7 @@ def first_key(keys: PRNGKey) -> PRNGKey:
 def scan_keys(
     body: Callable[[Carry, PRNGKey], tuple[Carry, PyTree]], start: Carry, keys: PRNGKey
 ) -> tuple[Carry, PyTree]:
-    """``jax.lax.scan(body, start, keys)``, the first axis of the keys first."""
+    """``jax.lax.scan(body, start, keys)`` over the first axis of the keys."""
     if not is_typed(keys):
         return jax.lax.scan(body, start, keys)
     implementation = jax.random.key_impl(keys)

@@ -1,7 +1,8 @@
-"""The formulas of the objective, on plain arrays. Every mean is over the entries where a mask is true.
+"""The terms of the objective on plain arrays. Every mean is over the entries where a mask is true.
 
-What stands where the mask is false has no effect on a loss or its gradient, not even NaN: it is taken out before the
-arithmetic and not only after it, because the gradient of ``where`` multiplies by 0, and 0 · NaN is NaN.
+Entries where the mask is false affect neither a loss nor its gradient, even if they are NaN. They
+are replaced before the arithmetic, not only after it, because the gradient of ``where`` multiplies
+by 0, and 0 · NaN is NaN.
 """
 
 import jax.numpy as jnp
@@ -14,14 +15,14 @@ MAX_LOG_RATIO = 20.0  # nats; e²⁰ ≈ 5 · 10⁸
 
 
 def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
-    """Σ mask x / Σ mask; 0 where the mask is empty."""
+    """Σ mask x / Σ mask; 0 if the mask is empty."""
     return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def standardize(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, "*n"]:
-    """(x − mean) / (deviation + 1e-8), both over the mask; 0 outside of it.
+    """(x − mean) / (standard deviation + 1e-8), both over the mask; 0 outside the mask.
 
-    A single entry has no deviation and stays as it is: made 0, it would teach nothing.
+    A single entry is returned unchanged: standardised, it would be 0 and give no gradient.
     """
     x = jnp.where(mask, x, 0)
     centred = jnp.where(mask, x - masked_mean(x, mask), 0)
@@ -37,10 +38,10 @@ def log_ratio(
 
 
 def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """r = π(a|s) / π_old(a|s) = exp(log r) (Schulman et al. 2017, section 3), bounded to e^±20.
+    """r = π(a|s) / π_old(a|s) = exp(log r) (Schulman et al. 2017, section 3), clipped to e^±20.
 
     In float32 exp overflows from 89 on, and the gradient of a clipped entry, 0 · ∞, would be NaN.
-    Where the bound holds, the gradient is 0.
+    Where the bound of e^±20 is active, the gradient is 0.
     """
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -48,7 +49,10 @@ def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
 def surrogate(
     ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> Scalar:
-    """L_CPI = E[r Â], conservative policy iteration's, to be maximised (Schulman et al. 2017, eq. 6)."""
+    """L_CPI = E[r Â] of conservative policy iteration, to be maximised.
+
+    Source: Schulman et al. 2017, eq. 6.
+    """
     return masked_mean(ratio * jnp.where(mask, advantage, 0), mask)
 
 
@@ -58,7 +62,10 @@ def clipped_surrogate(
     mask: Bool[Array, "*n"],
     clip_eps: Coefficient,
 ) -> Scalar:
-    """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised (Schulman et al. 2017, eq. 7)."""
+    """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised.
+
+    Source: Schulman et al. 2017, eq. 7.
+    """
     advantage = jnp.where(mask, advantage, 0)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
     return masked_mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
@@ -67,7 +74,7 @@ def clipped_surrogate(
 def value_loss(
     value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]
 ) -> Scalar:
-    """L_VF = ½ E[(V − target)²]. The paper's eq. 9 has no ½; c1 = 0.5 there is c1 = 1 here."""
+    """L_VF = ½ E[(V − target)²]. Eq. 9 of the PPO paper has no ½: c1 = 0.5 there is c1 = 1 here."""
     return 0.5 * masked_mean(jnp.where(valid, value - target, 0) ** 2, valid)
 
 
@@ -80,18 +87,21 @@ def clipped_value_loss(
 ) -> Scalar:
     """½ E[max((V − target)², (V_old + clip(V − V_old, −ε, ε) − target)²)].
 
-    From OpenAI's baselines (ppo2), not from the paper; Engstrom et al. 2020 and Andrychowicz et al. 2021 found no
-    use in it.
+    From OpenAI baselines (ppo2), not from the PPO paper. Engstrom et al. 2020 and Andrychowicz et
+    al. 2021 found no benefit.
     """
     change = jnp.where(valid, value - old_value, 0)
     error = jnp.where(valid, value - target, 0)
-    near = error - change + jnp.clip(change, -clip_eps, clip_eps)
-    return 0.5 * masked_mean(jnp.maximum(error**2, near**2), valid)
+    clipped_error = error - change + jnp.clip(change, -clip_eps, clip_eps)
+    return 0.5 * masked_mean(jnp.maximum(error**2, clipped_error**2), valid)
 
 
 def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
-    """E[r − 1 − log r], an estimate of KL(π_old ‖ π) that is never negative (Schulman 2020, 'Approximating KL
-    divergence', k3). It is exact up to log r = 20, beyond which r is bounded as in `probability_ratio`."""
+    """E[r − 1 − log r], a non-negative estimate of KL(π_old ‖ π), in nats.
+
+    This is k3 of Schulman 2020, 'Approximating KL divergence'. It is exact up to log r = 20, beyond
+    which r is bounded as in `probability_ratio`.
+    """
     log_ratio = jnp.where(mask, log_ratio, 0)
     return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)
 
@@ -99,7 +109,7 @@ def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Sc
 def clip_fraction(
     ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
 ) -> Scalar:
-    """The share of the samples whose ratio left [1 − ε, 1 + ε]."""
+    """The fraction of samples with a ratio outside [1 − ε, 1 + ε]."""
     return masked_mean((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask)
 
 
@@ -109,9 +119,9 @@ def explained_variance(
     valid: Bool[Array, "*n"],
     undefined: Coefficient = jnp.nan,
 ) -> Scalar:
-    """1 − Var(target − value) / Var(target): 1 is perfect, 0 no better than a constant.
+    """1 − Var(target − value) / Var(target): 1 is perfect, 0 is no better than a constant.
 
-    ``undefined`` where all targets are equal.
+    The result is ``undefined`` if all targets are equal.
     """
 
     def variance(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""From one iteration's data to one number per field of `Metrics`."""
+"""The `Metrics` of one iteration, and their conversion for tables and files."""
 
 from typing import Any
 
@@ -11,17 +11,19 @@ from numpy.typing import NDArray
 import purejaxppo.losses as losses
 from purejaxppo.types import Batch, EpisodeSums, Metrics, undefined
 
-SWEPT = "swept/"  # in a population the hyper-parameters of an iteration are extra metrics of this name and theirs
-PARENT = f"{SWEPT}parent"  # and the agent whose state each went on with after it
+# Extra metrics of a population: SWEPT + name for each hyper-parameter of the iteration, and the
+# index of the agent whose state each agent continues with.
+SWEPT = "swept/"
+PARENT = f"{SWEPT}parent"
 
 
 def iteration_metrics(
     timesteps: Array, finished: EpisodeSums, batch: Batch, measured: dict[str, Array]
 ) -> Metrics:
-    """The metrics of an iteration: ``measured`` are the update's and the reward function's own.
+    """The metrics of one iteration; ``measured`` are those of the update and the reward function.
 
-    What `Metrics` has a field for goes there, `undefined` where the algorithm does not measure it; the rest is
-    ``extra``. A mean over no finished episode is `undefined` too.
+    Measurements without a field in `Metrics` are ``extra``. A field that the algorithm does not
+    measure is `undefined`, and so is a mean over no finished episodes.
     """
 
     def mean(total: Array) -> Array:
@@ -35,33 +37,36 @@ def iteration_metrics(
         "episode_length": mean(finished.lengths),
         "episodes": finished.episodes,
     }
-    if "value_loss" in measured:  # or there is no value function that is fitted
+    if "value_loss" in measured:  # otherwise no value function is fitted
         common["explained_variance"] = losses.explained_variance(
             batch.value, batch.target, batch.valid, undefined()
         )
     missing = jnp.asarray(undefined())
-    own = {
+    fields = {
         name: measured.get(name, missing)
         for name in Metrics._fields
         if name not in {*common, "extra"}
     }
     extra = {name: x for name, x in measured.items() if name not in Metrics._fields}
-    return jax.tree.map(_in_full_precision, Metrics(**common, **own, extra=extra))
+    return jax.tree.map(_at_least_float32, Metrics(**common, **fields, extra=extra))
 
 
-def _in_full_precision(x: Array) -> Array:
-    """At least float32, also of a model in bfloat16: tables and files have no narrower numbers."""
+def _at_least_float32(x: Array) -> Array:
+    """Floats narrower than float32, as of a model in bfloat16, as float32 for tables and files."""
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
 
 
 def with_nan(metrics: Metrics) -> Metrics:
-    """The metrics with NaN stored wherever a value is `undefined`, for people and files."""
+    """The metrics with NaN stored in place of every `undefined` value, for output and files."""
     return Metrics(**metrics._asdict())
 
 
 def without_nan(metrics: Metrics) -> Metrics:
-    """NumPy metrics with `undefined` stored where they have NaN, as a compiled program has them: undoes `with_nan`."""
+    """NumPy metrics with `undefined` stored in place of NaN, as in a compiled program.
+
+    This is the inverse of `with_nan`.
+    """
 
     def stored(x: Any) -> Any:
         return (
@@ -76,14 +81,18 @@ def without_nan(metrics: Metrics) -> Metrics:
 
 
 def finite_so_far(metrics: Metrics) -> NDArray[np.bool_]:
-    """[..., iterations] whether the losses and the gradient were finite up to and with this iteration.
+    """[..., iterations] whether the losses and the gradient are finite up to each iteration.
 
-    Where value loss and explained variance are NaN throughout, there is no value function that is fitted. In a
-    population, whose agents begin anew as others, it is said of each iteration alone.
+    If value loss and explained variance are NaN throughout, no value function is fitted, and the
+    value loss is ignored. In a population, where an agent can be replaced by another, each
+    iteration is judged alone.
     """
     value_loss = np.asarray(metrics.value_loss)
     explained = np.asarray(metrics.explained_variance)
     unmeasured = (np.isnan(value_loss) & np.isnan(explained)).all(axis=-1, keepdims=True)
     value_loss = np.where(unmeasured, 0, value_loss)
-    fine = np.isfinite(np.asarray([metrics.policy_loss, value_loss, metrics.grad_norm])).all(axis=0)
-    return fine if PARENT in metrics.extra else np.logical_and.accumulate(fine, axis=-1)
+    measured = np.asarray([metrics.policy_loss, value_loss, metrics.grad_norm])
+    is_finite = np.isfinite(measured).all(axis=0)
+    if PARENT in metrics.extra:
+        return is_finite
+    return np.logical_and.accumulate(is_finite, axis=-1)

@@ -1,4 +1,4 @@
-"""PureJaxRL's configuration dictionaries, whose keys are upper-case, in our names."""
+"""Conversion of PureJaxRL's configuration dictionaries, which have upper-case keys."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -7,16 +7,18 @@ from purejaxppo.types import ConfigError
 from purejaxppo.validation import nearest
 
 OTHER_NAMES = {"ENV_NAME": "env", "UPDATE_EPOCHS": "num_epochs"}
-DERIVED = ("NUM_UPDATES", "MINIBATCH_SIZE")  # its make_train writes these into the caller's dict
+# PureJaxRL's make_train writes these derived values into the caller's dict; they are ignored.
+DERIVED = ("NUM_UPDATES", "MINIBATCH_SIZE")
 
 
 def from_purejaxrl(values: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """The mapping in our names; ``NORMALIZE_ENV`` is observations and rewards both, as in its continuous script.
+    """The mapping with the field names of `Config`, which are passed as ``fields``.
 
-    ``fields`` are those of `Config`. Raises `ConfigError` for an unknown key, or for two that mean the same field.
+    ``NORMALIZE_ENV`` normalises both observations and rewards, as in PureJaxRL's continuous-action
+    script. Raises `ConfigError` for an unknown key, or for two keys that name the same field.
     """
     known = OTHER_NAMES | {name.upper(): name for name in fields}
-    ours: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for key, value in values.items():
         if key in DERIVED:
             continue
@@ -30,9 +32,9 @@ def from_purejaxrl(values: Mapping[str, Any], fields: Collection[str]) -> dict[s
             raise ConfigError(
                 f"{key!r} is not a setting{nearest(key, keys) or '; known: ' + ', '.join(keys)}"
             )
-        if repeated := [name for name in names if name in ours]:
+        if repeated := [name for name in names if name in converted]:
             raise ConfigError(
                 f"{repeated[0]!r} is given twice, once as {key!r}: leave one of them out"
             )
-        ours |= dict.fromkeys(names, value)
-    return ours
+        converted |= dict.fromkeys(names, value)
+    return converted

@@ -1,8 +1,9 @@
-"""The contracts that every part of the library is written against.
+"""Types shared by all modules: spaces, environments, models, data, algorithms and states.
 
-Shapes: ``T`` steps of a rollout, ``B`` environments, ``N = T * B``; time comes first. A leading axis of
-seeds or of a sweep is never written: it comes from ``jax.vmap``. All of these are immutable, and all but
-the bundles of functions (`Env`, `VectorEnv`, `Model`, `Update`, `Reward`, `Trainer`) are pytrees of arrays.
+Shapes: ``T`` steps of a rollout, ``B`` environments, ``N = T * B``. Time is the first axis. The
+leading axis of seeds or of a sweep is not written, because ``jax.vmap`` adds it. All types are
+immutable. Data and states are pytrees of arrays; `Env`, `VectorEnv`, `Model`, `Update`, `Reward`
+and `Trainer` are bundles of functions.
 """
 
 import math
@@ -30,9 +31,9 @@ class ConfigError(ValueError):
 class Discrete:
     """The integers 0 … n − 1; arrays have shape ``[]``.
 
-    Like the other spaces it takes numbers of Python, NumPy and JAX and holds plain ones, so that it can
-    be compared, hashed and written to a file. Raises `ConfigError` for values that describe no space,
-    and for traced ones.
+    Like the other spaces, it accepts numbers of Python, NumPy and JAX and stores Python numbers, so
+    that it can be compared, hashed and written to a file. Raises `ConfigError` for invalid and for
+    traced values.
     """
 
     n: int
@@ -41,7 +42,7 @@ class Discrete:
         array = _real_numbers("Discrete.n", n)
         if array is None or array.shape or not _are_sizes(array):
             raise ConfigError(
-                f"Discrete.n = {_shown(n)}: it must be an integer of at least 1 and below 2**31"
+                f"Discrete.n = {_one_line(n)}: it must be an integer of at least 1 and below 2**31"
             )
         object.__setattr__(self, "n", int(array))
 
@@ -52,7 +53,7 @@ class Discrete:
 
 @dataclass(frozen=True, init=False)
 class MultiDiscrete:
-    """Several independent integers, the i-th in 0 … sizes[i] − 1; arrays have shape ``[len(sizes)]``."""
+    """Vectors of integers, the i-th in 0 … sizes[i] − 1; arrays have shape ``[len(sizes)]``."""
 
     sizes: tuple[int, ...]
 
@@ -60,7 +61,7 @@ class MultiDiscrete:
         array = _real_numbers("MultiDiscrete.sizes", sizes)
         if array is None or array.ndim != 1 or not array.size or not _are_sizes(array):
             raise ConfigError(
-                f"MultiDiscrete.sizes = {_shown(sizes)}: "
+                f"MultiDiscrete.sizes = {_one_line(sizes)}: "
                 "it must be a sequence of integers of at least 1 and below 2**31, such as (3, 2)"
             )
         object.__setattr__(self, "sizes", tuple(int(n) for n in array))
@@ -74,9 +75,9 @@ class MultiDiscrete:
 class Box:
     """Real arrays of ``shape`` between ``low`` and ``high``, which may be infinite.
 
-    A bound is one number for all elements, or one for each: an array or nested list of ``shape``, or a
-    flat one in row-major order. It is held as one number where all are equal, else as a flat tuple, so
-    that boxes that mean the same are equal.
+    A bound is one number for all elements or one number per element: an array or nested list of
+    ``shape``, or a flat list in row-major order. It is stored as one number if all elements are
+    equal, otherwise as a flat tuple, so that equivalent boxes compare equal.
     """
 
     shape: tuple[int, ...]
@@ -87,18 +88,19 @@ class Box:
         lengths = _real_numbers("Box.shape", shape)
         if lengths is None or lengths.ndim > 1 or not _are_sizes(lengths):
             raise ConfigError(
-                f"Box.shape = {_shown(shape)}: it must be a sequence of integers of at least 1, such as (84, 84)"
+                f"Box.shape = {_one_line(shape)}: "
+                "it must be a sequence of integers of at least 1, such as (84, 84)"
             )
         object.__setattr__(self, "shape", tuple(int(n) for n in lengths.ravel()))
-        object.__setattr__(self, "low", self._bound("low", low))
-        object.__setattr__(self, "high", self._bound("high", high))
+        object.__setattr__(self, "low", self._validated_bound("low", low))
+        object.__setattr__(self, "high", self._validated_bound("high", high))
         lowest, highest = self.limits
         is_empty = (lowest > highest) | (lowest == np.inf) | (highest == -np.inf)
         if is_empty.any():
-            below = lowest[is_empty][0]
-            above = highest[is_empty][0]
+            low_value = lowest[is_empty][0]
+            high_value = highest[is_empty][0]
             raise ConfigError(
-                f"Box has an element with low = {below} and high = {above}: "
+                f"Box has an element with low = {low_value} and high = {high_value}: "
                 "low must be at most high, low below inf and high above -inf"
             )
 
@@ -112,18 +114,19 @@ class Box:
             self.shape, np.reshape(bound, self.shape) if isinstance(bound, tuple) else bound, float
         )
 
-    def _bound(self, name: str, bound: ArrayLike) -> float | tuple[float, ...]:
+    def _validated_bound(self, name: str, bound: ArrayLike) -> float | tuple[float, ...]:
         array = _real_numbers(f"Box.{name}", bound)
         if array is None or np.isnan(array).any():
             raise ConfigError(
-                f"Box.{name} = {_shown(bound)}: it must be made of real numbers, none of them NaN"
+                f"Box.{name} = {_one_line(bound)}: "
+                "it must be made of real numbers, none of them NaN"
             )
         if array.shape not in ((), self.shape, (math.prod(self.shape),)):
             raise ConfigError(
                 f"Box.{name} has the shape {array.shape}: "
                 f"it must be one number, or one for each element of {self.shape}"
             )
-        flat = (array.ravel() + 0.0).tolist()  # adding 0 makes -0.0 a 0.0
+        flat = (array.ravel() + 0.0).tolist()  # adding 0 turns -0.0 into 0.0
         return flat[0] if len(set(flat)) == 1 else tuple(flat)
 
 
@@ -134,9 +137,8 @@ Space = Discrete | MultiDiscrete | Box
 class Dict:
     """Observations with named parts: ``Dict({"board": Box(...), "action_mask": Box((9,), 0, 1)})``.
 
-    Such an observation is a dict of arrays. The part named ``action_mask``, where there is one, says
-    which actions are allowed (`action_mask_shape`). Raises `ConfigError` for anything else than names
-    of spaces.
+    An observation is a dict of arrays. The optional part ``action_mask`` marks the allowed actions
+    (`action_mask_shape`). Raises `ConfigError` unless the argument maps names to spaces.
     """
 
     spaces: tuple[tuple[str, Space], ...]  # sorted by name
@@ -149,7 +151,7 @@ class Dict:
         is_named = all(isinstance(name, str) and isinstance(x, Space) for name, x in named.items())
         if not named or not is_named:
             raise ConfigError(
-                f"Dict = {_shown(spaces)}: it must map at least one name to a Discrete, a "
+                f"Dict = {_one_line(spaces)}: it must map at least one name to a Discrete, a "
                 "MultiDiscrete or a Box"
             )
         object.__setattr__(self, "spaces", tuple(sorted(named.items(), key=lambda part: part[0])))
@@ -157,19 +159,19 @@ class Dict:
 
 ObservationSpace = Space | Dict
 
-ACTION_MASK = "action_mask"  # the part of an observation that says which actions are allowed
+ACTION_MASK = "action_mask"  # name of the observation part that marks the allowed actions
 
 
 def parts_of(space: ObservationSpace) -> PyTree:
-    """The space as a tree that has the structure of its observations, with spaces for leaves."""
+    """The space as a pytree with the structure of its observations; the leaves are spaces."""
     return dict(space.spaces) if isinstance(space, Dict) else space
 
 
 def action_mask_shape(space: Space) -> tuple[int, ...] | None:
-    """The shape of an ``action_mask`` for this action space; None where actions have none.
+    """The shape of the ``action_mask`` for this action space; None if actions cannot be masked.
 
-    ``Discrete(n)`` has ``[n]``. ``MultiDiscrete(sizes)`` has ``[sum(sizes)]``, the masks of its
-    integers one after the other.
+    ``Discrete(n)`` has ``[n]``. ``MultiDiscrete(sizes)`` has ``[sum(sizes)]``: the masks of its
+    integers are concatenated.
     """
     if isinstance(space, Discrete):
         return (space.n,)
@@ -179,9 +181,9 @@ def action_mask_shape(space: Space) -> tuple[int, ...] | None:
 
 
 def _real_numbers(name: str, value: Any) -> NDArray[np.float64] | None:
-    """A number, a sequence or an array of real numbers, as an array; None for anything else.
+    """Convert a real number, or a sequence or array of them, to an array; None for anything else.
 
-    Raises `ConfigError` for numbers that JAX traces: a space cannot depend on them.
+    Raises `ConfigError` for traced values, on which a space cannot depend.
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
         raise ConfigError(f"{name} is traced by JAX: a space must be made of concrete numbers")
@@ -195,12 +197,12 @@ def _real_numbers(name: str, value: Any) -> NDArray[np.float64] | None:
 
 
 def _are_sizes(array: NDArray[np.float64]) -> bool:
-    """Whether all are integers of at least 1 and below 2**31."""
+    """Whether all elements are integers of at least 1 and below 2**31."""
     return bool(np.all((array >= 1) & (array < 2**31) & (array == np.floor(array))))
 
 
-def _shown(value: Any) -> str:
-    """The value on one line."""
+def _one_line(value: Any) -> str:
+    """The value's ``repr`` on one line, shortened to 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -209,26 +211,26 @@ def _shown(value: Any) -> str:
 
 
 class Step(NamedTuple):
-    """What one step of one environment leads to."""
+    """Result of one step of one environment, before any reset."""
 
-    state: PyTree  # the environment's state after the step
-    obs: PyTree  # observation of that state: the true successor, never one of the next episode
+    state: PyTree  # environment state after the step
+    obs: PyTree  # observation of ``state``: the true successor, never one of the next episode
     reward: Float[Array, ""]
-    terminated: Bool[Array, ""]  # the episode ended by itself: the return after it is zero
-    truncated: Bool[Array, ""]  # a time limit cut the episode: the state still has a value
-    mask: Bool[Array, ""] | bool = True  # False: the action was forced and not the agent's
+    terminated: Bool[Array, ""]  # ``state`` is terminal: the return after it is zero
+    truncated: Bool[Array, ""]  # a time limit ended the episode: ``state`` still has a value
+    mask: Bool[Array, ""] | bool = True  # False: the action was forced, not chosen by the policy
 
 
-EnvSettings = tuple[
-    tuple[str, Any], ...
-]  # (name, value) of each setting, sorted by name; `plain` values
+# Pairs (name, value) sorted by name; the values are `plain`.
+EnvSettings = tuple[tuple[str, Any], ...]
 
 
 def plain(value: Any) -> Any:
-    """A setting of an environment in a form that can be hashed and that JSON can hold.
+    """An environment setting as a value that can be hashed and written to JSON.
 
-    A finite number, a string, True, False and None are Python's own; NumPy's and JAX's scalars become these, and lists
-    and tuples of them tuples. Raises `ValueError` for anything else: larger arrays, traced values, infinity.
+    Finite numbers, strings, True, False, None and tuples of these are returned unchanged. NumPy and
+    JAX scalars become Python scalars; lists become tuples. Raises `ValueError` for anything else,
+    such as larger arrays, traced values and infinity.
     """
     if type(value) in (list, tuple):
         return tuple(plain(x) for x in value)
@@ -245,7 +247,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_settings(settings: Any) -> EnvSettings | None:
-    """A mapping of names to values, or the pairs of one, as `EnvSettings`; None if that is impossible."""
+    """Convert a mapping of names to values, or its pairs, to `EnvSettings`; None if impossible."""
     if not isinstance(settings, Mapping | tuple):
         return None
     try:
@@ -258,15 +260,16 @@ def plain_settings(settings: Any) -> EnvSettings | None:
 
 
 class Env(NamedTuple):
-    """One environment, without auto-reset (`envs.vector` does that for all alike).
+    """One environment without auto-reset, which `envs.vector` adds.
 
-    ``truncates`` says whether an episode can be cut by time, which then happens exactly at
-    ``max_episode_steps``; with ``max_episode_steps=None`` it may happen at any step.
+    ``truncates`` says whether a time limit can end an episode. If so, truncation happens exactly
+    at ``max_episode_steps``; with ``max_episode_steps=None`` it may happen at any step.
 
-    ``name`` and ``settings`` are what ``envs.make(name, **settings)`` was called with, so that a
-    config, a run directory and a saved policy name the environment completely. The settings are
+    ``name`` and ``settings`` are the arguments of ``envs.make(name, **settings)``. They fully
+    identify the environment in a config, a run directory and a saved policy. The settings are
     sorted pairs, because an Env must be hashable; ``dict(env.settings)`` is the mapping. They are
-    None where a file cannot hold them (arrays, say): such an environment has to be given again.
+    None if a file cannot store them (arrays, for example); the environment must then be passed
+    again.
     """
 
     name: str
@@ -274,13 +277,13 @@ class Env(NamedTuple):
     step: Callable[[PRNGKey, PyTree, Array], Step]  # key, state, action -> Step
     observation_space: ObservationSpace
     action_space: Space
-    max_episode_steps: int | None  # bound on the length of an episode; None: no bound
+    max_episode_steps: int | None  # upper bound on the length of an episode; None: no bound
     truncates: bool
     settings: EnvSettings | None = ()
 
 
 class EpisodeSums(NamedTuple):
-    """Sums over the episodes that finished in one rollout; a mean over none of them is NaN, not 0."""
+    """Sums over the episodes finished in one rollout. A mean over no episodes is NaN, not 0."""
 
     returns: Float[Array, ""]
     lengths: Float[Array, ""]
@@ -288,26 +291,24 @@ class EpisodeSums(NamedTuple):
 
 
 class VectorState(NamedTuple):
-    """The state of B environments between two steps; of S shards of them, every field has S in front."""
+    """State of B environments between two steps. With S shards, S is every field's first axis."""
 
-    env: PyTree  # [B, ...] states of the environments
-    obs: PyTree  # [B, ...] what the agent sees next
+    env: PyTree  # [B, ...] environment states
+    obs: PyTree  # [B, ...] observations for the next action
     reset: Bool[Array, "B"]  # obs is the first of its episode
-    episode_return: Float[Array, "B"]  # of the running episode, undiscounted
-    episode_length: Int[Array, "B"]
-    finished: EpisodeSums  # since the rollout began
+    episode_return: Float[Array, "B"]  # of the current episode so far, undiscounted
+    episode_length: Int[Array, "B"]  # of the current episode so far, in steps
+    finished: EpisodeSums  # episodes finished since the rollout began
 
 
 class VectorEnv(NamedTuple):
-    """B environments that restart by themselves; made by `envs.vector.vectorize`."""
+    """B environments with auto-reset, made by `envs.vector.vectorize`."""
 
     reset: Callable[[PRNGKey], VectorState]
-    begin_rollout: Callable[
-        [VectorState], VectorState
-    ]  # sets the sums over finished episodes to zero
-    step: Callable[
-        [PRNGKey, VectorState, Array], tuple[VectorState, Step]
-    ]  # Step of [B, ...], before the reset
+    # Sets the sums over finished episodes to zero.
+    begin_rollout: Callable[[VectorState], VectorState]
+    # key, state, action -> state after the auto-reset, Step of [B, ...] before it
+    step: Callable[[PRNGKey, VectorState, Array], tuple[VectorState, Step]]
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -315,7 +316,10 @@ class VectorEnv(NamedTuple):
 
 @runtime_checkable
 class Distribution(Protocol):
-    """A batch of distributions over actions, as `purejaxppo.networks.distributions` has them."""
+    """A batch of distributions over actions (see `purejaxppo.networks.distributions`).
+
+    ``kl(other)`` is KL(self ‖ other). Entropy and KL are in nats.
+    """
 
     def sample(self, key: PRNGKey) -> Array: ...
     def mode(self) -> Array: ...
@@ -325,59 +329,57 @@ class Distribution(Protocol):
 
 
 class Model(NamedTuple):
-    """An actor-critic as four functions; ``step`` and ``unroll`` must agree, so that ratios start at 1.
+    """An actor-critic as four functions.
 
-    ``params`` is a dict: ``policy``, ``value`` and, only where they share one, ``trunk``, each any pytree of
-    floating-point arrays. (TRPO needs this dict, the other algorithms take any pytree.) ``carry`` is the
-    memory, each leaf with B first, and is empty for a feed-forward model. ``reset[t]`` clears it before
-    ``obs[t]``.
+    ``step`` and ``unroll`` must agree, so that probability ratios start at 1. ``params`` is a dict
+    with the keys ``policy``, ``value`` and, only if they share layers, ``trunk``. Each entry is a
+    pytree of floating-point arrays. (TRPO needs this dict, without ``trunk``; the other algorithms
+    accept any pytree.) ``carry`` is the recurrent state, which is empty for a feed-forward model. B
+    is the first axis of every leaf. ``reset[t]`` clears the carry before ``obs[t]``.
     """
 
     init: Callable[[PRNGKey, PyTree], PyTree]  # key, obs [B, ...] -> params
     initial_carry: Callable[[int], PyTree]  # B -> carry
-    step: Callable[
-        ..., tuple[PyTree, Distribution, Array]
-    ]  # params, carry, obs[B], reset[B] -> carry, dist, value[B]
-    unroll: Callable[
-        ..., tuple[Distribution, Array]
-    ]  # params, carry, obs[T,B], reset[T,B] -> dist, value[T,B]
+    # params, carry, obs [B, ...], reset [B] -> carry, distribution, value [B]
+    step: Callable[..., tuple[PyTree, Distribution, Array]]
+    # params, carry, obs [T, B, ...], reset [T, B] -> distribution, value [T, B]
+    unroll: Callable[..., tuple[Distribution, Array]]
 
 
 # ------------------------------------------------------------------------------------------ data
 
 
 class Transition(NamedTuple):
-    """A rollout, as the policy lived it."""
+    """A rollout of the behaviour policy π_old."""
 
-    obs: PyTree  # [T, B, ...] what the model saw: normalised where the config says so
+    obs: PyTree  # [T, B, ...] input of the model, normalised if the config says so
     action: Array  # [T, B, ...] as sampled, before any clipping
-    log_prob: Float[Array, "T B"]  # of that action under the policy that took it
+    log_prob: Float[Array, "T B"]  # log π_old(action[t] | obs[t]), in nats
     value: Float[Array, "T B"]  # V(obs[t])
-    next_value: Float[
-        Array, "T B"
-    ]  # V of the true successor of step t, also where an episode was cut
+    # V of the true successor of step t, also where the episode was truncated
+    next_value: Float[Array, "T B"]
     reward: Float[Array, "T B"]
     terminated: Bool[Array, "T B"]
     truncated: Bool[Array, "T B"]
     reset: Bool[Array, "T B"]  # obs[t] is the first of its episode
     mask: Bool[Array, "T B"]  # the action counts in the policy loss
-    valid: Bool[Array, "T B"]  # the step exists at all: value loss, statistics
+    valid: Bool[Array, "T B"]  # the step counts in the value loss and in all statistics
 
 
 class Batch(NamedTuple):
-    """What an update learns from."""
+    """Training data of one update; fields of the same name are those of `Transition`."""
 
     obs: PyTree  # [T, B, ...]
     action: Array  # [T, B, ...]
     log_prob: Float[Array, "T B"]
     value: Float[Array, "T B"]
     advantage: Float[Array, "T B"]
-    target: Float[Array, "T B"]  # what the value function is fitted to
+    target: Float[Array, "T B"]  # regression target of the value function
     reset: Bool[Array, "T B"]
     mask: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
-    carry: PyTree  # [B, ...] memory before step 0; () for a feed-forward model
-    # name -> [T, B, ...]: what the reward function adds, such as reference log-probabilities
+    carry: PyTree  # [B, ...] recurrent state before step 0; () for a feed-forward model
+    # name -> [T, B, ...]: extras of the reward function, such as reference log-probabilities
     extras: dict[str, PyTree] = {}  # noqa: RUF012
 
 
@@ -385,26 +387,24 @@ class Batch(NamedTuple):
 
 
 class Update(NamedTuple):
-    """An algorithm: PPO, TRPO and REINFORCE differ in nothing else."""
+    """A policy-gradient algorithm: PPO, TRPO and REINFORCE differ only in their `Update`."""
 
-    init: Callable[
-        [PyTree], PyTree
-    ]  # params -> update_state (moments of the optimiser and the like)
-    step: Callable[[PRNGKey, PyTree, PyTree, Batch], tuple[PyTree, PyTree, dict[str, Array]]]
+    init: Callable[[PyTree], PyTree]  # params -> update_state, such as the optimiser's moments
     # key, params, update_state, batch -> params, update_state, metrics
+    step: Callable[[PRNGKey, PyTree, PyTree, Batch], tuple[PyTree, PyTree, dict[str, Array]]]
 
 
 class Rewards(NamedTuple):
-    """What a reward function makes of a rollout."""
+    """Output of a reward function for one rollout."""
 
     reward: Float[Array, "T B"]
-    state: PyTree  # the reward function's state for the next rollout
-    metrics: dict[str, Array]  # name -> one number
-    extras: dict[str, PyTree]  # name -> [T, B, ...]; they go into the `Batch`
+    state: PyTree  # state of the reward function for the next rollout
+    metrics: dict[str, Array]  # name -> scalar
+    extras: dict[str, PyTree]  # name -> [T, B, ...], stored in `Batch.extras`
 
 
 class Reward(NamedTuple):
-    """A reward function with memory, such as an adaptive coefficient, or with more to say."""
+    """A reward function with a state (an adaptive coefficient, say), or with metrics or extras."""
 
     init: Callable[[Any], PyTree]  # config -> reward_state
     step: Callable[..., Rewards]  # reward_state, transitions, config, frozen -> Rewards
@@ -416,30 +416,30 @@ class Estimator(Protocol):
     def __call__(
         self, config: Any, transitions: Transition, reward: Float[Array, "T B"], /
     ) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
-        """The advantages and the targets of the value function.
+        """The advantages and the targets of the value function, both [T, B].
 
-        ``reward`` replaces ``transitions.reward``: it comes from the reward function and its
-        normaliser. With ``group_size`` G, environments G·i … G·i + G − 1 began at the same start.
+        ``reward`` replaces ``transitions.reward``: it is the output of the reward function after
+        normalisation. With ``group_size`` G, environments G·i … G·i + G − 1 have the same start.
         """
 
 
 class TrainState(NamedTuple):
-    """Everything that training needs to go on exactly where it is."""
+    """The complete state of training. Training resumes from it exactly."""
 
     params: PyTree
-    update: PyTree  # the algorithm's own state
+    update: PyTree  # state of the `Update`
     normalizer: PyTree  # running moments of observations and of discounted returns
     env: VectorState
-    carry: PyTree  # [B, ...] the model's memory
-    reward: PyTree  # the reward function's state
+    carry: PyTree  # [B, ...] recurrent state of the model
+    reward: PyTree  # state of the reward function
     key: PRNGKey
-    iteration: Int[Array, ""]  # iterations done
-    timesteps: Array  # environment steps done: all, or with whole episodes those in a mask
+    iteration: Int[Array, ""]  # number of completed iterations
+    timesteps: Array  # environment steps so far; with whole episodes only those in the mask
 
 
 @runtime_checkable
 class Trained(Protocol):
-    """What a policy can be taken out of: a `TrainState`, or as much of one as is kept of the best policy so far."""
+    """Source of a policy: a `TrainState`, or the part of it that is stored for the best policy."""
 
     @property
     def params(self) -> PyTree: ...
@@ -449,33 +449,32 @@ class Trained(Protocol):
     def iteration(self) -> Any: ...
 
 
-UNDEFINED = float(
-    np.finfo(np.float32).min
-)  # stands for NaN while jax_debug_nans is on: see `Metrics`
+# Represents NaN while jax_debug_nans is on; see `Metrics`.
+UNDEFINED = float(np.finfo(np.float32).min)
 
 
 def undefined() -> float:
-    """What a program stores where a metric has no value: NaN, or `UNDEFINED` if traced under ``jax_debug_nans``."""
+    """The stored value of an undefined metric: NaN, or `UNDEFINED` under ``jax_debug_nans``."""
     return UNDEFINED if jax.config.jax_debug_nans else math.nan  # type: ignore[attr-defined]
 
 
 def nan_where_undefined(x: Any) -> Any:
-    """``x`` with NaN where it is `UNDEFINED`; what is not a floating-point array or number is returned as it is."""
+    """``x`` with NaN in place of `UNDEFINED`; unchanged if it is not a floating-point array."""
     if not isinstance(x, np.ndarray | np.generic | jax.Array) or not jax.numpy.issubdtype(
         x.dtype, np.floating
     ):
         return x
     if not isinstance(x, jax.Array):
-        with np.errstate(over="ignore"):  # half precision has no such number, and holds −∞ instead
+        with np.errstate(over="ignore"):  # in half precision `UNDEFINED` overflows to −∞
             return np.where(x == x.dtype.type(UNDEFINED), x.dtype.type(np.nan), x)[()]
-    with jax.debug_nans(False):  # this NaN is meant
+    with jax.debug_nans(False):  # this NaN is intended
         return jax.numpy.where(x == UNDEFINED, jax.numpy.nan, x)
 
 
 def _undefined_reads_as_nan(cls: Any) -> Any:
-    """Let the floating-point fields of a NamedTuple, its `_asdict` and its text show `nan_where_undefined`.
+    """Class decorator: apply `nan_where_undefined` to a NamedTuple's fields, `_asdict` and `repr`.
 
-    The items of the tuple, which are the leaves that JAX sees, stay as they are stored.
+    The items of the tuple, which are the leaves that JAX sees, keep their stored values.
     """
 
     def field(index: int) -> property:
@@ -497,44 +496,40 @@ def _undefined_reads_as_nan(cls: Any) -> Any:
 
 @_undefined_reads_as_nan
 class Metrics(NamedTuple):
-    """One number per iteration and field, so memory grows with neither ``num_steps`` nor ``num_envs``.
+    """One number per iteration and field; memory is independent of ``num_steps`` and ``num_envs``.
 
-    A value that does not exist, such as the mean return where no episode finished, is NaN. Because ``jax_debug_nans``
-    raises where a result holds a NaN, a program that is traced while that switch is on stores `UNDEFINED` instead. The
-    field ``metrics.episode_return`` reads as NaN in either case; ``jax.tree.map`` sees what is stored. A NaN that a
-    program computed stays one.
+    An undefined value, such as the mean return of no episodes, is NaN. ``jax_debug_nans`` raises an
+    error if a result contains NaN, so a program traced under it stores `UNDEFINED` instead. The
+    field ``metrics.episode_return`` reads as NaN in either case; ``jax.tree.map`` sees the stored
+    value. A NaN that results from the computation stays NaN.
     """
 
-    timesteps: Array  # environment steps done at the end of the iteration
-    episode_return: Float[
-        Array, ""
-    ]  # mean over the episodes that finished in it; NaN where none did
-    episode_length: Float[Array, ""]  # steps, likewise
-    episodes: Int[Array, ""]  # how many finished
+    timesteps: Array  # environment steps up to the end of the iteration
+    episode_return: Float[Array, ""]  # mean over the episodes finished in it; NaN if none did
+    episode_length: Float[Array, ""]  # steps; mean over the same episodes
+    episodes: Int[Array, ""]  # number of these episodes
     entropy: Float[Array, ""]  # nats, mean over the minibatches
     approx_kl: Float[Array, ""]  # nats, KL(old || new), mean over the minibatches
-    clip_fraction: Float[Array, ""]  # share of the samples whose ratio left 1 ± clip_eps
-    explained_variance: Float[
-        Array, ""
-    ]  # 1 − Var(target − value) / Var(target); NaN for equal targets, or no V
+    clip_fraction: Float[Array, ""]  # fraction of samples with a ratio outside 1 ± clip_eps
+    # 1 − Var(target − value) / Var(target); NaN if all targets are equal or no V is fitted
+    explained_variance: Float[Array, ""]
     policy_loss: Float[Array, ""]
-    value_loss: Float[Array, ""]  # NaN where no value function is fitted
+    value_loss: Float[Array, ""]  # NaN if no value function is fitted
     grad_norm: Float[Array, ""]  # global norm before clipping, mean over the minibatches
-    first_ratio_deviation: Float[
-        Array, ""
-    ]  # max |ratio − 1| before the first step: 0 but for rounding
-    extra: dict[str, Array]  # the algorithm's and the reward function's own
+    # max |ratio − 1| before the first step: 0 up to rounding
+    first_ratio_deviation: Float[Array, ""]
+    extra: dict[str, Array]  # further metrics of the algorithm and of the reward function
 
 
 class Trainer(NamedTuple):
-    """Training in pieces: `make_train` is the scan of ``step`` from ``init``."""
+    """Training one iteration at a time: `make_train` scans ``step`` from the state of ``init``."""
 
     init: Callable[..., TrainState]  # key, params=None -> TrainState
     step: Callable[..., tuple[TrainState, Metrics]]  # state, frozen=None -> TrainState, Metrics
 
 
 class Result(NamedTuple):
-    """What a whole run returns."""
+    """Result of a complete training run."""
 
-    state: TrainState
+    state: TrainState  # final state
     metrics: Metrics  # each field [num_iterations]

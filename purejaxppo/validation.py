@@ -1,4 +1,7 @@
-"""Checks of values and of combinations of values in a `Config`; what is wrong is one sentence, a `ConfigError`."""
+"""Validation of single values and of combinations of values in a `Config`.
+
+Every failed check raises a `ConfigError`, whose message is one sentence.
+"""
 
 import dataclasses
 import difflib
@@ -14,7 +17,7 @@ from purejaxppo.types import ConfigError, EnvSettings, plain, plain_settings
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What may stand in a field: a predicate for one number, and the words for it."""
+    """The allowed numbers of a field: a predicate, and its description in error messages."""
 
     ok: Callable[[Any], bool]
     words: str
@@ -29,7 +32,7 @@ INSIDE_UNIT = Check(lambda x: 0 < x < 1, "a number between 0 and 1, both exclude
 
 
 def checked_int(name: str, value: Any, check: Check) -> int:
-    """The value as an integer; an integral float such as 5e7 is one."""
+    """The value as an integer; an integral float such as 5e7 is accepted."""
     if isinstance(value, np.generic) and _is_numeric(value):
         value = value.item()
     if isinstance(value, float) and abs(value) < 2**62 and value.is_integer():
@@ -40,7 +43,7 @@ def checked_int(name: str, value: Any, check: Check) -> int:
 
 
 def integer(name: str, value: Any, least: int, bits: int = 32) -> int:
-    """An argument that is an integer within bounds, as it is."""
+    """The argument unchanged, if it is an integer of at least ``least`` and below 2**bits."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**bits:
         raise ConfigError(
             f"{name} = {value!r}: it must be an integer of at least {least} and below 2**{bits}"
@@ -49,14 +52,14 @@ def integer(name: str, value: Any, least: int, bits: int = 32) -> int:
 
 
 def seconds_of(name: str, value: Any) -> float:
-    """An argument that is a time."""
+    """The argument, a duration in seconds, as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise wrong(name, value, "a number of seconds of at least 0")
     return float(value)
 
 
 def jit_is_disabled() -> bool:
-    """Whether `jax.disable_jit` is on, under which nothing can be compiled ahead of time."""
+    """Whether `jax.disable_jit` is on, which prevents ahead-of-time compilation."""
     return jax.config.jax_disable_jit  # type: ignore[attr-defined]
 
 
@@ -67,8 +70,8 @@ def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     return tuple(checked_int(f"{name}[{i}]", size, POSITIVE_INT) for i, size in enumerate(value))
 
 
-def checked_settings(name: str, value: Any) -> EnvSettings | None:
-    """The settings of an environment as sorted pairs; None says that they were not recorded."""
+def checked_env_settings(name: str, value: Any) -> EnvSettings | None:
+    """The settings of an environment as sorted pairs; None means that they were not recorded."""
     settings = plain_settings(value)
     if settings is not None or value is None:
         return settings
@@ -76,25 +79,28 @@ def checked_settings(name: str, value: Any) -> EnvSettings | None:
         raise wrong(
             name, value, "a mapping of names to values, such as {'max_steps_in_episode': 50}"
         )
-    for key, x in value.items():
+    for key, setting in value.items():
         if not isinstance(key, str):
             raise wrong(f"a name in {name}", key, "a string")
         try:
-            plain(x)
+            plain(setting)
         except ValueError:
             allowed = "a finite number, a string, True, False, None or a tuple of these"
-            raise wrong(f"{name}[{key!r}]", x, allowed) from None
+            raise wrong(f"{name}[{key!r}]", setting, allowed) from None
     raise wrong(name, value, "a mapping of names to values")
 
 
 def _is_numeric(value: Any) -> bool:
-    """Integers and reals; a time span or a random key is neither, whatever NumPy derives it from."""
+    """Whether the value has an integer or real type. NumPy time spans and random keys do not."""
     dtype = getattr(value, "dtype", np.dtype(float))
     return not isinstance(value, bool) and isinstance(dtype, np.dtype) and dtype.kind in "iuf"
 
 
 def checked_leaf(name: str, value: Any, check: Check) -> Any:
-    """A continuous value: a number as a float, an array as it is with every element checked, a traced one unseen."""
+    """A continuous value: a number as a float, an array unchanged after a check of every element.
+
+    Traced values are returned without a check.
+    """
     if isinstance(value, jax.core.Tracer):
         return value
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or not _is_numeric(
@@ -115,14 +121,14 @@ def checked_leaf(name: str, value: Any, check: Check) -> Any:
 
 
 def wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:
-    """The error that says what stands there and what should."""
-    shown = " ".join(repr(value).split())  # that of an array has several lines
+    """The error for an invalid value; it shows the value and the allowed values."""
+    shown = " ".join(repr(value).split())  # the repr of an array has several lines
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ConfigError(f"{name} = {shown}: it must be {allowed}{hint}")
 
 
 def nearest(word: Any, choices: Any) -> str:
-    """What was probably meant, as the end of a sentence; empty where nothing is close."""
+    """A suggestion for a misspelt word, as the end of a sentence; empty if no choice is close."""
     close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -130,31 +136,38 @@ def nearest(word: Any, choices: Any) -> str:
 # ------------------------------------------------------------------------------------ combinations
 
 
-def require_that_it_can_run(config: Any) -> None:
-    """Raise `ConfigError` for the first combination of fields that cannot run, each of them valid by itself."""
+def require_compatible(config: Any) -> None:
+    """Raise `ConfigError` for the first unsupported combination of individually valid fields."""
     if config.batch_size >= 2**31:
         raise ConfigError(
-            f"num_envs * num_steps = {config.batch_size}: one iteration must have fewer than 2**31 steps"
+            f"num_envs * num_steps = {config.batch_size}: "
+            "one iteration must have fewer than 2**31 steps"
         )
     if config.num_envs % config.num_shards:
         raise ConfigError(
-            f"num_shards = {config.num_shards} does not divide num_envs = {config.num_envs}: shards are equally large"
+            f"num_shards = {config.num_shards} does not divide num_envs = {config.num_envs}: "
+            "shards are equally large"
         )
     if config.batch_size % config.num_minibatches:
-        around = (config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1))
-        closest = next((m for m in around if m >= 1 and config.batch_size % m == 0), 1)
+        candidates = (
+            config.num_minibatches + sign * i for i in range(1, 10_000) for sign in (-1, 1)
+        )
+        closest = next((m for m in candidates if m >= 1 and config.batch_size % m == 0), 1)
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide num_envs * num_steps = "
             f"{config.batch_size}; the nearest number that does is {closest}"
         )
     if config.batch_size % (config.num_minibatches * config.num_shards):
+        samples = config.batch_size // config.num_shards
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide the {config.batch_size // config.num_shards} "
-            f"samples of each of {config.num_shards} shards: every minibatch has an equal part of every shard"
+            f"num_minibatches = {config.num_minibatches} does not divide the {samples} "
+            f"samples of each of {config.num_shards} shards: "
+            "every minibatch has an equal part of every shard"
         )
     if config.whole_episodes and config.actual_timesteps >= 2**31:
         raise ConfigError(
-            f"total_timesteps = {config.total_timesteps}: whole episodes are counted up to 2**31 steps"
+            f"total_timesteps = {config.total_timesteps}: "
+            "whole episodes are counted up to 2**31 steps"
         )
     if config.group_size > 1 and not config.whole_episodes:
         raise ConfigError(
@@ -168,54 +181,60 @@ def require_that_it_can_run(config: Any) -> None:
         )
     if config.critic_obs and config.shared_trunk:
         raise ConfigError(
-            "critic_obs is for the value function only, and with a shared trunk the policy would see "
-            "it: set shared_trunk=False"
+            "critic_obs is for the value function only, and with a shared trunk the policy would "
+            "see it: set shared_trunk=False"
         )
-    _require_sense(config)
+    _require_supported_by_algorithm(config)
     if config.whole_episodes and config.anneal_lr:
         raise ConfigError(
-            "anneal_lr needs a known number of iterations, and whole episodes have none: set anneal_lr=False"
+            "anneal_lr needs a known number of iterations, and whole episodes have none: "
+            "set anneal_lr=False"
         )
 
 
-def _require_sense(config: Any) -> None:
-    """Settings that contradict each other. What only another algorithm asks for may stand at any plain value.
+def _require_supported_by_algorithm(config: Any) -> None:
+    """Raise `ConfigError` for settings that contradict the algorithm or its objective.
 
-    Of the leaves, which may be traced, those are looked at whose value would change what is computed.
+    Fields of other algorithms may have any plain value. Leaves, which may be traced, are checked
+    only if their value changes the computation.
     """
     algorithm = config.algorithm
-    if config.objective == "adaptive_kl" and _is_somewhere(np.equal, config.kl_coef):
+    if config.objective == "adaptive_kl" and _any_element(np.equal, config.kl_coef):
         raise ConfigError(
             "kl_coef = 0: adaptive_kl halves and doubles it, so it must start above 0"
         )
     if algorithm == "trpo" and config.shared_trunk:
         raise ConfigError(
-            "trpo bounds the policy's change, a shared trunk's value fit does not: set shared_trunk=False"
+            "trpo bounds the policy's change, a shared trunk's value fit does not: "
+            "set shared_trunk=False"
         )
-    if algorithm == "trpo" and _is_somewhere(np.not_equal, config.ent_coef):
+    if algorithm == "trpo" and _any_element(np.not_equal, config.ent_coef):
         raise ConfigError("trpo has no entropy bonus: ent_coef=0, or algorithm='ppo'")
     if algorithm == "reinforce":
-        _require_reinforce_fits(config)
+        _require_supported_by_reinforce(config)
 
 
-def _require_reinforce_fits(config: Any) -> None:
+def _require_supported_by_reinforce(config: Any) -> None:
     if (config.num_epochs, config.num_minibatches) != (1, 1):
         raise ConfigError(
-            f"num_epochs = {config.num_epochs}, num_minibatches = {config.num_minibatches}: reinforce takes one step "
-            "on each batch, because its gradient holds for the policy that played it: set num_epochs=1 and "
-            "num_minibatches=1, or start from Config.for_env(env, algorithm='reinforce')"
+            f"num_epochs = {config.num_epochs}, num_minibatches = {config.num_minibatches}: "
+            "reinforce takes one step on each batch, because its gradient holds for the policy "
+            "that played it: set num_epochs=1 and num_minibatches=1, or start from "
+            "Config.for_env(env, algorithm='reinforce')"
         )
     if config.baseline == "leave_one_out" and config.num_envs < 2:
         raise ConfigError(
-            "baseline = 'leave_one_out' is the mean of the other episodes: set num_envs to at least 2"
+            "baseline = 'leave_one_out' is the mean of the other episodes: "
+            "set num_envs to at least 2"
         )
     if config.estimator == "gae" and config.baseline != "value":
         raise ConfigError(
-            f"advantage = 'gae' bootstraps from the value function, which baseline = {config.baseline!r} does not "
-            "train: set baseline='value' or advantage='returns'"
+            "advantage = 'gae' bootstraps from the value function, which "
+            f"baseline = {config.baseline!r} does not train: "
+            "set baseline='value' or advantage='returns'"
         )
 
 
-def _is_somewhere(compare: Callable[..., Any], value: Any) -> bool:
-    """Whether a leaf equals 0, or does not, in any element; False of a traced one."""
+def _any_element(compare: Callable[..., Any], value: Any) -> bool:
+    """Whether ``compare(element, 0)`` holds for any element of a leaf; False if it is traced."""
     return not isinstance(value, jax.core.Tracer) and bool(np.any(compare(np.asarray(value), 0)))

@@ -1,4 +1,4 @@
-"""`fit` and `sweep` whose programs are compiled once for all tests of a file, and run an iteration at a time."""
+"""`fit` and `sweep` compile each program once per test file and run one iteration per chunk."""
 
 import contextlib
 import types
@@ -6,13 +6,12 @@ import types
 import jax
 import pytest
 
-from purejaxppo.runs import chunks, programs, session
-from purejaxppo.runs import fit as fitting
-from purejaxppo.sweeps import portions as sweep_parts
+from purejaxppo.runs import chunks, fit, programs, session
+from purejaxppo.sweeps import portions
 
 
 class CompiledOnce:
-    """In the place of `compile_programs` and `make_evaluate`: what was compiled, and which programs were asked for."""
+    """Replaces `compile_programs` and `make_evaluate`; caches results and records requests."""
 
     def __init__(self):
         self.programs = {}
@@ -37,19 +36,19 @@ class CompiledOnce:
         key += (jax.config.jax_enable_x64,)
         self.asked.append(key)
         if key not in self.programs:
-            more = {"model": model, "exchange": exchange, "devices": devices}
-            self.programs[key] = self._compile(config, env, agents, swept, **more)
+            options = {"model": model, "exchange": exchange, "devices": devices}
+            self.programs[key] = self._compile(config, env, agents, swept, **options)
         return self.programs[key]
 
-    def make_evaluate(self, programs_, *ways):
-        key = (id(programs_), *ways)
+    def make_evaluate(self, programs_, *arguments):
+        key = (id(programs_), *arguments)
         if key not in self.evaluations:
-            self.evaluations[key] = Evaluation(self._evaluate(programs_, *ways))
+            self.evaluations[key] = Evaluation(self._evaluate(programs_, *arguments))
         return self.evaluations[key]
 
 
 class Evaluation:
-    """A jitted function that is lowered and compiled once, whoever asks for it."""
+    """A jitted function that is lowered and compiled only once."""
 
     def __init__(self, jitted):
         self.jitted = jitted
@@ -65,12 +64,12 @@ class Evaluation:
 
 @contextlib.contextmanager
 def compiled_once():
-    """Yields the `CompiledOnce` that stands in everywhere."""
+    """Yields the `CompiledOnce` that replaces both functions in every module."""
     once = CompiledOnce()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fitting, sweep_parts):
+        for module in (fit, portions):
             patch.setattr(module, "compile_programs", once.compile_programs)
-        for module in (session, sweep_parts):
+        for module in (session, portions):
             patch.setattr(module, "make_evaluate", once.make_evaluate)
         patch.setattr(chunks, "CHUNK_SECONDS", 0)
         yield once

@@ -1,4 +1,4 @@
-"""What every test runs under: annotated shapes are checked, and no array is broadcast to another rank by accident."""
+"""Settings of every test: annotated shapes are checked, and implicit rank promotion is an error."""
 
 import gc
 import os
@@ -11,8 +11,8 @@ from quick import FAST_FLAGS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Imported before the hook, and so not checked: Config's continuous fields are annotated as the floats that a person
-# writes, while inside of jit and vmap they are tracers. (`types`, which it imports, has no function on arrays.)
+# Imported before the hook, so that it is not checked: Config's continuous fields are annotated as
+# floats, but are tracers inside jit and vmap. (`types`, which it imports, has no array functions.)
 import purejaxppo.config  # noqa: E402
 import purejaxppo.types  # noqa: E402, F401
 
@@ -23,13 +23,20 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """The fast tests are compiled quickly; the slow ones, and ``exact`` ones run with them, as users compile them."""
+    """Compiles the fast tests quickly, and all others as users do.
+
+    ``exact`` tests that run together with slow ones are compiled as users do, too.
+    """
     if "not learning" in config.option.markexpr and not os.environ.get("XLA_FLAGS"):
         os.environ["XLA_FLAGS"] = FAST_FLAGS
 
 
 def pytest_collection_finish():
-    """Tracing makes many objects that stay: looking through them at the usual pace takes an eighth of the time."""
+    """Collects garbage less often.
+
+    Tracing creates many long-lived objects. With the default thresholds, scanning them would take
+    an eighth of the time.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -1,4 +1,4 @@
-"""The exception by which tests end a run."""
+"""The exception with which tests end a run."""
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""PPO's objective in plain NumPy, one row at a time, for a linear policy and value function."""
+"""PPO's objective in plain NumPy, one sample at a time, for a linear policy and value function."""
 
 import jax
 import jax.flatten_util
@@ -9,10 +9,10 @@ from small_envs import linear_model
 from purejaxppo import Config
 from purejaxppo.types import Batch
 
-T = 5
-B = 3
-F = 4
-A = 3
+T = 5  # steps
+B = 3  # environments
+F = 4  # features of an observation
+A = 3  # actions, or dimensions of one
 ONE_STEP = Config(
     num_envs=B,
     num_steps=T,
@@ -24,7 +24,7 @@ ONE_STEP = Config(
 )
 
 
-# ------------------------------------------------------------- loss and gradient, after the paper
+# ----------------------------------------------------- loss and gradient, following the paper
 
 
 def numpy_policy(theta, obs, action, gaussian):
@@ -40,18 +40,22 @@ def numpy_policy(theta, obs, action, gaussian):
 
 def numpy_kl(old, new, obs, gaussian):
     """KL(π_old ‖ π_new) at one observation."""
-    a, b = (obs @ theta["w"] + theta["b"] for theta in (old, new))
+    old_out, new_out = (obs @ theta["w"] + theta["b"] for theta in (old, new))
     if gaussian:
-        s = np.exp(old["log_std"])
-        t = np.exp(new["log_std"])
-        return np.sum(np.log(t / s) + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5)
-    log_p = a - np.log(np.exp(a).sum())
-    log_q = b - np.log(np.exp(b).sum())
+        old_std = np.exp(old["log_std"])
+        new_std = np.exp(new["log_std"])
+        return np.sum(
+            np.log(new_std / old_std)
+            + (old_std**2 + (old_out - new_out) ** 2) / (2 * new_std**2)
+            - 0.5
+        )
+    log_p = old_out - np.log(np.exp(old_out).sum())
+    log_q = new_out - np.log(np.exp(new_out).sum())
     return (np.exp(log_p) * (log_p - log_q)).sum()
 
 
 def random_batch(seed, gaussian=False, masked=True):
-    """A batch as NumPy arrays, whose ratios leave the clipping interval on both sides."""
+    """A batch of NumPy arrays. Its ratios leave the clipping interval on both sides."""
     rng = np.random.default_rng(seed)
     batch = {
         "obs": rng.normal(size=(T, B, F)),
@@ -65,13 +69,12 @@ def random_batch(seed, gaussian=False, masked=True):
         "valid": rng.random((T, B)) < 0.9 if masked else np.ones((T, B), bool),
         "carry": (),
     }
-    return batch | {
-        "mask": batch["mask"] & batch["valid"]
-    }  # what does not exist has no action that counts
+    # An invalid step has no action that counts.
+    return batch | {"mask": batch["mask"] & batch["valid"]}
 
 
 def numpy_objective(theta, batch, config, gaussian, old_policy=None):
-    """−(L − c1 L_VF + c2 S) and its parts: eq. 6 to 9 of the paper, row by row, with the ½ in L_VF."""
+    """−(L − c1 L_VF + c2 S) and its parts: eq. 6 to 9 of the paper, by sample, with ½ in L_VF."""
     surrogate = []
     value_loss = []
     entropy = []
@@ -124,7 +127,8 @@ def numpy_objective(theta, batch, config, gaussian, old_policy=None):
 
 def finite_differences(theta, batch, config, gaussian, old_policy=None, h=1e-6):
     flat, rebuild = jax.flatten_util.ravel_pytree(theta)
-    flat, gradient = np.asarray(flat, np.float64), np.zeros(flat.size)
+    flat = np.asarray(flat, np.float64)
+    gradient = np.zeros(flat.size)
 
     def loss_at(x):
         return numpy_objective(
@@ -143,6 +147,5 @@ def arrays(batch):
 
 def parameters(gaussian=False):
     params = linear_model(gaussian, A).init(jax.random.key(1), jnp.zeros((1, F)))
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, x.dtype), params
-    )  # none of a weak type, which a second step has not
+    # Weak types would be strong after the first step, and the second step would compile again.
+    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)

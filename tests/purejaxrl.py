@@ -1,6 +1,6 @@
-"""The configuration dictionaries of PureJaxRL's scripts, which must run here as they are."""
+"""The configuration dictionaries of PureJaxRL's scripts, which must run here unchanged."""
 
-# The dictionaries of PureJaxRL's ppo.py and, but for the environment's name, ppo_continuous_action.py.
+# From PureJaxRL's ppo.py and ppo_continuous_action.py; the latter with another environment name.
 PPO = {
     "LR": 2.5e-4,
     "NUM_ENVS": 4,

@@ -1,6 +1,6 @@
-"""Runs in four shards on 1, 2 and 4 devices: a process of its own, because it has to begin with four.
+"""Runs in four shards on 1, 2 and 4 devices. A separate process, because it must start with four.
 
-python runs_on_devices.py FILE      pickles {(run, devices): what came out and the loops that communicate}
+python runs_on_devices.py FILE      pickles {(run, devices): results and communicating loops}
 """
 
 import math
@@ -34,7 +34,7 @@ PPO = Config(
     normalize_reward=True,
 )
 REINFORCE = PPO.replace(algorithm="reinforce", num_epochs=1, num_minibatches=1, anneal_lr=False)
-RUNS = {  # config, model, float64, on how many devices
+RUNS = {  # config, model, whether in float64, numbers of devices
     "ppo": (PPO, LINEAR, True, (1, 2, 4)),
     "trpo": (PPO.replace(algorithm="trpo", fisher_subsample=3), LINEAR, True, (1, 4)),
     "reinforce": (
@@ -59,8 +59,10 @@ def lowered(name, count):
         train = make_train(config, counter(), model)
         key = jax.random.key(3)
         mesh = make_mesh(4, jax.devices()[:count])
-        where = Result(state_sharding(mesh, jax.eval_shape(train, key).state), replicated(mesh))
-        return jax.jit(train, in_shardings=replicated(mesh), out_shardings=where).lower(key)
+        out_shardings = Result(
+            state_sharding(mesh, jax.eval_shape(train, key).state), replicated(mesh)
+        )
+        return jax.jit(train, in_shardings=replicated(mesh), out_shardings=out_shardings).lower(key)
 
 
 def outcome(name, count, compiled):
@@ -69,7 +71,7 @@ def outcome(name, count, compiled):
         arrays = jax.tree.map(
             np.asarray, (state._replace(key=jax.random.key_data(state.key)), metrics)
         )
-    divided = (
+    sharded = (
         state.env.obs,
         state.normalizer.reward.discounted_return,
         *jax.tree.leaves(state.carry),
@@ -77,18 +79,18 @@ def outcome(name, count, compiled):
     return {
         "state": jax.tree.leaves(arrays[0]),
         "metrics": arrays[1]._asdict(),
-        "parts": [x.sharding.shard_shape(x.shape) for x in divided],
+        "parts": [x.sharding.shard_shape(x.shape) for x in sharded],
     } | communication(compiled.as_text())
 
 
 def communication(text):
-    """The kinds of collective in a program, the most numbers in one, and how many loops there are with any in them."""
+    """Kinds of the collectives in a program, size of the largest, and loops that contain any."""
     computations = dict(
         re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
     )
-    found = [match for body in computations.values() for match in COLLECTIVE.findall(body)]
+    collectives = [match for body in computations.values() for match in COLLECTIVE.findall(body)]
     shapes = [
-        shape.split(",") for types, _ in found for shape in re.findall(r"\[([\d,]*)\]", types)
+        shape.split(",") for types, _ in collectives for shape in re.findall(r"\[([\d,]*)\]", types)
     ]
 
     def communicates(name):
@@ -98,7 +100,7 @@ def communication(text):
 
     loops = re.findall(r"body=%?([\w.\-]+)", text)
     return {
-        "kinds": sorted({kind for _, kind in found}),
+        "kinds": sorted({kind for _, kind in collectives}),
         "largest": max((math.prod(int(n) for n in shape if n) for shape in shapes), default=0),
         "loops": len(loops),
         "communicating": sum(map(communicates, loops)),

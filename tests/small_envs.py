@@ -1,4 +1,4 @@
-"""Small environments of which everything is known, and a model whose memory can be followed by hand."""
+"""Small environments with known dynamics, and a model whose memory can be computed by hand."""
 
 from typing import Any, NamedTuple
 
@@ -23,16 +23,16 @@ class Layer(NamedTuple):
 
 
 class CounterState(NamedTuple):
-    start: Any  # a number in [0, 1) that no other episode has
+    start: Any  # a number in [0, 1), different in every episode
     length: Any  # the episode terminates after this many steps
     t: Any  # steps taken
 
 
 def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
-    """Observations [start, t, received action ...] tell every state of every episode apart; the reward is t.
+    """The observation [start, t, received action ...] identifies every state of every episode.
 
-    An episode terminates after 1 … ``longest`` steps and is cut after ``limit``: ``longest`` above ``limit`` mixes both
-    ends, and ``longest=0`` never terminates.
+    The reward is t. An episode terminates after 1 … ``longest`` steps and is truncated after
+    ``limit``: with ``longest`` above ``limit`` there are both, and ``longest=0`` never terminates.
     """
     width = int(np.prod(action_space.shape))
 
@@ -75,10 +75,12 @@ def counter(action_space=DISCRETE, limit=5, longest=8) -> Env:
 
 
 def clock(limit=10, terminates=False, phases=5) -> Env:
-    """Reward 1 at every step and an end after ``limit``: a cut, or a termination where ``terminates`` (may be traced).
+    """Reward 1 at every step; after ``limit`` steps the episode is truncated.
 
-    The observation is one-hot in a phase that starts anywhere and goes round, so it does not tell when the end comes,
-    and a final observation is one that other episodes pass through. Cut, every state is worth 1 / (1 − γ).
+    With ``terminates``, which may be traced, it terminates instead. The observation is the one-hot
+    phase of a cycle that starts at random: it does not reveal when the episode ends, and every
+    final observation also occurs inside other episodes. With truncation every state has the value
+    1 / (1 − γ).
     """
 
     def observe(state):
@@ -111,11 +113,11 @@ def clock(limit=10, terminates=False, phases=5) -> Env:
 
 
 def masked_corridor(length=4, limit=12) -> Env:
-    """Walk from the left end to the right one: actions are left, right, and a trap.
+    """Walk from the left end to the right end: the actions are left, right and a trap.
 
-    The mask forbids the trap always, and left at the left end. A forbidden action ends the episode
-    with −10; the right end ends it with 1 minus 0.01 for each step before it. The parts of an
-    observation are of every kind.
+    The mask always forbids the trap, and forbids left at the left end. A forbidden action ends the
+    episode with reward −10. The right end terminates it with reward 1; each step before costs 0.01.
+    The observation has parts of every kind.
     """
 
     def observe(state, key):
@@ -166,7 +168,7 @@ def masked_corridor(length=4, limit=12) -> Env:
 
 
 def memory_model(features: int, decay: float = 0.5) -> Model:
-    """Memory h ← decay · h + Σ obs, forgotten at a reset; V = h; the logits are h · params."""
+    """Memory h ← decay · h + Σ obs, cleared at a reset; V = h; the logits are h · params."""
 
     def init(key, obs):
         return {"policy": jax.random.normal(key, (3,)), "value": jnp.ones(())}
@@ -189,7 +191,7 @@ def memory_model(features: int, decay: float = 0.5) -> Model:
 
 
 def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
-    """Policy and value linear in the observation: a NumPy version takes two lines."""
+    """Policy and value are linear in the observation, so that a NumPy version takes two lines."""
 
     def init(key, obs):
         key_policy, key_value = jax.random.split(key)
@@ -224,9 +226,9 @@ def linear_model(gaussian: bool = False, actions: int = 3) -> Model:
 
 
 def mixed_model(actions: int = 3) -> Model:
-    """The same in bfloat16, float16 and float32, with a tuple, a NamedTuple and empty containers.
+    """`linear_model` in three precisions, with a tuple, a NamedTuple and empty containers.
 
-    The key "1/w" reads like the path of a leaf beside it.
+    The key "1/w" reads like the path of another leaf.
     """
     linear = linear_model(actions=actions)
 
@@ -259,5 +261,5 @@ def mixed_model(actions: int = 3) -> Model:
 
 
 _init, _, _, _unroll = linear_model()
-# Whole runs with it compile in two thirds of the time of those with an MLP, whose way with rows it has.
+# Handles batches as the MLP does; whole runs with it compile in two thirds of the MLP's time.
 LINEAR = feed_forward(_init, lambda params, obs: _unroll(params, (), obs, None))

@@ -1,4 +1,4 @@
-"""GAE against the definition: a double loop over random data in which terminations and truncations mix."""
+"""GAE against its definition, a double loop, on random data with terminations and truncations."""
 
 import jax
 import numpy as np
@@ -13,13 +13,16 @@ fractions = st.floats(0, 1)
 
 
 def random_data(seed, shape, end_rate=0.3):
-    """reward, value, next_value, terminated, truncated: [T, B], with successors' values wherever no episode ends."""
+    """reward, value, next_value, terminated, truncated: [T, B].
+
+    ``next_value[t]`` is ``value[t + 1]`` wherever no episode ends.
+    """
     rng = np.random.default_rng(seed)
     reward, value, next_value = rng.normal(size=(3, *shape))
     terminated, truncated = rng.random((2, *shape)) < end_rate / 2
     truncated &= ~terminated
-    inside = ~(terminated | truncated)[:-1]
-    next_value[:-1] = np.where(inside, value[1:], next_value[:-1])
+    is_inside = ~(terminated | truncated)[:-1]
+    next_value[:-1] = np.where(is_inside, value[1:], next_value[:-1])
     return reward, value, next_value, terminated, truncated
 
 
@@ -81,7 +84,10 @@ def test_lambda_1_is_the_return_with_bootstrap_minus_the_value(seed, shape, gamm
 
 
 def test_advantages_in_a_literal_example():
-    """Two steps, then a cut whose successor is worth 4, then a step that terminates (its successor counts nothing)."""
+    """Two steps, the second truncated at a successor of value 4; then a step that terminates.
+
+    The value of the terminal successor, 100, has no effect.
+    """
     reward = np.array([[1.0], [2.0], [3.0]])
     value = np.array([[0.5], [1.0], [2.0]])
     next_value = np.array([[1.0], [4.0], [100.0]])
@@ -93,8 +99,8 @@ def test_advantages_in_a_literal_example():
     np.testing.assert_allclose(target[:, 0], [2.25, 4.0, 3.0], rtol=1e-15)
 
 
-def test_advantages_cross_neither_an_episode_nor_an_environment_border():
-    """REFERENCES: PufferLib 2024 and Stoix issue 142 let them. The data behind the border change nothing before it."""
+def test_advantages_do_not_cross_episodes_or_environments():
+    """Data after a boundary change nothing before it. PufferLib 2024, Stoix issue 142: they do."""
     end = 4
     for ending in ("terminated", "truncated"):
         reward, value, next_value, terminated, truncated = random_data(3, (9, 3), end_rate=0.0)

@@ -1,4 +1,4 @@
-"""What belongs to an algorithm is told once, in the metadata of `Config`'s fields."""
+"""The metadata of `Config`'s fields assigns each field to its algorithms; all else follows it."""
 
 import re
 from pathlib import Path

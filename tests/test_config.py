@@ -1,4 +1,4 @@
-"""`Config`: derived numbers, round trips, what is a leaf, PureJaxRL's keys, and one sentence for every mistake."""
+"""`Config`: derived numbers, round trips, pytree leaves, PureJaxRL's keys and error messages."""
 
 import dataclasses
 import json
@@ -181,7 +181,7 @@ def test_axes_are_0_for_the_named_fields_and_none_for_the_others():
     np.testing.assert_allclose(got, [0.1 + 0.95, 1.2 + 0.95, 2.3 + 0.95], rtol=1e-6)
 
 
-def test_axes_of_what_cannot_be_batched_is_an_error():
+def test_axes_of_a_static_field_are_an_error():
     message = sentence_of(lambda: Config().axes("num_envs"))
     assert message.startswith("'num_envs' cannot be batched") and "lr" in message
     assert "did you mean 'gamma'?" in sentence_of(lambda: Config().axes("gama"))
@@ -208,7 +208,7 @@ def test_sizes_names_and_switches_are_part_of_the_tree_structure():
         assert jax.tree.structure(Config(**change)) != structure
 
 
-def test_rebuilding_with_tracers_and_other_objects_checks_nothing():
+def test_rebuilding_with_tracers_and_other_objects_is_not_checked():
     marks = jax.tree.map(lambda _: object(), Config())
     assert isinstance(marks, Config) and type(marks.lr) is object and marks.num_envs == 16
     assert jax.jit(lambda config: config.replace(lr=2 * config.lr).lr)(Config(lr=-3.0)) == -6.0
@@ -323,7 +323,7 @@ def test_normalize_env_of_purejaxrl_is_observations_and_rewards():
     assert (off.normalize_obs, off.normalize_reward) == (False, False)
 
 
-def test_what_purejaxrl_writes_into_its_dictionary_is_passed_over():
+def test_keys_that_purejaxrl_adds_to_its_dictionary_are_ignored():
     assert Config.from_dict(
         PPO | {"NUM_UPDATES": 976.0, "MINIBATCH_SIZE": 128}
     ) == Config.from_dict(PPO)
@@ -336,7 +336,7 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
     assert json.dumps(values) == before
 
 
-# -------------------------------------------------------------------------------- wrong and told so
+# ------------------------------------------------------------------------------- error messages
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,8 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ({"network": "transformer"}, "network = 'transformer': it must be one of mlp"),
         (
             {"activation": "rellu"},
-            "activation = 'rellu': it must be one of tanh, relu, elu, gelu, silu; did you mean 'relu'?",
+            "activation = 'rellu': it must be one of tanh, relu, elu, gelu, silu; "
+            "did you mean 'relu'?",
         ),
         (
             {"hidden_sizes": 64},
@@ -429,20 +430,22 @@ def test_make_train_takes_mappings_and_does_not_change_them(values):
         ],
         (
             {"num_envs": 4, "num_steps": 8, "num_minibatches": 5},
-            "num_minibatches = 5 does not divide num_envs * num_steps = 32; the nearest number that does is 4",
+            "num_minibatches = 5 does not divide num_envs * num_steps = 32; "
+            "the nearest number that does is 4",
         ),
         (
             {"num_envs": 5, "num_steps": 7, "num_minibatches": 33},
-            "num_minibatches = 33 does not divide num_envs * num_steps = 35; the nearest number that does is 35",
+            "num_minibatches = 33 does not divide num_envs * num_steps = 35; "
+            "the nearest number that does is 35",
         ),
     ],
     ids=lambda x: next(reversed(x)) if isinstance(x, dict) else "",
 )
-def test_a_mistake_is_one_sentence_with_field_value_and_what_is_allowed(values, message):
+def test_an_error_is_one_sentence_with_field_value_and_allowed_values(values, message):
     got = sentence_of(lambda: Config.from_dict(values))
     assert got == message if "not a setting" not in message else got.startswith(message)
-    unknown = [key for key in values if key not in FIELDS]
-    if not unknown:
+    unknown_keys = [key for key in values if key not in FIELDS]
+    if not unknown_keys:
         assert sentence_of(lambda: validate(Config(**values))) == got
         assert sentence_of(lambda: make_train(Config(**values))) == got
 
@@ -510,7 +513,7 @@ BUDGETS = {
 TUNED = [(algorithm, name) for algorithm in ALGORITHMS for name in tuned(algorithm)]
 
 
-def test_tuned_settings_are_there_for_existing_environments_only():
+def test_tuned_settings_exist_for_existing_environments_only():
     assert set(BUDGETS) <= set(TUNED)
     assert {name for _, name in TUNED} <= set(envs.list_envs())
 
@@ -524,11 +527,11 @@ def test_tuned_settings_are_valid_and_stay_within_the_budget(algorithm, name):
         assert key == "result" or getattr(config, key) == value
 
 
-def test_every_tuned_environment_says_what_it_reached():
+def test_every_tuned_environment_reports_a_result():
     assert [pair for pair in TUNED if "result" not in tuned(pair[0])[pair[1]]] == []
 
 
-def test_for_env_takes_changes_and_general_settings_elsewhere():
+def test_for_env_accepts_changes_and_uses_general_settings_elsewhere():
     assert Config.for_env("CartPole-v1", lr=1).lr == 1.0
     assert Config.for_env("CartPole-v1", lr=1) == Config.for_env("CartPole-v1").replace(lr=1.0)
     assert Config.for_env("Catch-bsuite", num_envs=8) == Config(env="Catch-bsuite", num_envs=8)
@@ -542,7 +545,7 @@ def test_for_env_takes_changes_and_general_settings_elsewhere():
 
 # ------------------------------------------------------------------- any malformed configuration
 
-NUMPY_THINGS = [
+ARRAY_VALUES = [
     np.float32(0.5),
     np.float64("nan"),
     np.float16(2),
@@ -575,14 +578,15 @@ NUMPY_THINGS = [
     jax.random.key(0),
     jax.random.split(jax.random.key(0)),
 ]
-PLAIN_THINGS = [
-    None, "", (), [], {}, set(), object(), Config, Config(), math, len, Decimal("0.5"), Fraction(1, 2), range(3),
-    10**400, -(10**400), 1e308, -0.0, 5e-324, NotImplemented, ..., jax.ShapeDtypeStruct((), np.float32),
+PLAIN_VALUES = [
+    None, "", (), [], {}, set(), object(), Config, Config(), math, len, Decimal("0.5"),
+    Fraction(1, 2), range(3), 10**400, -(10**400), 1e308, -0.0, 5e-324, NotImplemented, ...,
+    jax.ShapeDtypeStruct((), np.float32),
 ]  # fmt: skip
 GOOD_NAMES = ["tanh", "ppo", "mlp", "CartPole-v1", "NoSuch-v0", "relu "]
 
 scalars = st.one_of(
-    st.sampled_from(PLAIN_THINGS + NUMPY_THINGS + GOOD_NAMES),
+    st.sampled_from(PLAIN_VALUES + ARRAY_VALUES + GOOD_NAMES),
     st.integers(-3, 80),
     st.integers(),
     st.floats(),
@@ -616,7 +620,7 @@ strange = st.one_of(
 
 
 def assert_valid(config):
-    """Every field has the type and the range that its documentation says."""
+    """Every field has its documented type and range."""
     for name in FIELDS:
         value = getattr(config, name)
         if name == "early_stop_kl" and value is None:
@@ -656,7 +660,7 @@ def assert_valid(config):
 
 
 def refused_or_valid(make):
-    """Whether ``make()`` raised `ConfigError`; anything else that it does not return whole fails the test."""
+    """Whether ``make()`` raised `ConfigError`; other errors and invalid configs fail the test."""
     message = None
     try:
         config = make()
@@ -693,7 +697,7 @@ def test_validate_of_any_fields_is_a_config_error_or_a_valid_config(fields):
 def test_each_strange_value_in_each_field_is_a_config_error_or_a_valid_config():
     failures = []
     for name in FIELDS:
-        for value in PLAIN_THINGS + NUMPY_THINGS:
+        for value in PLAIN_VALUES + ARRAY_VALUES:
             try:
                 refused_or_valid(lambda name=name, value=value: Config.from_dict({name: value}))
             except Exception as error:
@@ -703,6 +707,6 @@ def test_each_strange_value_in_each_field_is_a_config_error_or_a_valid_config():
 
 @settings(max_examples=200, deadline=None)
 @given(anything)
-def test_what_is_no_mapping_is_refused(value):
+def test_anything_but_a_mapping_is_refused(value):
     if not isinstance(value, dict):
         assert refused_or_valid(lambda: Config.from_dict(value))

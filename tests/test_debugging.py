@@ -1,6 +1,7 @@
-"""JAX's debugging switches on healthy runs: `jax_debug_nans`, `jax_debug_key_reuse`, `disable_jit`, other keys.
+"""Healthy runs with JAX's switches `jax_debug_nans`, `jax_debug_key_reuse` and `disable_jit`.
 
-`jax_debug_nans` raises where the result of a compiled program holds a NaN. People see NaN where a value does not exist.
+`jax_debug_nans` raises where the result of a compiled program contains a NaN. Users nevertheless
+see NaN for a value that does not exist. Other implementations of random keys are tested here too.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from purejaxppo.metrics import iteration_metrics, with_nan, without_nan
 from purejaxppo.runs import chunks, compilation, processes, run_directory
 from purejaxppo.types import UNDEFINED, Batch, EpisodeSums, Metrics, nan_where_undefined
 
-ENDLESS = counter(limit=60, longest=0)
-SHORT = counter()  # no episode ends in a run of these tests; all do
+ENDLESS = counter(limit=60, longest=0)  # no episode ends within a run of these tests
+SHORT = counter()  # episodes of at most 5 steps
 PPO = Config(num_envs=2, num_steps=4, total_timesteps=16, num_minibatches=2, num_epochs=2)
 TRPO = PPO.replace(algorithm="trpo", normalize_obs=True, normalize_reward=True, fisher_subsample=2)
 REINFORCE = PPO.replace(
@@ -66,13 +67,13 @@ def is_defined(metrics, field):
     return metrics[Metrics._fields.index(field)] != UNDEFINED
 
 
-def row(**fields):
+def metrics_with(**fields):
     return Metrics(**dict.fromkeys(Metrics._fields, jnp.ones(3)) | {"extra": {}} | fields)
 
 
 def test_an_undefined_value_reads_as_nan_and_is_stored_as_a_number():
     stored = jnp.array([1.0, UNDEFINED, 3.0])
-    metrics = row(episode_return=stored, timesteps=jnp.arange(3))
+    metrics = metrics_with(episode_return=stored, timesteps=jnp.arange(3))
     expected = [1, np.nan, 3]
     with jax.debug_nans(True):
         assert leaves_with_nan(metrics) == 0
@@ -106,8 +107,10 @@ def test_undefined_is_found_in_every_precision(dtype, x64):
     assert np.isnan(nan_where_undefined(np.float32(UNDEFINED))) and nan_where_undefined(7) == 7
 
 
-def test_on_the_host_nan_is_stored_and_goes_back_to_a_program_as_a_number():
-    metrics = row(episode_return=np.array([UNDEFINED, 2.0]), policy_loss=np.array([np.nan, 1.0]))
+def test_the_host_stores_nan_and_returns_it_to_a_program_as_a_number():
+    metrics = metrics_with(
+        episode_return=np.array([UNDEFINED, 2.0]), policy_loss=np.array([np.nan, 1.0])
+    )
     host = with_nan(metrics)
     assert leaves_with_nan(host) == 2
     with jax.debug_nans(True):
@@ -117,7 +120,7 @@ def test_on_the_host_nan_is_stored_and_goes_back_to_a_program_as_a_number():
     assert not np.isfinite(back.policy_loss[0])  # a run that diverged has still diverged
 
 
-def test_what_does_not_exist_is_undefined_and_what_diverged_is_nan():
+def test_missing_values_are_undefined_and_diverged_values_are_nan():
     one = jnp.ones((2, 2))
     batch = Batch(**dict.fromkeys(Batch._fields, one) | {"valid": one > 0})
     none = EpisodeSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -128,12 +131,8 @@ def test_what_does_not_exist_is_undefined_and_what_diverged_is_nan():
     missing = {
         name for name in Metrics._fields if name != "extra" and not is_defined(metrics, name)
     }
-    assert missing == set(Metrics._fields) - {
-        "timesteps",
-        "episodes",
-        "extra",
-        *measured,
-    }  # the targets are equal
+    # The targets are equal, so that explained_variance is missing too.
+    assert missing == set(Metrics._fields) - {"timesteps", "episodes", "extra", *measured}
     lost = iteration_metrics(jnp.int32(4), none, batch, {"policy_loss": jnp.asarray(jnp.nan)})
     assert is_defined(lost, "policy_loss") and np.isnan(lost.policy_loss)
     some = iteration_metrics(
@@ -143,7 +142,7 @@ def test_what_does_not_exist_is_undefined_and_what_diverged_is_nan():
 
 
 def test_without_the_switch_a_mean_over_seeds_that_lack_a_value_is_nan():
-    """`jax.tree.map` over the metrics is what people write; a number in the place of NaN would go into the mean."""
+    """Users apply `jax.tree.map` to metrics: a number in place of NaN would distort the mean."""
     none = EpisodeSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
     some = EpisodeSums(jnp.float32(6), jnp.float32(9), jnp.int32(3))
     ones = jnp.ones((2, 2))
@@ -155,7 +154,7 @@ def test_without_the_switch_a_mean_over_seeds_that_lack_a_value_is_nan():
     assert np.isnan(seeds.value_loss).all()
 
 
-def test_explained_variance_of_equal_targets_and_of_what_is_not_valid():
+def test_explained_variance_of_equal_targets_and_of_invalid_entries():
     valid = jnp.array([True, True, False])
     with jax.debug_nans(True):
         assert losses.explained_variance(jnp.ones(3), jnp.array([2.0, 2, 5]), valid, -7.0) == -7
@@ -169,7 +168,7 @@ def test_explained_variance_of_equal_targets_and_of_what_is_not_valid():
 
 @functools.cache
 def result_of(config):
-    """The result of a whole run with both switches on, and what ``debug`` printed."""
+    """The result of a whole run with both switches on, and the output of ``debug``."""
     with all_switches(), contextlib.redirect_stdout(io.StringIO()) as printed:
         train = make_train(dataclasses.replace(config, debug=True), ENDLESS, linear_model())
         result = jax.block_until_ready(jax.jit(train)(jax.random.key(1)))
@@ -180,7 +179,7 @@ def result_of(config):
 @pytest.mark.parametrize(
     "config", [PPO, ADAPTIVE, TRPO], ids=lambda config: f"{config.algorithm}-{config.objective}"
 )
-def test_a_healthy_run_makes_no_nan_and_people_see_one_where_no_episode_ended(config):
+def test_a_healthy_run_makes_no_nan_and_shows_nan_where_no_episode_ended(config):
     result, printed = result_of(config)
     assert leaves_with_nan(result) == 0 and "timesteps 16: episode return nan" in printed
     assert (
@@ -190,7 +189,7 @@ def test_a_healthy_run_makes_no_nan_and_people_see_one_where_no_episode_ended(co
     assert np.isfinite(result.metrics.value_loss).all() and (result.metrics.episodes == 0).all()
 
 
-def test_a_nan_in_a_program_compiled_ahead_of_time_is_told_in_words():
+def test_a_nan_in_a_program_compiled_ahead_of_time_is_explained():
     def raising(x):
         raise ValueError("something else")
 
@@ -205,21 +204,21 @@ def test_a_nan_in_a_program_compiled_ahead_of_time_is_told_in_words():
             compilation.telling_nan(raising)(1.0)
 
 
-def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    """REINFORCE without a value function, with both switches on, one iteration in a chunk.
+def test_a_run_of_whole_episodes_resumes_after_an_interruption(tmp_path, monkeypatch):
+    """REINFORCE without a value function, with both switches on and one iteration per chunk.
 
-    It is killed when one agent has counted its steps and the other has not.
+    The run is killed when one agent has completed its steps and the other has not.
     """
     monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0)
 
     class Killed(Exception):
         pass
 
-    def kill(now):
-        if now.iterations == 3:
+    def kill(progress):
+        if progress.iterations == 3:
             raise Killed
 
-    how = {
+    options = {
         "seeds": 2,
         "key": jax.random.key(5),
         "env": SHORT,
@@ -232,9 +231,9 @@ def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeyp
                 REINFORCE,
                 on_progress=kill,
                 checkpoint_seconds=0.0,
-                **how | {"key": jax.random.key(5)},
+                **options | {"key": jax.random.key(5)},
             )
-        run = fit(REINFORCE, resume=True, **how)
+        run = fit(REINFORCE, resume=True, **options)
     assert run.resumed_at == 2 and run.state.iteration.tolist() == [2, 3]
     assert np.isnan(run.metrics.value_loss).all() and run.diverged_at == [None, None]
     rows = pd.read_csv(tmp_path / "run" / "metrics.csv")
@@ -242,7 +241,7 @@ def test_a_run_of_whole_episodes_goes_on_after_an_interruption(tmp_path, monkeyp
 
 
 def test_a_population_with_evaluation_passes_both_switches():
-    """The members copy one another; one iteration in two has no finished episode."""
+    """The members copy one another; in every second iteration no episode finishes."""
     config = PPO.replace(num_steps=2, total_timesteps=16, num_minibatches=1)
     with all_switches():
         result = sweep(
@@ -272,7 +271,7 @@ def test_a_population_with_evaluation_passes_both_switches():
     ids=lambda config: f"{config.algorithm}-{config.num_shards}-{config.shared_trunk}",
 )
 def test_every_key_is_used_once(config):
-    """JAX's checker goes through the program without compiling it, alone and vmapped."""
+    """JAX's checker traces the program without compiling it, alone and vmapped."""
     train = make_train(config, SHORT)
     with jax.debug_key_reuse(True):
         jax.jit(train).lower(jax.random.key(0))
@@ -289,7 +288,7 @@ def test_the_checker_still_finds_a_key_that_the_caller_uses_twice():
 
 
 @pytest.mark.parametrize(("implementation", "size"), IMPLEMENTATIONS.items())
-def test_a_key_of_the_default_implementation_is_taken_raw_or_typed(implementation, size):
+def test_a_key_of_the_default_implementation_may_be_raw_or_typed(implementation, size):
     with jax.default_prng_impl(implementation):
         raw = jax.random.PRNGKey(7)
         typed = jax.random.key(7)
@@ -316,37 +315,37 @@ def test_a_key_of_the_default_implementation_is_taken_raw_or_typed(implementatio
             assert "\n" not in str(error.value)
 
 
-def test_a_run_goes_on_with_its_kind_of_keys_only(tmp_path):
-    def open_it(directory, implementation, resume=True):
+def test_a_run_resumes_only_with_the_same_key_implementation(tmp_path):
+    def open_run(directory, implementation, resume=True):
         with (
             jax.default_prng_impl(implementation),
             run_directory.open_run_directory(directory, {"seeds": 1}, 0, resume),
         ):
             pass
 
-    for number, begun in enumerate(IMPLEMENTATIONS):
-        directory = tmp_path / str(number)
-        open_it(directory, begun, resume=False)
-        open_it(directory, begun)
-        for other in set(IMPLEMENTATIONS) - {begun}:
+    for index, original in enumerate(IMPLEMENTATIONS):
+        directory = tmp_path / str(index)
+        open_run(directory, original, resume=False)
+        open_run(directory, original)
+        for other in set(IMPLEMENTATIONS) - {original}:
             with pytest.raises(
-                ConfigError, match=f"prng_impl = '{begun}' there and '{other}' here"
+                ConfigError, match=f"prng_impl = '{original}' there and '{other}' here"
             ):
-                open_it(directory, other)
-    # A directory from before this was recorded had threefry's.
+                open_run(directory, other)
+    # A directory written before prng_impl was recorded used threefry.
     config = tmp_path / "0" / "config.json"
     config.write_text(config.read_text().replace('"prng_impl": "threefry2x32",', ""))
     assert "prng_impl" not in config.read_text()
-    open_it(tmp_path / "0", "threefry2x32")
+    open_run(tmp_path / "0", "threefry2x32")
     with pytest.raises(ConfigError, match="prng_impl = 'threefry2x32' there and 'rbg' here"):
-        open_it(tmp_path / "0", "rbg")
+        open_run(tmp_path / "0", "rbg")
 
 
 # ---------------------------------------------------------------------------------- without jit
 
 
 def test_fit_and_evaluate_work_without_jit_and_no_operation_makes_a_nan():
-    """Op by op `jax_debug_nans` sees every intermediate value, also those that are computed and not selected."""
+    """Without jit `jax_debug_nans` checks every intermediate value, also those not selected."""
     plans = []
     with jax.debug_nans(True), jax.disable_jit():
         run = fit(TRPO, key=1, env=ENDLESS, model=linear_model(), on_start=plans.append)

@@ -1,4 +1,4 @@
-"""Reward functions with extras, estimators that see the config, and groups that share a start."""
+"""Reward functions with extras, estimators that read the config, and groups that share a start."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ GROUPS = Config(
 
 @pytest.fixture
 def added(monkeypatch):
-    """`added(table, names, name, value)`: one line in a table, and the name that a config may have."""
+    """`added(table, names, name, value)` adds a table entry and allows its name in a config."""
 
     def add(table, names, name, value):
         monkeypatch.setitem(table, name, value)
@@ -49,7 +49,7 @@ def added(monkeypatch):
 
 
 def group_relative(config, transitions, reward):
-    """The return of an episode, less the mean return of its group, at each of its steps."""
+    """The return of the episode minus the mean return of its group, at each of its steps."""
     returns = jnp.where(transitions.valid, reward, 0).sum(axis=0)
     groups = returns.reshape(-1, config.group_size)
     advantage = (groups - groups.mean(axis=1, keepdims=True)).ravel()
@@ -66,12 +66,12 @@ def test_consecutive_environments_of_a_group_share_their_start(group_size):
 
 
 def test_an_estimator_relative_to_a_group_is_one_function_and_one_line(added):
-    seen = {}
+    recorded = {}
 
     def spy(config, transitions, reward):
         advantage, target = group_relative(config, transitions, reward)
         jax.debug.callback(
-            lambda *x: seen.update(zip("agt", x, strict=True)), advantage, reward, transitions
+            lambda *x: recorded.update(zip("agt", x, strict=True)), advantage, reward, transitions
         )
         return advantage, target
 
@@ -80,16 +80,16 @@ def test_an_estimator_relative_to_a_group_is_one_function_and_one_line(added):
     state = jax.jit(trainer.init)(jax.random.key(0))
     _, metrics = jax.block_until_ready(jax.jit(trainer.step)(state))
     assert np.isfinite(metrics.policy_loss)
-    valid = np.asarray(seen["t"].valid)
-    returns = np.where(valid, seen["g"], 0).sum(0)
+    valid = np.asarray(recorded["t"].valid)
+    returns = np.where(valid, recorded["g"], 0).sum(0)
     expected = [returns[b] - returns[b // 3 * 3 : b // 3 * 3 + 3].mean() for b in range(6)]
-    np.testing.assert_allclose(seen["a"], np.tile(expected, (5, 1)), rtol=1e-5, atol=1e-6)
-    starts = np.asarray(seen["t"].obs)[0, :, 0]
+    np.testing.assert_allclose(recorded["a"], np.tile(expected, (5, 1)), rtol=1e-5, atol=1e-6)
+    starts = np.asarray(recorded["t"].obs)[0, :, 0]
     assert len(np.unique(starts)) == 2 and starts[0] == starts[1] == starts[2] != starts[3]
 
 
 def reference_kl(config, model, optimizer):
-    """One step on r Â minus the mean difference to reference log-probabilities, an extra."""
+    """One step on r Â minus the mean difference to reference log-probabilities from the extras."""
 
     def step(key, params, update_state, batch):
         batch = shuffled_minibatches(key, as_sequences(batch), 1)
@@ -99,9 +99,14 @@ def reference_kl(config, model, optimizer):
             distribution, _ = model.unroll(params, batch.carry, batch.obs, batch.reset)
             log_prob = distribution.log_prob(batch.action)
             ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
-            away = losses.masked_mean(log_prob - batch.extras["reference_log_prob"], batch.mask)
+            difference = losses.masked_mean(
+                log_prob - batch.extras["reference_log_prob"], batch.mask
+            )
             surrogate = losses.surrogate(ratio, batch.advantage, batch.mask)
-            return -surrogate + 0.1 * away, {"policy_loss": -surrogate, "away": away}
+            return -surrogate + 0.1 * difference, {
+                "policy_loss": -surrogate,
+                "difference": difference,
+            }
 
         gradient, metrics = jax.grad(loss, has_aux=True)(params)
         change, update_state = optimizer.update(gradient, update_state, params)
@@ -112,7 +117,7 @@ def reference_kl(config, model, optimizer):
 
 
 def test_an_objective_reads_reference_log_probabilities_from_the_extras(added):
-    """They are those of the policy that the run starts from: the first iteration is at 0 from it."""
+    """The reference is the initial policy, so that the difference is 0 in the first iteration."""
 
     def reward_step(state, transitions, config, frozen):
         distribution, _ = LINEAR.unroll(frozen, (), transitions.obs, transitions.reset)
@@ -132,8 +137,9 @@ def test_an_objective_reads_reference_log_probabilities_from_the_extras(added):
     reward = Reward(lambda config: (), reward_step)
     params = LINEAR.init(jax.random.key(5), jnp.zeros((1, 3)))
     train = jax.jit(make_train(config, counter(), LINEAR, reward))
-    away = np.asarray(train(jax.random.key(0), params, params).metrics.extra["away"])
-    assert abs(away[0]) < 1e-6 and abs(away[2]) > 1e-3
+    metrics = train(jax.random.key(0), params, params).metrics
+    difference = np.asarray(metrics.extra["difference"])
+    assert abs(difference[0]) < 1e-6 and abs(difference[2]) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_an_objective_reads_reference_log_probabilities_from_the_extras(added):
         ),
     ],
 )
-def test_groups_that_cannot_be_are_one_sentence(changes, message):
+def test_impossible_groups_are_refused_in_one_sentence(changes, message):
     config = GROUPS.replace(**({"advantage": "returns"} | changes))
     with pytest.raises(ConfigError) as error:
         make_train(config, ENV)

@@ -1,4 +1,4 @@
-"""Slow: the tuned settings learn, and the notebook runs. Marked ``learning``, a step of its own in CI."""
+"""Slow tests, a step of their own in CI: the tuned settings learn, and the notebook runs."""
 
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_mountain_car_continuous_is_solved_by_four_seeds():
 
 
 def test_trpo_and_reinforce_learn_cartpole():
-    """Within less than half of their steps, in which they reach 500 and 499 in the benchmark."""
+    """Within less than half of the benchmark's steps, after which they reach 500 and 499."""
     assert (
         interquartile_mean(scores("CartPole-v1", 4, algorithm="trpo", total_timesteps=40_960))
         >= 300
@@ -54,9 +54,8 @@ def test_the_quickstart_notebook_runs():
     notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
     started = time.perf_counter()
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    assert (
-        time.perf_counter() - started < 240
-    )  # 70 s alone on 2 slow cores; here other tests run beside it
+    # 70 s alone on 2 slow cores; here other tests run at the same time.
+    assert time.perf_counter() - started < 240
     pictures = [
         kind
         for cell in notebook.cells

@@ -1,4 +1,4 @@
-"""The formulas of the objective against NumPy loops over the entries that count."""
+"""The formulas of the objective against NumPy loops over the unmasked entries."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def random_batch(seed, shape):
-    """value, old_value, target, advantage, log-ratio [*shape] and a mask with at least one entry."""
+    """value, old_value, target, advantage, log-ratio and a mask that is not empty; all [*shape]."""
     rng = np.random.default_rng(seed)
     mask = rng.random(shape) < rng.choice([0.3, 0.8, 1.0])
     mask.flat[0] = True
     return *rng.normal(size=(4, *shape)), 0.4 * rng.normal(size=shape), mask
 
 
-def over(mask, function, *arrays):
+def mean_over(mask, function, *arrays):
     """Mean of function(entry, entry, ...) over the entries where the mask is true."""
     return np.mean([function(*(x[i] for x in arrays)) for i in np.ndindex(mask.shape) if mask[i]])
 
@@ -49,20 +49,20 @@ def test_every_formula_equals_a_loop_over_the_entries_of_the_mask(seed, shape):
     eps = 0.2
     ratio = np.exp(log_ratio)
     expected = {
-        "masked_mean": over(mask, lambda x: x, value),
-        "surrogate": over(
+        "masked_mean": mean_over(mask, lambda x: x, value),
+        "surrogate": mean_over(
             mask, lambda r, a: min(r * a, clip(r, 1 - eps, 1 + eps) * a), ratio, advantage
         ),
-        "value_loss": over(mask, lambda v, g: 0.5 * (v - g) ** 2, value, target),
-        "clipped_value_loss": over(
+        "value_loss": mean_over(mask, lambda v, g: 0.5 * (v - g) ** 2, value, target),
+        "clipped_value_loss": mean_over(
             mask,
             lambda v, o, g: 0.5 * max((v - g) ** 2, (o + clip(v - o, -eps, eps) - g) ** 2),
             value,
             old_value,
             target,
         ),
-        "kl": over(mask, lambda x: np.exp(x) - 1 - x, log_ratio),
-        "clip_fraction": over(mask, lambda r: float(not 1 - eps <= r <= 1 + eps), ratio),
+        "kl": mean_over(mask, lambda x: np.exp(x) - 1 - x, log_ratio),
+        "clip_fraction": mean_over(mask, lambda r: float(not 1 - eps <= r <= 1 + eps), ratio),
     }
     with jax.enable_x64(True):
         got = every_formula(value, old_value, target, advantage, log_ratio, mask)
@@ -83,7 +83,7 @@ def test_standardized_advantages_have_mean_0_and_deviation_1_over_the_mask(seed,
 
 @pytest.mark.parametrize("mask", [[True], [False, True, False]])
 def test_the_only_advantage_is_left_as_it_is(mask):
-    """Standardised it would be 0, and nothing would be learnt from minibatches of one sample."""
+    """Standardised it would be 0, and minibatches of one sample would teach nothing."""
     mask = jnp.asarray(mask)
     out = losses.standardize(jnp.full(mask.shape, -3.5), mask)
     np.testing.assert_array_equal(out, jnp.where(mask, -3.5, 0))
@@ -144,13 +144,16 @@ def test_ratios_of_any_size_have_finite_losses_and_gradients(log_ratio, advantag
 
 
 def test_the_divergence_is_estimated_where_an_action_has_become_impossible():
-    """exp(−120) − 1 + 120 = 119, and 0.0052 for 0.1; from the ratio, which is 0 in float32, it was infinite."""
+    """exp(−120) − 1 + 120 = 119, and 0.0052 for 0.1.
+
+    An estimate from the ratio, which is 0 in float32, was infinite.
+    """
     kl = losses.approximate_kl(jnp.asarray([0.0, -120.0, 0.1, 0.0]), jnp.ones(4, bool))
     np.testing.assert_allclose(kl, (119 + np.exp(0.1) - 1.1) / 4, rtol=1e-6)  # 29.75
 
 
 def test_a_small_divergence_keeps_its_digits():
-    """x² / 2 for small x; exp(x) − 1 − x in float32 is off by far more than that."""
+    """The result is x² / 2 for small x; the error of exp(x) − 1 − x in float32 is far larger."""
     x = np.float32([1e-2, -1e-2, 3e-3])
     got = losses.approximate_kl(jnp.asarray(x), jnp.ones(3, bool))
     np.testing.assert_allclose(got, (np.expm1(np.float64(x)) - np.float64(x)).mean(), rtol=1e-4)
@@ -161,8 +164,8 @@ def test_a_mean_over_an_empty_mask_is_0_and_has_gradient_0():
     assert value == 0 and (gradient == 0).all()
 
 
-def test_what_is_masked_changes_neither_the_losses_nor_their_gradients():
-    """Also where it is NaN: 0 · NaN would be NaN in the gradient."""
+def test_masked_entries_change_neither_the_losses_nor_their_gradients():
+    """Not even if they are NaN: 0 · NaN would be NaN in the gradient."""
     value, old_value, target, advantage, old_log_probs, mask = map(
         jnp.asarray, random_batch(5, (4, 3))
     )

@@ -1,4 +1,4 @@
-"""Observations with named parts: action masks, what only the critic sees, and dicts everywhere."""
+"""Observations with named parts: action masks, critic-only parts, and dicts in every function."""
 
 import functools
 import json
@@ -50,7 +50,7 @@ def sentence_of(make):
 
 
 def masks(n, seed=0):
-    """Every kind: all, one and some actions allowed."""
+    """Masks of every kind: all actions allowed, one, or some."""
     random = np.random.default_rng(seed).random((6, n)) < 0.5
     random[:, 0] |= ~random.any(axis=1)
     one = np.eye(n, dtype=bool)
@@ -79,7 +79,7 @@ def test_a_forbidden_action_is_never_sampled_in_a_million_draws():
 
 
 def reference(logits, mask):
-    """Probabilities by NumPy, of the allowed actions only."""
+    """NumPy's probabilities, over the allowed actions only."""
     p = np.where(mask, np.exp(logits - np.where(mask, logits, -np.inf).max()), 0)
     return p / p.sum()
 
@@ -110,12 +110,12 @@ def test_the_gradient_of_a_forbidden_logit_is_0_and_nothing_is_nan(debug_nans):
             mask = jnp.asarray(mask)
             old = Categorical(masked(jnp.asarray([0.3, -0.2, 0.1, 0.5]), mask))
 
-            def all_of_it(logits, mask=mask, old=old, allowed=allowed):
+            def total(logits, mask=mask, old=old, allowed=allowed):
                 new = Categorical(masked(logits, mask))
                 return new.log_prob(jnp.asarray(allowed)) + 0.7 * new.entropy() - old.kl(new)
 
             for logits in (jnp.zeros(4), jnp.asarray([9.0, -30.0, 80.0, 0.0])):
-                value, gradient = jax.value_and_grad(all_of_it)(logits)
+                value, gradient = jax.value_and_grad(total)(logits)
                 assert np.isfinite(value) and np.isfinite(gradient).all()
                 np.testing.assert_array_equal(gradient[~mask], 0)
             if mask.sum() == 1:
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_forbidden_logit_is_0_and_nothing_is_nan(debug_nans):
                 np.testing.assert_array_equal(gradient, 0)
 
 
-def test_a_mask_of_several_integers_is_that_of_each_one_after_the_other():
+def test_the_mask_of_several_integers_is_the_concatenation_of_their_masks():
     space = Dict({"x": Box((2,), -1, 1), "action_mask": Box((5,), 0, 1)})
     model = make_model(TINY, space, MultiDiscrete((2, 3)))
     obs = {"x": jnp.ones((1, 2)), "action_mask": jnp.asarray([[True, False, False, True, True]])}
@@ -166,7 +166,7 @@ def test_a_masked_environment_is_solved_and_no_forbidden_action_is_played(algori
         assert played.returns.mean() > 0.9
 
 
-# -------------------------------------------------------------------------------- dicts everywhere
+# ------------------------------------------------------------------------ dicts in every function
 
 
 @functools.cache
@@ -219,12 +219,12 @@ def test_a_sweep_with_named_parts_has_its_policies():
     assert bool(obs["action_mask"][result.policy(3).act(obs)])
 
 
-def test_an_episode_with_named_parts_is_played_step_by_step_for_a_picture():
+def test_an_episode_with_named_parts_is_played_step_by_step_for_an_animation():
     states, rewards = play(trained().policy(0), ENV, 0, 12)
     assert 2 <= len(states) == len(rewards) <= 13 and min(rewards) > -1
 
 
-def test_the_values_alone_depend_on_critic_obs():
+def test_only_the_values_depend_on_critic_obs():
     config = TINY.replace(critic_obs="noise")
     model = make_model(config, ENV.observation_space, ENV.action_space)
     _, obs = jax.vmap(ENV.reset)(jax.random.split(jax.random.key(0), 3))
@@ -314,6 +314,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_is_one_sentence(case):
+def test_invalid_observations_and_settings_are_refused_in_one_sentence(case):
     config, make, message = BAD[case]
     assert sentence_of(lambda: make_train(config, make())) == message

@@ -1,9 +1,10 @@
-"""What other libraries got wrong, each as a test of this one.
+"""Bugs of other libraries, each as a test of this one.
 
-The ones that need most room stand with their subject: time limits as terminations in test_time_limit, replayed initial
-states and lost final observations in test_rollout, the reward normaliser in test_normalize, element-wise gradient
-clipping and a value coefficient without effect in test_ppo, step counts, metrics of every step, seeds in the log and
-memory in test_train, episode borders in test_advantages.
+Others are tested with their subject: time limits as terminations in test_time_limit; replayed
+initial states and lost final observations in test_rollout; the reward normaliser in test_normalize;
+element-wise gradient clipping and a value coefficient without effect in test_ppo; step counts,
+metrics of every step, seeds in the log and memory in test_train; episode boundaries in
+test_advantages.
 """
 
 import itertools
@@ -33,7 +34,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def pieces():
-    """init and step, compiled, and the uninterrupted run: states and metrics after 1 … 6 iterations."""
+    """Compiled init and step, and the states and metrics after 1 … 6 uninterrupted iterations."""
     trainer = make_trainer(CONFIG, ENV, linear_model())
     init = jax.jit(trainer.init)
     step = jax.jit(trainer.step)
@@ -55,15 +56,18 @@ def numbers(tree):
 
 
 def test_lambda_is_in_the_first_term_of_the_advantage():
-    """Brax leaves λ out there. Two steps: Â_0 = δ_0 + γ λ δ_1."""
+    """Brax omits λ there. Two steps: Â_0 = δ_0 + γ λ δ_1."""
     column = jnp.ones((2, 1))
-    no = column < 0
-    advantage, _ = gae(column, 0 * column, 0 * column, no, no, 0.5, 0.5)
+    never = column < 0
+    advantage, _ = gae(column, 0 * column, 0 * column, never, never, 0.5, 0.5)
     np.testing.assert_allclose(advantage[:, 0], [1.25, 1.0])
 
 
-def test_the_state_is_whole_so_that_a_restored_run_goes_on_exactly(pieces):
-    """Brax issue 655 and Stoix: restoring loses the optimiser or the normaliser. Here through plain NumPy arrays."""
+def test_the_state_is_complete_so_that_a_restored_run_continues_exactly(pieces):
+    """In Brax (issue 655) and Stoix, restoring loses the optimiser or the normaliser.
+
+    Here the state is stored as plain NumPy arrays.
+    """
     _, step, history = pieces
     leaves, structure = jax.tree.flatten(history[2][0])
     is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
@@ -86,17 +90,17 @@ def test_the_state_is_whole_so_that_a_restored_run_goes_on_exactly(pieces):
 
 
 @pytest.mark.parametrize("part", ["update", "normalizer", "env", "key", "iteration"])
-def test_every_part_of_the_state_matters_or_counts(pieces, part):
-    """The other side of a whole state: with one part of it from the beginning, the run goes on differently."""
+def test_every_part_of_the_state_matters(pieces, part):
+    """With one part of the state replaced by its initial value, the run continues differently."""
     init, step, history = pieces
     expected = numbers(step(history[2][0]))
-    forgetful = numbers(step(history[2][0]._replace(**{part: getattr(init(KEY), part)})))
-    differs = jax.tree.map(lambda a, b: bool((a != b).any()), forgetful, expected)
+    changed = numbers(step(history[2][0]._replace(**{part: getattr(init(KEY), part)})))
+    differs = jax.tree.map(lambda a, b: bool((a != b).any()), changed, expected)
     assert any(jax.tree.leaves(differs))
 
 
 def test_evaluation_does_not_consume_the_training_key(pieces):
-    """In rejax, evaluating more often changes training. Here a policy is taken out and used between two iterations."""
+    """In rejax, evaluating more often changes training. Here a policy acts between iterations."""
     from purejaxppo import Policy, evaluate
 
     init, step, history = pieces
@@ -110,16 +114,18 @@ def test_evaluation_does_not_consume_the_training_key(pieces):
 
 
 def test_mean_return_is_nan_in_an_iteration_in_which_no_episode_ends(pieces):
-    """gymnax issue 62: 0 before any episode has finished. The cuts are after 12, 24, 36 and 48 of the 48 steps."""
+    """In gymnax (issue 62) it is 0. Truncations are after 12, 24, 36 and 48 of the 48 steps."""
     _, _, history = pieces
-    seen = [(float(m.episode_return), float(m.episode_length), int(m.episodes)) for _, m in history]
+    episodes = [
+        (float(m.episode_return), float(m.episode_length), int(m.episodes)) for _, m in history
+    ]
     none = (np.nan, np.nan, 0)
     some = (12 * 13 / 2, 12, 4)  # 1 + 2 + … + 12
-    np.testing.assert_array_equal(seen, [none, some, some, none, some, some])
+    np.testing.assert_array_equal(episodes, [none, some, some, none, some, some])
 
 
 def test_observations_are_normalised_by_the_same_moments_in_rollout_and_update(pieces):
-    """Brax's default updates the normaliser in between, so that the stored log-probabilities do not match."""
+    """Brax's default updates them in between, so the stored log-probabilities do not match."""
     _, _, history = pieces
     deviations = [float(metrics.first_ratio_deviation) for _, metrics in history]
     means = [np.asarray(state.normalizer.obs.mean) for state, _ in history]

@@ -1,4 +1,7 @@
-"""Parameters of any containers and floating-point types survive runs, resuming and sweeps, or are refused before."""
+"""Parameters in any containers and floating-point types survive runs, resumption and sweeps.
+
+Unsupported parameters are refused before a run starts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,9 @@ from small_envs import counter, linear_model, mixed_model
 
 from purejaxppo import Config, ConfigError, fit, load_policy, make_train, sweep
 from purejaxppo.runs import chunks, programs, session
-from purejaxppo.runs import fit as fitting
+from purejaxppo.runs import fit as fit_module
 from purejaxppo.runs.checkpoints import Checkpoints
-from purejaxppo.sweeps import portions as sweep_parts
+from purejaxppo.sweeps import portions
 from purejaxppo.types import Reward, Rewards
 
 CONFIG = Config(
@@ -30,23 +33,23 @@ def fast_compilation():
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_once():
-    """Two agents at once, in a run and in a sweep, compiled once for all; every chunk is one iteration."""
-    known = {}
+    """Runs and sweeps of two agents share programs, compiled once; every chunk is one iteration."""
+    cache = {}
 
-    def compile_once(config, env, agents, *rest, **named):
-        if (config, agents) not in known:
-            known[config, agents] = programs.compile_programs(config, env, agents, *rest, **named)
-        return known[config, agents]
+    def compile_once(config, env, agents, *rest, **options):
+        if (config, agents) not in cache:
+            cache[config, agents] = programs.compile_programs(config, env, agents, *rest, **options)
+        return cache[config, agents]
 
-    def make_once(*given):
-        if "evaluate" not in known:
-            known["evaluate"] = programs.make_evaluate(*given)
-        return known["evaluate"]
+    def make_once(*arguments):
+        if "evaluate" not in cache:
+            cache["evaluate"] = programs.make_evaluate(*arguments)
+        return cache["evaluate"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_SECONDS", 0)
-        patch.setattr(fitting, "compile_programs", compile_once)
-        patch.setattr(sweep_parts, "compile_programs", compile_once)
+        patch.setattr(fit_module, "compile_programs", compile_once)
+        patch.setattr(portions, "compile_programs", compile_once)
         patch.setattr(session, "make_evaluate", make_once)
         yield
 
@@ -60,25 +63,32 @@ def assert_same(got, expected):
 
 
 def train(directory, stop=None, resume=False):
-    def watch(now):
-        if now.iterations == stop:
+    def watch(progress):
+        if progress.iterations == stop:
             raise Killed
 
-    ways = {"eval_every": 2, "eval_episodes": 4, "checkpoint_seconds": 0.0, "resume": resume}
+    options = {"eval_every": 2, "eval_episodes": 4, "checkpoint_seconds": 0.0, "resume": resume}
     return fit(
-        CONFIG, seeds=2, key=5, env=ENV, model=MODEL, directory=directory, on_progress=watch, **ways
+        CONFIG,
+        seeds=2,
+        key=5,
+        env=ENV,
+        model=MODEL,
+        directory=directory,
+        on_progress=watch,
+        **options,
     )
 
 
 @pytest.fixture(scope="module")
-def through(tmp_path_factory):
-    """A run that nothing happened to, and its directory."""
+def uninterrupted(tmp_path_factory):
+    """A run without interruption, and its directory."""
     directory = tmp_path_factory.mktemp("through") / "run"
     return train(directory), directory
 
 
-def test_a_run_keeps_its_parameters_as_they_are(through):
-    run, directory = through
+def test_a_run_keeps_structure_and_types_of_its_parameters(uninterrupted):
+    run, directory = uninterrupted
     fresh = MODEL.init(jax.random.key(0), jnp.zeros((1, 3)))
     params = run.state.params
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
@@ -90,19 +100,19 @@ def test_a_run_keeps_its_parameters_as_they_are(through):
         np.testing.assert_array_equal(loaded.act(obs), expected.act(obs))
 
 
-def test_metrics_of_a_model_in_bfloat16_are_float32(through):
-    run, directory = through
+def test_metrics_of_a_model_in_bfloat16_are_float32(uninterrupted):
+    run, directory = uninterrupted
     numbers = [x for x in jax.tree.leaves(run.metrics) if x.dtype.kind not in "iu"]
     assert {x.dtype.name for x in numbers} == {"float32"}
     rows = np.genfromtxt(directory / "metrics.csv", delimiter=",", names=True)
     np.testing.assert_array_equal(np.float32(rows["grad_norm"]), run.metrics.grad_norm.T.ravel())
 
 
-def test_a_killed_run_goes_on_bit_for_bit(through, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     with pytest.raises(Killed):
         train(tmp_path / "run", stop=3)
     run = train(tmp_path / "run", resume=True)
-    expected, directory = through
+    expected, directory = uninterrupted
     assert run.resumed_at == 2
     assert_same(
         (run.state.params, run.state.update), (expected.state.params, expected.state.update)
@@ -112,7 +122,7 @@ def test_a_killed_run_goes_on_bit_for_bit(through, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_a_checkpoint_tells_paths_apart_that_read_the_same(tmp_path):
+def test_a_checkpoint_distinguishes_paths_that_read_the_same(tmp_path):
     tree = {
         "a": {"b": jnp.arange(2.0)},
         "a.b": jnp.arange(3),
@@ -123,10 +133,10 @@ def test_a_checkpoint_tells_paths_apart_that_read_the_same(tmp_path):
     assert_same(Checkpoints(tmp_path / "checkpoints").restore(tree).arrays, tree)
 
 
-def test_a_sweep_keeps_its_parameters_as_they_are(through, tmp_path, monkeypatch):
-    """Two portions of two members; the second time the first portion is read from its file."""
+def test_a_sweep_keeps_structure_and_types_of_its_parameters(uninterrupted, tmp_path, monkeypatch):
+    """Two portions of two members; after the interruption the first is read from its file."""
     saved = []
-    save = sweep_parts.save_portion
+    save = portions.save_portion
 
     def save_one(path, part):
         if saved:
@@ -134,13 +144,13 @@ def test_a_sweep_keeps_its_parameters_as_they_are(through, tmp_path, monkeypatch
         saved.append(part)
         save(path, part)
 
-    ways = {"env": ENV, "model": MODEL, "key": 5, "seeds": 4, "at_once": 2, "eval_episodes": 0}
-    ways["directory"] = tmp_path / "sweep"
-    monkeypatch.setattr(sweep_parts, "save_portion", save_one)
+    options = {"env": ENV, "model": MODEL, "key": 5, "seeds": 4, "at_once": 2, "eval_episodes": 0}
+    options["directory"] = tmp_path / "sweep"
+    monkeypatch.setattr(portions, "save_portion", save_one)
     with pytest.raises(Killed):
-        sweep(CONFIG, **ways)
-    monkeypatch.setattr(sweep_parts, "save_portion", save)
-    result = sweep(CONFIG, resume=True, **ways)
+        sweep(CONFIG, **options)
+    monkeypatch.setattr(portions, "save_portion", save)
+    result = sweep(CONFIG, resume=True, **options)
     assert len(result.parts) == 2
     assert_same(result.parts[0], saved[0])
     for member in range(2):
@@ -159,11 +169,11 @@ def test_a_network_without_hidden_layers_can_be_trained():
         assert params["policy"]["head"]["params"]["Dense_0"]["kernel"].shape == (3, 3)
 
 
-# ------------------------------------------------------------------------------ refused before a run
+# --------------------------------------------------------------------------- refused before a run
 
 
 def with_params(change):
-    """The linear model with other parameters; it is never run."""
+    """The linear model with changed parameters; it never runs."""
     linear = linear_model()
     return linear._replace(init=lambda key, obs: change(linear.init(key, obs)))
 
@@ -225,25 +235,25 @@ def sentence_of(make):
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("run", [fit, sweep])
-def test_what_cannot_be_kept_is_refused_before_there_is_a_directory(name, run, tmp_path):
-    ways, expected = REFUSED[name]
-    ways = {"algorithm": "ppo"} | ways
-    config = CONFIG.replace(algorithm=ways.pop("algorithm"))
-    assert sentence_of(lambda: run(config, env=ENV, directory=tmp_path / "run", **ways)) == expected
+def test_unsupported_models_and_metrics_are_refused_before_a_directory_exists(name, run, tmp_path):
+    options, expected = REFUSED[name]
+    options = {"algorithm": "ppo"} | options
+    config = CONFIG.replace(algorithm=options.pop("algorithm"))
+    assert (
+        sentence_of(lambda: run(config, env=ENV, directory=tmp_path / "run", **options)) == expected
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_parameters_to_start_from_that_do_not_fit_are_refused_before_there_is_a_directory(
-    name, tmp_path
-):
+def test_initial_parameters_that_do_not_fit_are_refused_before_a_directory_exists(name, tmp_path):
     params, expected = STARTS[name]
-    ways = {"env": ENV, "model": linear_model(), "directory": tmp_path / "run"}
-    assert sentence_of(lambda: fit(CONFIG, params=params, **ways)) == expected
+    options = {"env": ENV, "model": linear_model(), "directory": tmp_path / "run"}
+    assert sentence_of(lambda: fit(CONFIG, params=params, **options)) == expected
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_model_raises_it_raises_before_there_is_a_directory(tmp_path):
+def test_an_error_of_the_model_is_raised_before_a_directory_exists(tmp_path):
     def unroll(params, carry, obs, reset):
         raise RuntimeError("mine")
 

@@ -1,4 +1,4 @@
-"""Runs in shards: the same numbers on any number of devices, and no data that goes from one to another."""
+"""Runs in shards: equal numbers on any number of devices, without exchange of rollout data."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ CONFIG = Config(num_envs=12, num_steps=10, num_epochs=1, num_minibatches=2, tota
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What `runs_on_devices.py` writes."""
+    """The output of `runs_on_devices.py`."""
     script = Path(__file__).with_name("runs_on_devices.py")
     path = tmp_path_factory.mktemp("runs") / "runs.pkl"
     done = subprocess.run(
@@ -92,38 +92,37 @@ def test_ratios_start_at_1(runs):
     ],
 )
 def test_devices_exchange_sums_of_the_update_only(runs, name, devices, loops):
-    """No loop but these communicates, so the rollout does not; and nothing as large as the data is exchanged."""
+    """Only these loops communicate, not the rollout's, and only small arrays are exchanged."""
     run = runs[name, devices]
     assert run["kinds"] == ["all-reduce"]
     assert run["communicating"] == len(loops) < run["loops"]
-    assert (
-        run["largest"] <= 9
-    )  # the linear policy's weights; REINFORCE's counts of episodes that still run are 5
+    # The linear policy has 9 weights; REINFORCE also exchanges 5 counts of running episodes.
+    assert run["largest"] <= 9
     envs = 16 // devices
-    obs, *divided = run["parts"]
-    assert obs == (4 // devices, 4, 3) and set(divided) == {(envs,)}
+    obs, *sharded = run["parts"]
+    assert obs == (4 // devices, 4, 3) and set(sharded) == {(envs,)}
     assert runs[name, 1]["kinds"] == [] and runs[name, 1]["communicating"] == 0
 
 
-def test_a_mesh_has_as_many_devices_as_divide_the_shards():
+def test_the_number_of_devices_in_a_mesh_divides_the_number_of_shards():
     assert make_mesh(6).size == 1 == make_mesh(1, jax.devices()[:1]).size
     with pytest.raises(ConfigError, match="num_shards = 3 cannot be divided among 2 devices"):
         make_mesh(3, jax.devices() * 2)
 
 
-def test_only_what_belongs_to_environments_is_divided():
+def test_only_the_states_of_environments_are_sharded():
     config = CONFIG.replace(num_shards=2, normalize_reward=True, normalize_obs=True)
     state = jax.eval_shape(make_trainer(config, counter(), memory_model(3)).init, KEY)
     mesh = jax.sharding.AbstractMesh((2,), ("shards",))
-    where = state_sharding(mesh, state)
-    divided = {
+    shardings = state_sharding(mesh, state)
+    sharded = {
         jax.tree_util.keystr(path)
-        for path, x in jax.tree.leaves_with_path(where)
+        for path, x in jax.tree.leaves_with_path(shardings)
         if x.spec != jax.P()
     }
-    single = {path for path in divided if not path.startswith(".env")}
-    assert single == {".carry[0]", ".normalizer.reward.discounted_return"}
-    assert len(divided - single) == len(jax.tree.leaves(state.env))
+    outside_env = {path for path in sharded if not path.startswith(".env")}
+    assert outside_env == {".carry[0]", ".normalizer.reward.discounted_return"}
+    assert len(sharded - outside_env) == len(jax.tree.leaves(state.env))
     assert all(x.shape[0] == 2 for x in jax.tree.leaves(state.env))
     assert state.carry[0].shape == state.normalizer.reward.discounted_return.shape == (12,)
 
@@ -131,8 +130,8 @@ def test_only_what_belongs_to_environments_is_divided():
 # -------------------------------------------------------------------------------------- minibatches
 
 
-def numbered(T, B, memory):
-    """Rewards and all as in any batch; its values are the numbers of its steps, its carry those of its rows."""
+def numbered_batch(T, B, memory):
+    """A batch whose values number the steps and whose carry numbers the environments."""
     batch = jax.tree.map(
         lambda x: np.broadcast_to(x[:1, :1], (T, B, *x.shape[2:])), random_batch(0)
     )
@@ -143,8 +142,8 @@ def numbered(T, B, memory):
 
 
 @functools.cache
-def cutting(T, B, M, S, memory):
-    batch = numbered(T, B, memory)
+def minibatch_function(T, B, M, S, memory):
+    batch = numbered_batch(T, B, memory)
     return jax.jit(lambda key: shuffled_minibatches(key, as_sequences(batch, S), M, S))
 
 
@@ -152,11 +151,11 @@ def cutting(T, B, M, S, memory):
     st.sampled_from([(4, 2, 2, True), (12, 2, 3, False), (6, 3, 2, False)]),
     st.integers(0, 2**32 - 1),
 )
-def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(sizes, seed):
+def test_minibatches_partition_the_samples_with_equally_many_from_every_shard(sizes, seed):
     T = 3
-    (B, M, S, memory) = sizes
-    cut = cutting(T, *sizes)(jax.random.key(seed))
-    values = np.asarray(cut.value)
+    B, M, S, memory = sizes
+    minibatches = minibatch_function(T, *sizes)(jax.random.key(seed))
+    values = np.asarray(minibatches.value)
     np.testing.assert_array_equal(np.sort(values.ravel()), np.arange(T * B))
     shard = values % B // (B // S)
     for m in range(M):
@@ -165,29 +164,30 @@ def test_every_minibatch_has_equally_many_of_every_shard_and_all_have_each_once(
         )
         assert (np.diff(shard[m]) >= 0).all()  # shard after shard, as on the devices
     if memory:
-        np.testing.assert_array_equal(values[:, 0], cut.carry[0])
+        np.testing.assert_array_equal(values[:, 0], minibatches.carry[0])
         np.testing.assert_array_equal(
             values[:, 1:] - values[:, :-1], np.full((M, T - 1, B // M), B)
         )
 
 
-def test_shards_have_orders_of_their_own_and_one_shard_the_order_of_all():
+def test_each_shard_has_its_own_order_and_a_single_shard_the_global_order():
     order = np.asarray(jax.jit(random_order, static_argnums=1)(KEY, 128))
     expected = np.arange(128)[order].reshape(4, 1, 32)
-    np.testing.assert_array_equal(cutting(2, 64, 4, 1, False)(KEY).value, expected)
-    order = np.asarray(cutting(2, 64, 1, 2, False)(KEY).value).reshape(2, 64)
+    np.testing.assert_array_equal(minibatch_function(2, 64, 4, 1, False)(KEY).value, expected)
+    order = np.asarray(minibatch_function(2, 64, 1, 2, False)(KEY).value).reshape(2, 64)
     assert (order[0] != order[1] - 32).any()
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_one_sample_in_k_is_one_in_k_of_every_shard(memory):
-    batch = as_sequences(numbered(3, 12, memory), 2)
-    some = np.asarray(jax.jit(subsample_sequences, static_argnums=(0, 3))(4, KEY, batch, 2).value)
-    shard = some % 12 // 6
-    assert (
-        len(np.unique(some)) == some.size == (12 if memory else 10)
-    )  # ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉
-    assert np.bincount(shard.ravel()).tolist() == [some.size // 2] * 2
+def test_a_subsample_of_one_in_k_takes_one_in_k_from_every_shard(memory):
+    batch = as_sequences(numbered_batch(3, 12, memory), 2)
+    subsample = np.asarray(
+        jax.jit(subsample_sequences, static_argnums=(0, 3))(4, KEY, batch, 2).value
+    )
+    shard = subsample % 12 // 6
+    # From each shard ⌈6 / 4⌉ sequences of 3 steps, or ⌈18 / 4⌉ steps.
+    assert len(np.unique(subsample)) == subsample.size == (12 if memory else 10)
+    assert np.bincount(shard.ravel()).tolist() == [subsample.size // 2] * 2
 
 
 def test_splitting_and_joining_are_inverse():
@@ -202,11 +202,11 @@ def test_splitting_and_joining_are_inverse():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shares", [[3, 5, 2], [4, 0, 1], [0, 0, 0]])
-def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
+@pytest.mark.parametrize("num_valid", [[3, 5, 2], [4, 0, 1], [0, 0, 0]])
+def test_pooled_moments_equal_merged_moments_and_those_of_all_samples(num_valid):
     rng = np.random.default_rng(1)
     x = rng.normal(1e4, 3, (3, 5, 2))
-    valid = np.arange(5)[None] < np.asarray(shares)[:, None]
+    valid = np.arange(5)[None] < np.asarray(num_valid)[:, None]
     parts = jax.jit(jax.vmap(moments_of))(x, valid)
     total = jax.jit(pooled)(parts)
     merged = no_moments((2,))
@@ -215,8 +215,8 @@ def test_pooled_moments_are_those_of_all_samples_and_what_merging_gives(shares):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), total, merged
     )
-    if seen := sum(shares):
-        assert total.samples == seen
+    if samples := sum(num_valid):
+        assert total.samples == samples
         np.testing.assert_allclose(total.mean, x[valid].mean(0), rtol=1e-12)
         np.testing.assert_allclose(total.variance, x[valid].var(0), rtol=1e-8)
 
@@ -233,34 +233,34 @@ def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), three, one)
 
 
-def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_all():
+def test_a_sharded_rollout_equals_each_shards_rollout_and_pools_the_moments():
     env = counter(limit=5, longest=8)
     model = linear_model()
     S = 3
     T = 10
     size = 4
     vector_env = vectorize(env, size)
-    each = make_rollout(env, vector_env, model, T)
+    rollout = make_rollout(env, vector_env, model, T)
     state, obs = jax.jit(lambda: reset_shards(vector_env, KEY, S))()
     params = model.init(KEY, obs)
-    run = jax.jit(in_shards(each, S))
-    together, after, carry, seen = run(KEY, params, no_moments((3,)), state, ())
-    assert together.obs.shape == (T, S * size, 3) and obs.shape == (S * size, 3) and carry == ()
-    raw = np.asarray(together.obs).reshape(-1, 3)  # moments of nothing leave them as they are
-    np.testing.assert_allclose(seen.samples, T * S * size)
-    np.testing.assert_allclose(seen.mean, raw.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(seen.variance, raw.var(0), rtol=1e-4)
-    done = together.terminated | together.truncated
+    run = jax.jit(in_shards(rollout, S))
+    transitions, after, carry, moments = run(KEY, params, no_moments((3,)), state, ())
+    assert transitions.obs.shape == (T, S * size, 3) and obs.shape == (S * size, 3) and carry == ()
+    raw = np.asarray(transitions.obs).reshape(-1, 3)  # empty moments do not normalise
+    np.testing.assert_allclose(moments.samples, T * S * size)
+    np.testing.assert_allclose(moments.mean, raw.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.variance, raw.var(0), rtol=1e-4)
+    done = transitions.terminated | transitions.truncated
     np.testing.assert_array_equal(
         after.finished.episodes, np.asarray(done).reshape(T, S, size).sum((0, 2))
     )
 
     second = jax.tree.map(lambda x: x[1], state)
-    alone, *_ = jax.jit(each)(jax.random.split(KEY, S)[1], params, no_moments((3,)), second, ())
-    mine = jax.tree.map(lambda x: x[:, size : 2 * size], together)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, alone)
-    starts = np.asarray(together.obs[0, :, 0])
-    assert len(np.unique(starts)) == S * size  # of its own in every environment of every shard
+    alone, *_ = jax.jit(rollout)(jax.random.split(KEY, S)[1], params, no_moments((3,)), second, ())
+    shard = jax.tree.map(lambda x: x[:, size : 2 * size], transitions)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), shard, alone)
+    starts = np.asarray(transitions.obs[0, :, 0])
+    assert len(np.unique(starts)) == S * size  # all environments differ
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -291,7 +291,7 @@ def test_a_rollout_in_shards_is_each_shards_rollout_and_its_statistics_are_of_al
         ),
     ],
 )
-def test_shards_that_cannot_be_are_refused(changes, message):
+def test_impossible_shards_are_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         make_train(CONFIG.replace(**changes), counter())
     assert message in str(error.value) and "\n" not in str(error.value)

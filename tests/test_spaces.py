@@ -1,4 +1,4 @@
-"""Spaces take the numbers that people write and hold plain ones; what is no space is one sentence."""
+"""Spaces accept numbers of any type and hold plain ones; errors are one sentence."""
 
 import dataclasses
 import json
@@ -86,11 +86,13 @@ SAME = [
 
 
 @pytest.mark.parametrize(
-    ("space", "ways", "make"), SAME, ids=lambda x: repr(x) if dataclasses.is_dataclass(x) else ""
+    ("space", "spellings", "make"),
+    SAME,
+    ids=lambda x: repr(x) if dataclasses.is_dataclass(x) else "",
 )
-def test_whatever_numbers_are_written_the_space_is_the_same_and_plain(space, ways, make):
-    for way in ways:
-        made = make(way)
+def test_equal_numbers_of_any_type_make_equal_spaces_of_plain_numbers(space, spellings, make):
+    for spelling in spellings:
+        made = make(spelling)
         assert made == space and hash(made) == hash(space) and repr(made) == repr(space)
         assert _space_from_json(json.loads(json.dumps(_space_to_json(made)))) == space
         flat = [
@@ -112,7 +114,7 @@ def test_the_limits_of_a_box_are_arrays_of_its_shape():
     np.testing.assert_array_equal(high, [[0.5, 0.5]])
 
 
-def test_spaces_of_other_meaning_differ():
+def test_spaces_with_different_meanings_differ():
     spaces = [
         Discrete(3),
         Discrete(2),
@@ -172,11 +174,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("make", "start"), WRONG)
-def test_what_is_no_space_is_one_sentence(make, start):
+def test_an_invalid_space_is_refused_in_one_sentence(make, start):
     assert sentence_of(make).startswith(start)
 
 
-def test_a_long_value_is_shortened_in_its_sentence():
+def test_a_long_value_is_shortened_in_the_message():
     assert len(sentence_of(lambda: Box((1000,), np.full(1000, np.nan), 1))) < 200
 
 
@@ -189,7 +191,7 @@ def test_a_long_value_is_shortened_in_its_sentence():
         (lambda x: Box((2,), 0, (9, x)), "Box.high"),
     ],
 )
-def test_a_traced_number_is_one_sentence_and_a_concrete_one_works_inside_jit(make, name):
+def test_a_traced_number_is_refused_and_a_concrete_one_works_inside_jit(make, name):
     expected = f"{name} is traced by JAX: a space must be made of concrete numbers"
     for transform in (jax.jit, jax.vmap):
         argument = jnp.arange(3) if transform is jax.vmap else 3

@@ -1,4 +1,4 @@
-"""A run that starts from a trained policy plays as that policy did, normaliser included."""
+"""A run that starts from a trained policy plays like that policy, including its normaliser."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def fast_compilation():
 
 
 def sides(low=-np.inf, name="sides") -> Env:
-    """Observation 140 asks for action 0 and 160 for action 1: only who knows the middle tells them apart."""
+    """Observation 140 requires action 0, and 160 action 1: telling them apart needs the mean."""
 
     def observe(key):
         side = jax.random.bernoulli(key).astype(jnp.int32)
@@ -73,17 +73,15 @@ def sides(low=-np.inf, name="sides") -> Env:
 ENV = sides()
 MODEL = linear_model(actions=2)
 RIGHT = {
-    "policy": {
-        "w": jnp.asarray([[-50.0, 50.0]]),
-        "b": jnp.zeros(2),
-    },  # of an observation in standard deviations
+    # The input of the policy is an observation in standard deviations.
+    "policy": {"w": jnp.asarray([[-50.0, 50.0]]), "b": jnp.zeros(2)},
     "value": {"w": jnp.zeros(1), "b": jnp.zeros(())},
 }
 
 
 @pytest.fixture(scope="module")
 def policy():
-    """Always right, with the moments of what it has seen."""
+    """A policy that is always right, with the moments of its observations."""
     return Policy(
         config=NORMALISED,
         params=RIGHT,
@@ -95,7 +93,7 @@ def policy():
 
 
 def state_of(config, policy, reward=None):
-    """As much of a training state as is looked at."""
+    """The parts of a training state that a run starts from."""
     state = jax.eval_shape(make_trainer(config, ENV, MODEL).init, KEY)
     normalizer = Normalizer(policy.obs_moments, reward)
     return state._replace(params=policy.params, normalizer=normalizer, iteration=jnp.int32(7))
@@ -113,18 +111,18 @@ def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-# --------------------------------------------------------------------------------- the normaliser too
+# ------------------------------------------------------------------------ parameters and normaliser
 
 
 def test_the_first_rollout_is_that_of_the_policy(policy):
-    """Each of the seeds starts from it."""
+    """All seeds start from it."""
     run = fit(NORMALISED, seeds=2, env=ENV, model=MODEL, params=policy)
     np.testing.assert_array_equal(run.metrics.episode_return, [[4.0], [4.0]])
     assert run.state.normalizer.obs.samples.tolist() == [50 + 16] * 2
 
 
-def test_a_saved_policy_goes_on_too(policy, tmp_path):
-    """Without its moments every observation is at the limit of 10, and it is right by chance."""
+def test_a_saved_policy_can_be_trained_further(policy, tmp_path):
+    """Without its moments every observation is clipped to 10, and the policy is right by chance."""
     loaded = load_policy(save_policy(tmp_path / "policy", policy), model=MODEL)
     train = jax.jit(make_train(NORMALISED, ENV, MODEL))
     assert train(KEY, loaded).metrics.episode_return.tolist() == [4.0]
@@ -136,7 +134,7 @@ def test_a_saved_policy_goes_on_too(policy, tmp_path):
     )
 
 
-def test_a_policy_a_state_and_the_best_so_far_bring_their_parameters_and_moments(policy):
+def test_a_policy_a_state_and_the_best_so_far_supply_parameters_and_moments(policy):
     init = make_trainer(NORMALISED, ENV, MODEL).init
     best = Best(RIGHT, Normalizer(MOMENTS, None), jnp.int32(3), jnp.float32(4))
     for given in (policy, state_of(NORMALISED, policy), best):
@@ -148,8 +146,8 @@ def test_a_policy_a_state_and_the_best_so_far_bring_their_parameters_and_moments
     assert state.normalizer.obs.samples == 0
 
 
-def test_a_state_brings_the_scale_of_its_returns_and_fresh_episodes(policy):
-    """The value function is in their units."""
+def test_a_state_supplies_the_scale_of_its_returns_for_fresh_episodes(policy):
+    """The value function has the units of the scaled returns."""
     config = NORMALISED.replace(normalize_reward=True)
     moments = Moments(jnp.asarray(9.0), jnp.asarray(2.0), jnp.asarray(36.0))
     init = make_trainer(config, ENV, MODEL).init
@@ -159,13 +157,13 @@ def test_a_state_brings_the_scale_of_its_returns_and_fresh_episodes(policy):
         assert init(KEY, given).normalizer.reward.moments.samples == 0
 
 
-def test_moments_are_taken_in_the_precision_of_the_run(policy):
+def test_moments_are_converted_to_the_precision_of_the_run(policy):
     with jax.enable_x64(True):
         wide = jax.eval_shape(make_trainer(NORMALISED, ENV, MODEL).init, KEY, policy)
     assert wide.normalizer.obs.mean.dtype == np.float64
 
 
-def test_it_vmaps_over_seeds_from_one_policy_and_over_states(policy):
+def test_starting_vmaps_over_seeds_from_one_policy_and_over_states(policy):
     train = make_train(NORMALISED, ENV, MODEL)
     keys = jax.random.split(KEY, 3)
     shapes = jax.eval_shape(jax.vmap(train, in_axes=(0, None)), keys, policy)
@@ -173,23 +171,24 @@ def test_it_vmaps_over_seeds_from_one_policy_and_over_states(policy):
     assert shapes.metrics.timesteps.shape == again.metrics.timesteps.shape == (3, 1)
 
 
-# ------------------------------------------------------------------------------- what cannot go on
+# --------------------------------------------------------------------------------------- refusals
 
 
 def test_a_normaliser_on_one_side_only_is_refused(policy):
-    """The policy would see another world, after the first rollout at the latest."""
+    """After the first rollout at the latest, the policy would see observations of another scale."""
     without = dataclasses.replace(policy, config=TINY, obs_moments=None)
     for given, config, had, instead in (
         (policy, TINY, "with", True),
         (without, NORMALISED, "without", False),
     ):
-        for one in (given, state_of(config, given)):
+        for source in (given, state_of(config, given)):
             init = make_trainer(config, ENV, MODEL).init
             assert sentence_of(
-                lambda one=one, init=init: jax.eval_shape(lambda key: init(key, one), KEY)
+                lambda source=source, init=init: jax.eval_shape(lambda key: init(key, source), KEY)
             ) == (
-                f"the policy to start from was trained {had} normalised observations: set normalize_obs={instead}, or "
-                "give its parameters alone, for which normalisation starts anew"
+                f"the policy to start from was trained {had} normalised observations: "
+                f"set normalize_obs={instead}, or give its parameters alone, "
+                "for which normalisation starts anew"
             )
 
 
@@ -219,20 +218,21 @@ def test_a_normaliser_on_one_side_only_is_refused(policy):
         (
             sides()._replace(action_space=Discrete(3)),
             {},
-            "was trained in CartPole-v1, whose actions are Discrete(n=3), and those of sides are Discrete(n=2)",
+            "was trained in CartPole-v1, whose actions are Discrete(n=3), "
+            "and those of sides are Discrete(n=2)",
         ),
         (
             sides()._replace(observation_space=Discrete(1)),
             {},
-            "was trained in CartPole-v1, whose observations are Discrete(n=1), and those of sides are Box(shape=(1,), "
-            "low=-inf, high=inf)",
+            "was trained in CartPole-v1, whose observations are Discrete(n=1), "
+            "and those of sides are Box(shape=(1,), low=-inf, high=inf)",
         ),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused(env, change, message):
     config = TINY.replace(**change)
-    model = make_trainer(config, ENV)  # the network exists
-    shapes = jax.eval_shape(model.init, KEY)
+    trainer = make_trainer(config, ENV)  # the config is valid
+    shapes = jax.eval_shape(trainer.init, KEY)
     before = Policy.from_state(config, shapes._replace(iteration=np.zeros(())), env=sides())
     before = dataclasses.replace(
         before,
@@ -241,11 +241,11 @@ def test_a_policy_that_does_not_fit_is_refused(env, change, message):
         action_space=env.action_space,
     )
     init = make_trainer(TINY, ENV).init
-    told = sentence_of(lambda: jax.eval_shape(lambda key: init(key, before), KEY))
-    assert told == f"the policy to start from {message}"
+    error = sentence_of(lambda: jax.eval_shape(lambda key: init(key, before), KEY))
+    assert error == f"the policy to start from {message}"
 
 
-def test_other_bounds_and_another_name_are_no_hindrance(policy):
+def test_other_bounds_and_another_name_are_accepted(policy):
     other = sides(low=0.0, name="other")
     state = jax.eval_shape(make_trainer(NORMALISED, other, MODEL).init, KEY, policy)
     assert state.params["policy"]["w"].shape == (1, 2)
@@ -254,12 +254,12 @@ def test_other_bounds_and_another_name_are_no_hindrance(policy):
 @pytest.mark.parametrize(
     "given", [3, "policy", {"policy": jnp.ones(3)}, linear_model(), {}, jnp.ones(3)]
 )
-def test_what_are_no_parameters_of_the_model_is_refused(given, tmp_path):
-    told = sentence_of(
+def test_anything_but_parameters_of_the_model_is_refused(given, tmp_path):
+    error = sentence_of(
         lambda: fit(TINY, env=ENV, model=MODEL, params=given, directory=tmp_path / "run")
     )
-    assert told.startswith("params do not fit the model: ")
-    assert any(name in told for name in ("'policy/w'", "'policy/b'"))
+    assert error.startswith("params do not fit the model: ")
+    assert any(name in error for name in ("'policy/w'", "'policy/b'"))
     assert not (tmp_path / "run").exists()
 
 
@@ -278,7 +278,7 @@ def test_a_policy_for_actions_of_another_kind_is_refused():
         jax.eval_shape(make_trainer(TINY, counter()).init, KEY)._replace(iteration=0),
         env=counter(),
     )
-    told = sentence_of(lambda: fit(TINY, env=counter(MULTI), params=before))
-    assert told.startswith(
+    error = sentence_of(lambda: fit(TINY, env=counter(MULTI), params=before))
+    assert error.startswith(
         "the policy to start from was trained in counter, whose observations are Box(shape=(3,)"
     )

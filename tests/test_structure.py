@@ -1,4 +1,4 @@
-"""The layout: imports point one way, the package is light to import, and `envs` has one import name only."""
+"""The layout: imports point one way, the package imports fast, and `envs` has one import name."""
 
 import ast
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "purejaxppo"
 
-# Every module and every folder of the library, the lowest first: each imports from those above it only, and the modules
-# of a folder from one another without a circle. `train` and what stands above it is the core, which runs on any device
-# without a disk; from `analysis` on is the host.
+# Every module and every folder of the library, the lowest first. Each imports only from those above
+# it in this list; the modules of a folder also import one another, without a circle. The core ends
+# with `train` and runs on any device without a disk. From `analysis` on, the code runs on the host.
 ORDER = (
     *(
         "version",
@@ -41,7 +41,7 @@ ORDER = (
     *("analysis", "policies", "runs", "sweeps", "cli", "__main__"),
 )
 
-# Those that may import even less.
+# Modules and folders that may import even less.
 ONLY = {
     "envs": {"types"},
     "trees": {"types"},
@@ -57,25 +57,25 @@ ONLY = {
 
 
 def modules():
-    """Every module of the library by its name without `purejaxppo.`; a folder is named by its `__init__`."""
+    """The path of every module by its name without `purejaxppo.`; a folder's is its `__init__`."""
     paths = [
         path for path in PACKAGE.rglob("*.py") if "envs" not in path.relative_to(PACKAGE).parts
     ]
-    named = {path.relative_to(PACKAGE): path for path in paths}
-    named |= {path.relative_to(ROOT): path for path in (ROOT / "envs").rglob("*.py")}
-    found = {
+    by_relative_path = {path.relative_to(PACKAGE): path for path in paths}
+    by_relative_path |= {path.relative_to(ROOT): path for path in (ROOT / "envs").rglob("*.py")}
+    by_name = {
         ".".join(name.with_suffix("").parts).removesuffix(".__init__"): path
-        for name, path in named.items()
+        for name, path in by_relative_path.items()
     }
-    assert found.pop("__init__") == PACKAGE / "__init__.py"
-    return found
+    assert by_name.pop("__init__") == PACKAGE / "__init__.py"
+    return by_name
 
 
 MODULES = modules() if PACKAGE.exists() else {}
 
 
 def imported_modules(path):
-    """The modules of the library that a file imports, wherever in it the import stands, also for types only."""
+    """The library's modules that a file imports anywhere, including imports for types only."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -107,12 +107,12 @@ def test_imports_point_one_way(module):
 @pytest.mark.checkout
 def test_no_circle_of_imports():
     imports = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
-    left = dict(imports)
-    while left:
-        free = [module for module, names in left.items() if not names & left.keys()]
-        assert free, f"a circle among {sorted(left)}"
+    remaining = dict(imports)
+    while remaining:
+        free = [module for module, names in remaining.items() if not names & remaining.keys()]
+        assert free, f"a circle among {sorted(remaining)}"
         for module in free:
-            del left[module]
+            del remaining[module]
 
 
 @pytest.mark.checkout
@@ -132,13 +132,14 @@ def run(code, cwd=None):
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
-def test_importing_the_package_takes_half_a_second_at_most_and_no_plotting():
+def test_importing_the_package_takes_at_most_half_a_second_and_no_plotting():
     code = """
 import sys, time
 import jax
 start = time.perf_counter()
 import purejaxppo
-print(time.perf_counter() - start, *sorted({"gymnax", "matplotlib", "pandas", "flax"} & set(sys.modules)))
+seconds = time.perf_counter() - start
+print(seconds, *sorted({"gymnax", "matplotlib", "pandas", "flax"} & set(sys.modules)))
 """
     results = [run(code)[1].split() for _ in range(3)]
     assert min(float(seconds) for seconds, *_ in results) < 0.5
@@ -155,7 +156,7 @@ print(sorted({"gymnax", "matplotlib", "pandas", "seaborn"} & set(sys.modules)))
 
 
 @pytest.mark.checkout
-def test_envs_as_a_top_level_name_says_its_right_name():
+def test_importing_envs_at_the_top_level_fails_and_names_purejaxppo_envs():
     code, _, error = run("import envs", cwd=ROOT)
     assert code == 1
     assert (
@@ -165,7 +166,7 @@ def test_envs_as_a_top_level_name_says_its_right_name():
 
 
 @pytest.mark.checkout
-def test_no_class_in_the_library_inherits_but_from_the_kinds_that_hold_data():
+def test_classes_of_the_library_inherit_only_from_kinds_that_hold_data():
     """An algorithm is a function."""
     kinds = {"NamedTuple", "Protocol", "Module", "ValueError"}
     for path in [PACKAGE / "__init__.py", *MODULES.values()]:

@@ -1,4 +1,4 @@
-"""`make_train` as a pure function: determinism, chunks, vmap, compilations, step counts, and everything it takes."""
+"""`make_train`, a pure function: determinism, chunks, vmap, compilations, counts and arguments."""
 
 import functools
 
@@ -29,7 +29,7 @@ KEY = jax.random.key(3)
 
 
 def without_keys(tree):
-    """Typed keys as the numbers in them, for comparisons."""
+    """Replaces typed keys by their numbers, for comparisons."""
     return jax.tree.map(
         lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
         tree,
@@ -41,16 +41,16 @@ def assert_identical(a, b):
 
 
 def in_chunks(trainer, *arguments, batched=False):
-    """A loop of the host over jitted pieces, joined to what the one function returns."""
+    """A host loop over jitted pieces, joined to the result of `make_train`."""
     vmap = jax.vmap if batched else lambda f: f
     state = jax.jit(vmap(trainer.init))(*arguments)
     step = jax.jit(vmap(trainer.step), donate_argnums=0)
-    pieces = []
+    rows = []
     for _ in range(CONFIG.num_iterations):
         state, metrics = step(state)
-        pieces.append(jax.tree.map(np.asarray, metrics))
+        rows.append(jax.tree.map(np.asarray, metrics))
     axis = 1 if batched else 0
-    return state, jax.tree.map(lambda *x: np.stack(x, axis), *pieces)
+    return state, jax.tree.map(lambda *x: np.stack(x, axis), *rows)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def single():
 
 @pytest.fixture(scope="module")
 def seeds():
-    """Three agents, of which the second has the key of `single`."""
+    """Three agents; the second has the key of `single`."""
     keys = jnp.stack([jax.random.key(1), KEY, jax.random.key(2)])
     return keys, jax.jit(jax.vmap(make_train(CONFIG, ENV, LINEAR)))(keys)
 
 
-# ------------------------------------------------------------------------------- one run in many ways
+# ------------------------------------------------------------------------------ equivalent runs
 
 
 @pytest.mark.exact
@@ -91,7 +91,7 @@ def test_a_vmapped_run_in_chunks_equals_the_one_shot_run(seeds):
 
 
 def test_a_batched_config_in_chunks_equals_the_one_shot_run():
-    """One key, three learning rates: of the state, only what depends on the rate would be batched by itself."""
+    """One key, three learning rates: all leaves are batched, not only those that depend on them."""
     batch = CONFIG.replace(lr=jnp.asarray([1e-4, 1e-3, 1e-2]))
     axes = (CONFIG.axes("lr"), None)
     one_shot = jax.jit(
@@ -135,20 +135,20 @@ def test_a_vmapped_seed_equals_the_seed_alone_for_ten_iterations_in_float64(x64)
 
 
 def test_vmapped_metrics_keep_one_row_for_each_seed(seeds):
-    """JaxMARL issue 95: seeds collapse into one curve in the log."""
+    """In JaxMARL (issue 95) seeds collapse into one curve in the log."""
     metrics = seeds[1].metrics
     assert all(x.shape == (3, 4) for x in jax.tree.leaves(metrics))
     assert len({tuple(row) for row in np.asarray(metrics.policy_loss)}) == 3
     np.testing.assert_array_equal(metrics.timesteps, np.tile([32, 64, 96, 128], (3, 1)))
 
 
-# ------------------------------------------------------------------------- what is counted and kept
+# -------------------------------------------------------------------------- counts and metrics
 
 
-def test_the_number_of_steps_is_the_announced_one_rounded_up(single):
-    """rejax exceeded it fourfold, PureJaxRL cut it silently."""
-    for asked, iterations in ((128, 4), (97, 4), (96, 3), (1, 1)):
-        config = CONFIG.replace(total_timesteps=asked)
+def test_the_number_of_steps_is_the_requested_one_rounded_up(single):
+    """rejax exceeds it fourfold, PureJaxRL reduces it silently."""
+    for total, iterations in ((128, 4), (97, 4), (96, 3), (1, 1)):
+        config = CONFIG.replace(total_timesteps=total)
         assert (config.num_iterations, config.actual_timesteps) == (iterations, 32 * iterations)
         timesteps = jax.eval_shape(make_train(config, ENV, LINEAR), KEY).metrics.timesteps
         assert timesteps.shape == (iterations,)
@@ -159,7 +159,7 @@ def test_the_number_of_steps_is_the_announced_one_rounded_up(single):
 
 
 def test_memory_of_the_metrics_depends_neither_on_steps_nor_on_environments():
-    """PureJaxRL issues 13, 22 and 38: the per-step info of the whole run was returned."""
+    """PureJaxRL (issues 13, 22 and 38) returns the per-step info of the whole run."""
 
     def shapes(num_envs, num_steps):
         config = CONFIG.replace(
@@ -222,11 +222,11 @@ def test_the_program_lowers_for_other_platforms(space):
     assert "stablehlo.while" in text and "mhlo.num_partitions = 1" in text
 
 
-# ------------------------------------------------------------------------------ what make_train takes
+# ------------------------------------------------------------------------- arguments of make_train
 
 
 def test_purejaxrls_config_runs_and_is_not_changed():
-    """The dictionaries of its ppo.py and ppo_continuous_action.py, with fewer steps to run."""
+    """The dictionaries of its ppo.py and ppo_continuous_action.py; fewer steps are run."""
     for mapping, iterations in ((PPO, 977), (PPO_CONTINUOUS, 2442)):
         before = dict(mapping)
         shapes = jax.eval_shape(make_train(mapping), KEY)
@@ -244,7 +244,7 @@ def test_purejaxrls_config_runs_and_is_not_changed():
 
 
 def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
-    """Rewards 100 · γ · frozen: value targets show it, the episode statistics stay the environment's."""
+    """Rewards 100 · γ · frozen change the value targets, but not the episode statistics."""
 
     def reward_fn(transitions, config, frozen):
         assert transitions.reward.shape == (8, 4)
@@ -258,7 +258,7 @@ def test_reward_fn_replaces_the_rewards_and_sees_config_and_frozen():
         ).step(state, frozen)[1]
     )
     loss = {(g, s): step(state, g, {"scale": s}) for g, s in ((0.5, 1.0), (0.5, 0.0), (0.0, 1.0))}
-    # L_VF = ½ E[(100 γ scale + γ V' − V)²]: 50²/2 but for values of the order 1.
+    # L_VF = ½ E[(100 γ scale + γ V' − V)²] ≈ 50² / 2, as V is of the order 1.
     assert abs(loss[0.5, 1.0].value_loss / 1250 - 1) < 0.3
     assert loss[0.5, 0.0].value_loss < 30 and loss[0.0, 1.0].value_loss < 30
     assert loss[0.5, 1.0].episode_return == loss[0.0, 1.0].episode_return <= 15
@@ -275,7 +275,7 @@ def test_a_reward_with_memory_keeps_it_and_reports_metrics():
     assert result.state.reward == 13
 
 
-def test_training_starts_from_the_parameters_that_are_given(single):
+def test_training_starts_from_the_given_parameters(single):
     trainer = make_trainer(CONFIG, ENV, LINEAR)
     params = jax.tree.map(lambda x: 2 * x + 1, single[1].state.params)
     state = jax.jit(trainer.init)(KEY, params)
@@ -285,7 +285,7 @@ def test_training_starts_from_the_parameters_that_are_given(single):
 
 
 def gru_model(actions=3, width=5) -> Model:
-    """A recurrent actor-critic of a user's own."""
+    """A user's recurrent actor-critic."""
     cell = nn.GRUCell(width)
     head = nn.Dense(actions + 1)
 
@@ -315,7 +315,7 @@ def gru_model(actions=3, width=5) -> Model:
 
 
 def test_a_model_with_memory_starts_every_update_with_ratio_1():
-    """Stoix stored the carry after the step, interleaved time and set done flags one step late."""
+    """Stoix stores the carry after the step, interleaves time and sets done flags one step late."""
     config = CONFIG.replace(lr=0.03, num_minibatches=4)
     state, metrics = jax.jit(make_train(config, counter(limit=3, longest=6), gru_model()))(KEY)
     assert metrics.first_ratio_deviation.max() < 1e-4

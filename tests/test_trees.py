@@ -1,4 +1,4 @@
-"""Any pytree of floating-point arrays becomes arrays with names, and comes back from them."""
+"""Any pytree of floating-point arrays becomes named arrays, and can be rebuilt from them."""
 
 from typing import NamedTuple
 
@@ -34,14 +34,14 @@ TREES = st.recursive(
 
 
 @given(TREES, st.sampled_from([".", "/"]))
-def test_every_tree_comes_back_from_its_named_leaves(tree, separator):
+def test_every_tree_is_rebuilt_from_its_named_leaves(tree, separator):
     named = named_leaves(tree, separator)
     assert list(named.values()) == jax.tree.leaves(tree)
     shuffled = dict(sorted(named.items(), key=lambda pair: pair[0][::-1]))
     assert from_named(shuffled, tree, separator) == tree
 
 
-def test_names_are_paths_and_equal_ones_are_told_apart():
+def test_names_are_paths_and_equal_paths_get_different_names():
     tree = {"policy": {"head": [1, Layer(2, {})]}, "value": (), "policy/head": {"0": 3}, 7: 4}
     tree = {str(key): x for key, x in tree.items()}
     assert named_leaves(tree) == {
@@ -59,21 +59,21 @@ EXTENDED = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"]
 
 
 @pytest.mark.parametrize("name", EXTENDED)
-def test_a_type_that_numpy_has_not_is_stored_exactly(name):
+def test_a_type_that_numpy_lacks_is_stored_exactly(name):
     dtype = np.dtype(getattr(ml_dtypes, name))
     width = np.uint16 if dtype.itemsize == 2 else np.uint8
-    every = np.arange(2 ** (8 * dtype.itemsize)).astype(width).view(dtype)
-    stored = as_stored(jnp.asarray(every))
+    values = np.arange(2 ** (8 * dtype.itemsize)).astype(width).view(dtype)
+    stored = as_stored(jnp.asarray(values))
     assert stored.dtype == np.float32 and is_extended(dtype)
-    with np.errstate(invalid="ignore"):  # of NaN
+    with np.errstate(invalid="ignore"):  # NaN
         back = stored.astype(dtype)
-    numbers = ~np.isnan(every.astype(np.float32))
-    np.testing.assert_array_equal(back.view(width)[numbers], every.view(width)[numbers])
+    numbers = ~np.isnan(values.astype(np.float32))
+    np.testing.assert_array_equal(back.view(width)[numbers], values.view(width)[numbers])
     np.testing.assert_array_equal(np.isnan(back.astype(np.float32)), ~numbers)
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])
-def test_a_type_of_numpys_own_is_stored_as_it_is(name):
+def test_a_type_of_numpy_is_stored_unchanged(name):
     x = np.arange(3.0).astype(name)
     assert as_stored(x) is x and not is_extended(x.dtype)
 
@@ -88,7 +88,7 @@ def test_a_type_of_numpys_own_is_stored_as_it_is(name):
         ({"a": {}, "b": ()}, "the model has no parameters: there is nothing to train"),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence(params, message):
+def test_parameters_that_cannot_be_trained_are_refused_in_one_sentence(params, message):
     with pytest.raises(ConfigError) as error:
         require_trainable(params)
     assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""The four distributions against hand formulas, enumeration, quadrature and sampling, in float64."""
+"""The four distributions against formulas, enumeration, quadrature and sampling, in float64."""
 
 import itertools
 
@@ -42,14 +42,14 @@ def gaussian(kind=DiagonalGaussian, mean=MEAN, log_std=LOG_STD):
 
 
 def draw(distribution):
-    """[DRAWS, batch, ...]"""
+    """Samples [DRAWS, batch, ...]."""
     return np.asarray(
         jax.jit(jax.vmap(distribution.sample))(jax.random.split(jax.random.key(1), DRAWS))
     )
 
 
-def each(distribution, actions):
-    """log_prob of every one of [n, batch, ...] actions."""
+def log_probs(distribution, actions):
+    """log_prob of each of the actions [n, batch, ...]."""
     return jax.vmap(distribution.log_prob)(actions)
 
 
@@ -95,12 +95,12 @@ def test_a_forbidden_action_is_never_taken_and_leaves_everything_finite():
     close(categorical(logits).log_prob(jnp.full(3, 2)), np.log(p[:, 1]))
     assert (draw(categorical(logits)) != 1).all()
 
-    def everything(logits, other):
+    def total(logits, other):
         p = Categorical(logits)
         q = Categorical(other)
         return (p.entropy() + p.kl(q) + p.log_prob(jnp.full(3, 2))).sum()
 
-    for gradient in jax.grad(everything, argnums=(0, 1))(jnp.asarray(logits), jnp.asarray(other)):
+    for gradient in jax.grad(total, argnums=(0, 1))(jnp.asarray(logits), jnp.asarray(other)):
         assert np.isfinite(gradient).all()
         assert (gradient[:, 1] == 0).all() and np.abs(gradient[:, 0]).min() > 1e-6
 
@@ -114,7 +114,7 @@ def test_all_but_one_action_forbidden_has_entropy_0():
     ).all()
 
 
-# ------------------------------------------------------------------------------ several categoricals
+# ----------------------------------------------------------------------------- several categoricals
 
 
 def test_multi_categorical_is_the_product_of_its_parts():
@@ -167,7 +167,7 @@ def test_gaussian_log_prob_is_the_density_and_integrates_to_1():
     )
     close(np.exp(gaussian().log_prob(jnp.asarray(action))), density)
     x, dx = grid(-30, 30)
-    p = np.exp(each(one_dimensional(DiagonalGaussian, 0, 0), jnp.asarray(x[:, None])))
+    p = np.exp(log_probs(one_dimensional(DiagonalGaussian, 0, 0), jnp.asarray(x[:, None])))
     close(p.sum() * dx, 1.0, 1e-10)
 
 
@@ -176,8 +176,8 @@ def test_gaussian_entropy_and_kl_equal_quadrature(i, j):
     p = one_dimensional(DiagonalGaussian, i, j)
     q = one_dimensional(DiagonalGaussian, i, j, MEAN_2, LOG_STD_2)
     x, dx = grid(-30, 30)
-    log_p = each(p, jnp.asarray(x[:, None]))
-    log_q = each(q, jnp.asarray(x[:, None]))
+    log_p = log_probs(p, jnp.asarray(x[:, None]))
+    log_q = log_probs(q, jnp.asarray(x[:, None]))
     close(p.entropy(), -(np.exp(log_p) * log_p).sum() * dx, 1e-9)
     close(p.kl(q), (np.exp(log_p) * (log_p - log_q)).sum() * dx, 1e-9)
 
@@ -206,19 +206,19 @@ def test_gaussian_samples_and_mode():
     close(gaussian().mode(), MEAN)
 
 
-# ------------------------------------------------------------------------------- tanh-squashed Gaussian
+# --------------------------------------------------------------------------- tanh-squashed Gaussian
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.8, -1.0), (-1.5, 0.3)])
 def test_squashed_density_integrates_to_1_over_the_open_interval(mean, log_std):
-    """∫ p(a) da with a = tanh(u): the density is of the squashed action, though log_prob takes u."""
+    """∫ p(a) da with a = tanh(u): log_prob takes u, and the density is that of the action a."""
     distribution = gaussian(TanhGaussian, [mean], [log_std])
     edges = np.tanh(np.linspace(-18, 18, 40_001))  # closer together towards ±1
     middle = (edges[1:] + edges[:-1]) / 2
     width = np.diff(edges)
-    inside = np.abs(middle) < 1
-    density = np.exp(each(distribution, jnp.asarray(np.arctanh(middle[inside])[:, None])))
-    close((density * width[inside]).sum(), 1.0, 1e-6)
+    is_inside = np.abs(middle) < 1
+    density = np.exp(log_probs(distribution, jnp.asarray(np.arctanh(middle[is_inside])[:, None])))
+    close((density * width[is_inside]).sum(), 1.0, 1e-6)
 
 
 def test_squashed_density_is_that_of_the_action_in_a_histogram():
@@ -226,7 +226,7 @@ def test_squashed_density_is_that_of_the_action_in_a_histogram():
     actions = np.tanh(draw(distribution)[:, 0])
     for low in (-0.6, 0.0, 0.5, 0.8):
         a = np.linspace(low, low + 0.1, 1001)
-        p = np.exp(each(distribution, jnp.asarray(np.arctanh(a)[:, None]))).mean() * 0.1
+        p = np.exp(log_probs(distribution, jnp.asarray(np.arctanh(a)[:, None]))).mean() * 0.1
         frequency = ((actions >= low) & (actions < low + 0.1)).mean()
         assert abs(frequency - p) < 5 * np.sqrt(p / DRAWS)
 
@@ -236,9 +236,9 @@ def test_squashed_entropy_equals_quadrature():
         distribution = gaussian(TanhGaussian, [mean], [log_std])
         u, du = grid(-40, 40, 80_001)
         density = np.exp(
-            each(gaussian(DiagonalGaussian, [mean], [log_std]), jnp.asarray(u[:, None]))
+            log_probs(gaussian(DiagonalGaussian, [mean], [log_std]), jnp.asarray(u[:, None]))
         )
-        log_p = each(distribution, jnp.asarray(u[:, None]))
+        log_p = log_probs(distribution, jnp.asarray(u[:, None]))
         close(distribution.entropy(), -(density * log_p).sum() * du, 1e-3)
 
 
@@ -247,7 +247,7 @@ def test_squashed_entropy_has_the_gradient_of_the_quadrature():
         u, du = grid(-40, 40, 80_001)
         p, squashed = (kind(mean[None], log_std[None]) for kind in (DiagonalGaussian, TanhGaussian))
         points = jnp.asarray(u[:, None])
-        return -(jnp.exp(each(p, points)) * each(squashed, points)).sum() * du
+        return -(jnp.exp(log_probs(p, points)) * log_probs(squashed, points)).sum() * du
 
     at = jnp.asarray(0.8), jnp.asarray(-0.2)
     expected = jax.grad(reference, argnums=(0, 1))(*at)
@@ -259,7 +259,7 @@ def test_squashed_kl_is_the_expected_difference_of_log_probabilities():
     p = gaussian(TanhGaussian)
     q = gaussian(TanhGaussian, MEAN_2, LOG_STD_2)
     u = jnp.asarray(draw(p))
-    difference = np.asarray(each(p, u) - each(q, u))
+    difference = np.asarray(log_probs(p, u) - log_probs(q, u))
     error = difference.std(0) / np.sqrt(DRAWS)
     assert (np.abs(p.kl(q) - difference.mean(0)) < 5 * error).all()
     assert (np.asarray(p.kl(q)) > 10 * error).all()

@@ -1,4 +1,4 @@
-"""The one contract that every algorithm keeps, in every variant."""
+"""The contract of every algorithm, in every variant."""
 
 import functools
 
@@ -39,7 +39,7 @@ KEY = jax.random.key(5)
 
 @functools.cache
 def made(name):
-    """The update and its step, compiled once for all tests."""
+    """The update and its jitted step, compiled once for all tests."""
     config = VARIANTS[name]
     update = UPDATES[config.algorithm](config, linear_model(False, A), make_optimizer(config))
     return update, jax.jit(update.step)
@@ -58,7 +58,7 @@ def test_every_algorithm_is_here():
 @every_variant
 def test_an_update_keeps_every_shape_and_compiles_once(name):
     config = VARIANTS[name]
-    (update, step) = made(name)
+    update, step = made(name)
     assert isinstance(update, Update)
     params = parameters()
     state = update.init(params)
@@ -71,13 +71,13 @@ def test_an_update_keeps_every_shape_and_compiles_once(name):
         assert all(x.shape == () and np.isfinite(x) for x in metrics.values())
     assert step._cache_size() == 1
     if config.early_stop_kl:
-        assert 0 < metrics["steps_taken"] < 1  # or its masks would not be tested
+        assert 0 < metrics["steps_taken"] < 1  # otherwise the masks would not be tested
     assert {"policy_loss", "entropy", "approx_kl", "grad_norm"} <= metrics.keys()
     assert ("value_loss" in metrics) == (config.baseline == "value")
 
 
 @every_variant
-def test_rows_outside_of_the_masks_have_no_effect(name):
+def test_entries_outside_the_masks_have_no_effect(name):
     params = parameters()
     raw = random_batch(6)
     batch = on_policy(arrays(raw), params)
@@ -105,9 +105,9 @@ def test_vmapped_updates_are_the_updates_alone(name):
     together = jax.tree.map(np.asarray, jax.jit(vmapped)(*stacked))
     for i, (params, batch) in enumerate(zip(members, batches, strict=True)):
         alone = step(KEY, params, update.init(params), batch)
-        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        member = jax.tree.map(lambda x, i=i: x[i], together)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, mine
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), alone, member
         )
 
 
@@ -117,7 +117,7 @@ def test_vmapped_updates_are_the_updates_alone(name):
     ids=["trpo multi-discrete", "trpo continuous", "adaptive_kl continuous", "reinforce discrete"],
 )
 def test_whole_runs_keep_the_ratio_at_1_and_stay_finite(name, space):
-    """PPO's clipped objective has its own test, over every kind of space; here each kind stands once."""
+    """PPO's clipped objective has its own test for every space; here each space occurs once."""
     config = VARIANTS[name].replace(normalize_obs=True)
     state, metrics = jax.jit(jax.vmap(make_train(config, counter(space))))(jax.random.split(KEY, 2))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))

@@ -1,4 +1,4 @@
-"""The random order of an epoch: every number once, uniformly. How minibatches are cut from it is in test_ppo.py."""
+"""The random order of an epoch is a uniform permutation. test_ppo.py tests the minibatches."""
 
 import jax
 import numpy as np
@@ -23,7 +23,6 @@ def test_every_number_is_equally_likely_in_every_place():
     frequency = np.stack([np.bincount(place, minlength=n) for place in orders.T]) / draws
     assert np.abs(frequency - 1 / n).max() < 5 * np.sqrt(1 / n * (1 - 1 / n) / draws)
     follows = (orders[:, 1:] == orders[:, :-1] + 1).any(axis=1).mean()
-    expected = (
-        1 - 16687 / 40320
-    )  # orders of 8 without a number followed by the next one: OEIS A000255(7)
+    # 16687 of the 8! orders have no number followed by the next one: OEIS A000255(7).
+    expected = 1 - 16687 / 40320
     assert follows == pytest.approx(expected, abs=5 * np.sqrt(expected * (1 - expected) / draws))

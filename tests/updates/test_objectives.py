@@ -1,4 +1,4 @@
-"""PPO's other objectives, the rows of table 1 of the paper, and early stopping."""
+"""PPO's other objectives, those of table 1 of the paper, and early stopping."""
 
 import functools
 
@@ -43,7 +43,7 @@ def descend(config, params, batch, gaussian=False, rate=0.1):
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("objective", ["unclipped", "fixed_kl", "adaptive_kl"])
 def test_the_second_step_follows_the_gradient_of_the_objective(objective, gaussian):
-    """The first cannot tell them apart: at θ_old the divergence and its gradient are 0."""
+    """The first step does not distinguish them: at θ_old the divergence and its gradient are 0."""
     config = ONE_STEP.replace(objective=objective, kl_coef=3.0)
     params = parameters(gaussian)
     batch = random_batch(7, gaussian)
@@ -144,17 +144,17 @@ def test_early_stopping_takes_no_step_after_the_limit():
     def run(epochs, limit):
         return descend(config.replace(num_epochs=epochs, early_stop_kl=limit), params, batch)
 
-    whole = run(4, None)[0]
-    one = run(1, None)[0]
+    four = run(4, None)[0]
+    single = run(1, None)[0]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    stopped, _, metrics = run(4, 1e-12)  # the first step is at a divergence of 0, and is taken
-    jax.tree.map(close, stopped, one)
+    stopped, _, metrics = run(4, 1e-12)  # the first step has a divergence of 0, and is taken
+    jax.tree.map(close, stopped, single)
     assert metrics["steps_taken"] == 0.25
-    free, _, metrics = run(4, 1e3)
-    jax.tree.map(close, free, whole)
+    unlimited, _, metrics = run(4, 1e3)
+    jax.tree.map(close, unlimited, four)
     assert metrics["steps_taken"] == 1.0
     assert any(
-        (a != b).any() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True)
+        (a != b).any() for a, b in zip(jax.tree.leaves(four), jax.tree.leaves(single), strict=True)
     )
 
 
@@ -172,8 +172,11 @@ def test_early_stopping_leaves_the_schedule_of_the_learning_rate_alone():
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "trpo"])
-def test_one_sample_teaches_something(algorithm):
-    """Its standardised advantage would be 0. Eight minibatches of one sample each, and a batch of one for TRPO."""
+def test_a_single_sample_changes_the_policy(algorithm):
+    """Its standardised advantage would be 0.
+
+    PPO gets eight minibatches of one sample each, and TRPO a batch of one sample.
+    """
     sizes = (
         {"num_steps": 8, "num_minibatches": 8}
         if algorithm == "ppo"
@@ -192,7 +195,7 @@ def test_one_sample_teaches_something(algorithm):
 
 
 def test_many_action_dimensions_do_not_make_the_ratio_overflow():
-    """The log-ratio is a sum over 300 dimensions; with 20 epochs at lr 0.01 the ratio was 3.5e29 and then NaN."""
+    """The log-ratio sums 300 dimensions: 20 epochs at lr 0.01 once gave 3.5e29, then NaN."""
 
     def step(key, state, action):
         obs = jax.random.normal(key, (3,))

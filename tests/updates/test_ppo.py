@@ -34,7 +34,7 @@ FEATURES = Box((4,), -np.inf, np.inf)
 
 @functools.cache
 def one_step(gaussian, normalize_advantage=True, clip_value=False):
-    """One gradient step of plain descent with rate 1: the change of the parameters is −gradient."""
+    """One step of plain gradient descent with rate 1: the parameters change by −gradient."""
 
     def step(config, params, batch):
         update = UPDATES["ppo"](config, linear_model(gaussian, A), optax.sgd(1.0))
@@ -65,7 +65,7 @@ def test_loss_and_gradient_equal_an_independent_calculation(
                 + numpy_policy(theta["policy"], batch["obs"][i], batch["action"][i], gaussian)[0]
             )
         _, parts = numpy_objective(theta, batch, config, gaussian)
-        assert 0.1 < parts["clip_fraction"] < 1  # or the clipping would not be tested
+        assert 0.1 < parts["clip_fraction"] < 1  # otherwise clipping would not be tested
         gradient, metrics = step(config, params, arrays(batch))
         for name, expected in parts.items():
             np.testing.assert_allclose(metrics[name], expected, rtol=1e-10, err_msg=name)
@@ -79,7 +79,7 @@ def test_loss_and_gradient_equal_an_independent_calculation(
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("fill", [1e6, np.nan])
 @pytest.mark.parametrize(("normalize_advantage", "clip_value"), [(True, False), (False, True)])
-def test_masked_rows_have_no_effect(fill, normalize_advantage, clip_value):
+def test_masked_entries_have_no_effect(fill, normalize_advantage, clip_value):
     config, step = one_step(False, normalize_advantage, clip_value)
     batch = random_batch(3)
     params = parameters()
@@ -114,7 +114,10 @@ def test_the_first_ratio_deviation_is_the_largest_distance_of_a_ratio_from_1():
 
 @pytest.mark.usefixtures("x64")
 def test_vf_coef_has_an_effect_with_separate_trunks():
-    """The value's gradient is proportional to it, the policy's is not touched (rejax and Stoix: no effect at all)."""
+    """The value's gradient is proportional to it, and the policy's does not depend on it.
+
+    It has no effect at all in rejax and Stoix.
+    """
     config, step = one_step(False)
     params = parameters()
     batch = arrays(random_batch(5))
@@ -134,8 +137,8 @@ def test_vf_coef_has_an_effect_with_separate_trunks():
 
 def test_minibatches_are_a_partition_of_steps_or_of_whole_sequences():
     batch = arrays(random_batch(6))
-    row = np.arange(T * B).reshape(T, B)
-    batch = batch._replace(value=row, target=10 * row, obs=np.stack([row, -row], -1))
+    index = np.arange(T * B).reshape(T, B)
+    batch = batch._replace(value=index, target=10 * index, obs=np.stack([index, -index], -1))
 
     @functools.partial(jax.jit, static_argnums=2)
     def minibatches(seed, batch, count):
@@ -151,19 +154,19 @@ def test_minibatches_are_a_partition_of_steps_or_of_whole_sequences():
     assert (np.asarray(flat.value).ravel() != np.arange(T * B)).any()
 
     remembering = batch._replace(carry=(100 * jnp.arange(B),))
-    whole = jax.tree.map(np.asarray, minibatches(0, remembering, B))
-    assert whole.value.shape == (B, T, 1)
-    np.testing.assert_array_equal(np.sort(whole.carry[0].ravel()), [0, 100, 200])
+    sequences = jax.tree.map(np.asarray, minibatches(0, remembering, B))
+    assert sequences.value.shape == (B, T, 1)
+    np.testing.assert_array_equal(np.sort(sequences.carry[0].ravel()), [0, 100, 200])
     for m in range(B):
-        b = int(whole.carry[0][m, 0]) // 100
-        np.testing.assert_array_equal(whole.value[m, :, 0], row[:, b])
+        b = int(sequences.carry[0][m, 0]) // 100
+        np.testing.assert_array_equal(sequences.value[m, :, 0], index[:, b])
 
 
 # ------------------------------------------------------------------------------------- optimiser
 
 
 def test_max_grad_norm_clips_the_global_norm():
-    """Not each element (rejax). Adam's first step is lr · g / (|g| + ε), so a large ε shows g."""
+    """rejax clips each element. Adam's first step is lr · g / (|g| + ε), so a large ε reveals g."""
     gradient = {"a": jnp.asarray([3.0, -4.0, 0.1]), "b": jnp.asarray([[12.0]])}
     norm = np.sqrt(9 + 16 + 0.01 + 144)
     for limit, scale in ((0.5, 0.5 / norm), (1e3, 1.0)):
@@ -176,7 +179,7 @@ def test_max_grad_norm_clips_the_global_norm():
             np.testing.assert_allclose(change[name], expected, rtol=1e-5)
 
 
-def test_the_learning_rate_goes_linearly_to_0_and_never_below():
+def test_the_learning_rate_is_annealed_linearly_to_0_and_never_below():
     config = Config(
         lr=0.1, num_envs=4, num_steps=8, total_timesteps=100, num_epochs=3, num_minibatches=2
     )
@@ -233,7 +236,10 @@ def test_a_shared_trunk_is_one_trunk_and_separate_ones_are_two():
 @pytest.mark.parametrize("kind", ["discrete", "multi-discrete", "gaussian", "tanh-gaussian"])
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (np.float64, 1e-9)])
 def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
-    """With observations of size 1e3 normalised by moments that move with every iteration (Brax's default fails)."""
+    """Observations of size 1e3 are normalised by moments that change in every iteration.
+
+    Brax's default fails this test.
+    """
     space = {"discrete": DISCRETE, "multi-discrete": MULTI}.get(kind, BOX)
     config = Config(
         num_envs=4,
@@ -257,7 +263,7 @@ def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
 
 @pytest.mark.usefixtures("x64")
 def test_the_annealed_learning_rate_has_the_working_precision():
-    """1 − k / K in float32 is off by 1e-8."""
+    """1 − k / K in float32 has an error of 1e-8."""
     config = Config(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=7, lr=0.3)
     rates = [float(annealed_lr(config, jnp.int32(k))) for k in range(9)]
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""REINFORCE against the exact gradient of a decision process whose every trajectory is enumerated."""
+"""REINFORCE against the exact gradient of a decision process with enumerated trajectories."""
 
 import functools
 
@@ -31,15 +31,14 @@ EPISODES = 4
 BATCHES = 20_000
 RNG = np.random.default_rng(1)
 START = np.asarray([0.6, 0.4, 0.0])
-NEXT = RNG.dirichlet(
-    np.full(STATES + 1, 0.7), (STATES, ACTIONS)
-)  # the last column is the end of the episode
+# Transition probabilities; the last column is the end of the episode.
+NEXT = RNG.dirichlet(np.full(STATES + 1, 0.7), (STATES, ACTIONS))
 REWARD = RNG.normal(1.0, 2.0, (STATES, ACTIONS))
 POLICY = {"w": jnp.asarray(RNG.normal(0, 0.6, (STATES, ACTIONS))), "b": jnp.asarray([0.2, -0.1])}
 
 
 def process():
-    """States 0 … 2, of which the agent sees which it is; an end at random, or by time after `HORIZON` steps."""
+    """Observed states 0 … 2; episodes terminate at random or are truncated after `HORIZON`."""
 
     def reset(key):
         state = jax.random.categorical(key, jnp.log(START)).astype(jnp.int32)
@@ -74,19 +73,19 @@ def process():
 
 @functools.cache
 def trajectories():
-    """All of them: the states and actions [n, H], the steps of each, what chance and the rewards say of it."""
+    """All trajectories: states, actions [n, H]; lengths, chance probabilities, returns [n]."""
     rows = []
 
-    def extend(state, chance, states, actions, total):
+    def extend(state, probability, states, actions, total):
         for action in range(ACTIONS):
             path = ([*states, state], [*actions, action], len(states) + 1)
             gained = total + REWARD[state, action]
             if path[2] == HORIZON:
-                rows.append((*path, chance, gained))
+                rows.append((*path, probability, gained))
                 continue
-            *onward, end = chance * NEXT[state, action]
+            *successors, end = probability * NEXT[state, action]
             rows.append((*path, end, gained))
-            for after, p in enumerate(onward):
+            for after, p in enumerate(successors):
                 extend(after, p, *path[:2], gained)
 
     for state, p in enumerate(START):
@@ -112,7 +111,10 @@ def expected_return(policy):
 
 
 def estimates(config, params, batches=BATCHES):
-    """The policy's gradient of many independent batches [batches, P], each after an update on another batch."""
+    """Gradient estimates [batches, P] of the policy, one for each of many independent batches.
+
+    Each batch follows an update on another one.
+    """
     env = process()
     model = linear_model(actions=ACTIONS)
     vector_env = vectorize(env, EPISODES)
@@ -149,7 +151,7 @@ def estimates(config, params, batches=BATCHES):
 
 @functools.cache
 def learned_value():
-    """V fitted to returns by REINFORCE's own steps, the policy left as it is."""
+    """V fitted to returns by REINFORCE's own steps, with the policy kept fixed."""
     model = linear_model(actions=ACTIONS)
     trainer = make_trainer(
         ONCE.replace(num_envs=256, num_steps=HORIZON, gamma=1.0, lr=0.1), process(), model
@@ -169,22 +171,22 @@ def learned_value():
 
 
 @functools.cache
-def measured(baseline):
+def gradient_estimates(baseline):
     value = learned_value() if baseline == "value" else {"w": jnp.zeros(STATES), "b": jnp.zeros(())}
     config = ONCE.replace(baseline=baseline, gamma=1.0, normalize_advantage=False)
     return estimates(config, {"policy": POLICY, "value": value})
 
 
-# ----------------------------------------------------------------------------------- the exact gradient
+# ------------------------------------------------------------------------------- the exact gradient
 
 
-def test_the_enumeration_is_whole():
+def test_the_enumeration_is_complete():
     _, _, length, _, _ = trajectories()
     p = np.asarray(probabilities(POLICY))
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
     shares = [p[length == steps].sum() for steps in range(1, HORIZON + 1)]
     assert min(shares) > 0.05  # episodes of every length
-    # J again, backwards: Q_t(s, a) = r + Σ p V_{t+1}, V_t = Σ π Q_t.
+    # J again, by backward induction: Q_t(s, a) = r + Σ p V_{t+1}, V_t = Σ π Q_t.
     pi = np.asarray(jax.nn.softmax(POLICY["w"] + POLICY["b"][None]))
     V = np.zeros(STATES + 1)
     for _ in range(HORIZON):
@@ -195,31 +197,34 @@ def test_the_enumeration_is_whole():
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_the_mean_of_the_estimates_is_the_exact_gradient(baseline):
     exact = np.asarray(jax.flatten_util.ravel_pytree(jax.grad(expected_return)(POLICY))[0])
-    x = measured(baseline)
+    x = gradient_estimates(baseline)
     error = x.std(axis=0) / np.sqrt(len(x))
     assert error.max() < 0.02 * np.linalg.norm(exact)
     np.testing.assert_array_less(np.abs(x.mean(axis=0) - exact), 4.5 * error)
 
 
 def test_a_baseline_lowers_the_variance():
-    spread = {baseline: measured(baseline).var(axis=0).sum() for baseline in BASELINES}
+    spread = {baseline: gradient_estimates(baseline).var(axis=0).sum() for baseline in BASELINES}
     assert spread["value"] < 0.8 * spread["none"]
     assert spread["leave_one_out"] < spread["none"] and spread["running_mean"] < spread["none"]
 
 
-def test_a_gradient_of_some_other_policy_would_be_noticed():
-    """The bounds above are narrow enough: a tenth more or less in one parameter is outside of them."""
-    x = measured("value")
+def test_the_gradient_of_another_policy_is_rejected():
+    """The bounds above are narrow enough to reject a change of 0.1 in one parameter."""
+    x = gradient_estimates("value")
     other = POLICY | {"b": POLICY["b"] + jnp.asarray([0.1, -0.1])}
     wrong = np.asarray(jax.flatten_util.ravel_pytree(jax.grad(expected_return)(other))[0])
     assert (np.abs(x.mean(axis=0) - wrong) > 4.5 * x.std(axis=0) / np.sqrt(len(x))).any()
 
 
-# ------------------------------------------------------------------------------------------- the pieces
+# --------------------------------------------------------------------------------------- the pieces
 
 
 def test_returns_in_a_literal_example():
-    """Two steps and a cut, which is an end; then one step. γ = ½: G = 1 + ½ · 2, 2, 3, and no successor's value."""
+    """Two steps and a truncation, which ends the return; then one step.
+
+    With γ = ½: G = 1 + ½ · 2, 2, 3. No successor's value is used.
+    """
     reward, value, successor = (
         jnp.asarray(x)[:, None] for x in ([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [7.0, 8.0, 9.0])
     )
@@ -237,39 +242,39 @@ def test_the_leave_one_out_mean_in_a_literal_example():
     others = np.asarray(reinforce.leave_one_out_baseline(x, valid))
     np.testing.assert_allclose(others[0], [4.0, 3.5, 1.5])
     np.testing.assert_allclose(others[1, :2], [8.0, 4.0])
-    assert others[2, 0] == 0  # no other episode runs
+    assert others[2, 0] == 0  # no other episode is running
 
 
 def test_the_running_mean_weighs_batches_by_age():
     config = ONCE.replace(baseline="running_mean", baseline_decay=0.5, normalize_advantage=False)
-    past = reinforce.RunningMean(jnp.zeros(()), jnp.zeros(()))
-    none = jnp.zeros((1, 1))
-    yes = jnp.ones((1, 1), bool)
-    weights = []
+    running_mean = reinforce.RunningMean(jnp.zeros(()), jnp.zeros(()))
+    zero = jnp.zeros((1, 1))
+    true = jnp.ones((1, 1), bool)
+    advantages = []
     for G in (8.0, 2.0, 5.0):
         target = jnp.full((1, 1), G)
         batch = Batch(
-            obs=none,
-            action=none,
-            log_prob=none,
-            value=none,
-            advantage=none,
+            obs=zero,
+            action=zero,
+            log_prob=zero,
+            value=zero,
+            advantage=zero,
             target=target,
-            reset=yes,
-            mask=yes,
-            valid=yes,
+            reset=true,
+            mask=true,
+            valid=true,
             carry=(),
         )
-        weight, past = reinforce.subtract_baseline(config, past, batch)
-        weights.append(float(weight[0, 0]))
-    np.testing.assert_allclose(weights, [8.0, 2.0 - 8.0, 5.0 - (0.5 * 8 + 2) / 1.5], rtol=1e-6)
+        advantage, running_mean = reinforce.subtract_baseline(config, running_mean, batch)
+        advantages.append(float(advantage[0, 0]))
+    np.testing.assert_allclose(advantages, [8.0, 2.0 - 8.0, 5.0 - (0.5 * 8 + 2) / 1.5], rtol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatch):
-    """Episodes of 1 to 5 steps in rows of 8. How many iterations 600 steps take differs from agent to agent."""
+def test_a_run_ends_with_the_iteration_that_completes_its_timesteps(monkeypatch):
+    """Episodes of 1 to 5 steps, 8 at a time: agents need different numbers of iterations."""
     B = 8
     total = 600
     seeds = 3
@@ -291,43 +296,42 @@ def test_a_run_ends_with_the_iteration_in_which_its_steps_are_counted(monkeypatc
             <= config.actual_timesteps
         )
         np.testing.assert_allclose(np.diff(steps[:done], prepend=0), lengths[:done] * B, rtol=1e-5)
-        mean = np.mean(
-            [min(length, 5) for length in range(1, 9)]
-        )  # cut after 5 steps, ended after 1 … 8
+        # Episodes terminate after 1 … 8 steps, and are truncated after 5.
+        mean = np.mean([min(length, 5) for length in range(1, 9)])
         assert abs(lengths[:done].mean() - mean) < 0.5
         np.testing.assert_array_equal(episodes, np.where(np.arange(len(steps)) < done, B, 0))
-        for row in (metrics.timesteps[i], metrics.policy_loss[i]):  # the last one stays
+        for row in (metrics.timesteps[i], metrics.policy_loss[i]):  # the last value is repeated
             np.testing.assert_array_equal(
                 row[done:], np.broadcast_to(row[done - 1], row[done:].shape)
             )
         assert np.isnan(metrics.episode_return[i, done:]).all() and np.isnan(lengths[done:]).all()
-    # In chunks, here of one iteration each, it is the same run; it ends when the last agent has its steps.
+    # In chunks of one iteration the run is the same; it ends when the last agent is done.
     monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0)
-    now = []
+    reports = []
     run = fit(
         config,
         seeds=seeds,
         key=jax.random.key(0),
         env=counter(),
         model=LINEAR,
-        on_progress=now.append,
+        on_progress=reports.append,
     )
     iterations = state.iteration.tolist()
     assert (
-        len(now) == max(iterations) > min(iterations) and now[-1].timesteps == state.timesteps.min()
+        len(reports) == max(iterations) > min(iterations)
+        and reports[-1].timesteps == state.timesteps.min()
     )
-    close = functools.partial(
-        np.testing.assert_allclose, rtol=1e-5, atol=1e-6
-    )  # a mean may be summed in another order
+    # A mean may be summed in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: close(a, b[:, : max(iterations)]), run.metrics, metrics)
     jax.tree.map(close, run.state.params, state.params)
-    rows = of_metrics(run.metrics, max(iterations), np.zeros(seeds))
-    assert rows["valid"].sum(axis=1).tolist() == iterations  # a row for each one that was run
+    table = of_metrics(run.metrics, max(iterations), np.zeros(seeds))
+    assert table["valid"].sum(axis=1).tolist() == iterations  # a row for each iteration run
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_a_step_takes_returns_to_go_and_counts_what_was_the_agents(x64):
-    """Uniform policy, five steps of reward 1 … 5 of which the first is forced: −J = log 3 (14 + 12 + 9 + 5)."""
+def test_a_step_uses_returns_to_go_and_counts_only_steps_in_the_mask(x64):
+    """Uniform policy; rewards 1 … 5, the first action forced: −J = log 3 · (14 + 12 + 9 + 5)."""
 
     def forced_first(key, state, action):
         return env.step(key, state, action)._replace(mask=state.t > 0)
@@ -349,7 +353,7 @@ def test_a_step_takes_returns_to_go_and_counts_what_was_the_agents(x64):
         assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
-def test_with_gae_windows_may_cut_episodes_and_memory_goes_on():
+def test_with_gae_windows_may_cut_episodes_and_memory_persists():
     config = ONCE.replace(advantage="gae", num_envs=4, num_steps=3, total_timesteps=60)
     state, metrics = jax.jit(make_train(config, counter(), memory_model(3)))(jax.random.key(0))
     assert (
@@ -378,7 +382,7 @@ def test_with_gae_windows_may_cut_episodes_and_memory_goes_on():
         ({"baseline": "leave_one_uot"}, "did you mean 'leave_one_out'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_says_what_to_change(changes, sentence):
+def test_invalid_settings_are_refused_with_a_remedy(changes, sentence):
     config = ONCE.replace(num_envs=4, num_steps=8)
     with pytest.raises(ConfigError) as caught:
         make_train(config.replace(**changes), counter())
@@ -390,7 +394,7 @@ def test_an_environment_without_a_bound_has_no_whole_episodes():
         make_train(ONCE, counter()._replace(max_episode_steps=None))
 
 
-def test_one_word_makes_the_settings_of_reinforce():
+def test_the_algorithm_alone_selects_the_settings_of_reinforce():
     assert Config.from_dict({"algorithm": "reinforce"}).num_epochs == 1
     assert not Config.from_dict({"ALGORITHM": "reinforce"}).normalize_advantage
     config = Config.for_env("Catch-bsuite", algorithm="reinforce")

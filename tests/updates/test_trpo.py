@@ -1,4 +1,4 @@
-"""TRPO against exact answers: the Fisher matrix, the solver, the whole step, and the constraint on any batch."""
+"""TRPO against exact results: Fisher matrix, solver, the whole step and the constraint."""
 
 import functools
 
@@ -49,7 +49,7 @@ def compiled(gaussian=False):
     return jax.jit(step)
 
 
-# ---------------------------------------------------------------------------- Fisher matrix and solver
+# ------------------------------------------------------------------------- Fisher matrix and solver
 
 
 @pytest.mark.usefixtures("x64")
@@ -69,7 +69,7 @@ def test_fisher_products_are_those_of_the_hessian_and_of_the_outer_products_of_s
 
     @jax.jit
     def matrices(theta):
-        """The products with all unit vectors, the Hessian, and the mean outer product of scores with its error."""
+        """Products with all unit vectors; Hessian; mean outer product of scores, standard error."""
         old = policy(theta)
 
         def mean_kl(theta):
@@ -111,11 +111,11 @@ def test_conjugate_gradient_with_a_step_per_parameter_is_a_dense_solve(n):
     )
 
 
-# ------------------------------------------------------------------------------------- the whole step
+# ----------------------------------------------------------------------------------- the whole step
 
 
 def numpy_gradient_and_fisher(theta, batch, gaussian):
-    """g = E[Â ∇log π] and F = E[Fisher of one state], both over the mask, in the order of `ravel_pytree`."""
+    """g = E[Â ∇log π] and F = E[F(s)], both over the mask and in the order of `ravel_pytree`."""
     kept = batch["advantage"][batch["mask"]]
     gradient = []
     fisher = []
@@ -134,12 +134,12 @@ def numpy_gradient_and_fisher(theta, batch, gaussian):
                     np.outer(x, z / np.exp(theta["log_std"])).ravel(),
                 ]
             )
-            of_mean = np.diag(np.exp(-2 * theta["log_std"]))
+            fisher_of_output = np.diag(np.exp(-2 * theta["log_std"]))
         else:
             p = np.exp(out) / np.exp(out).sum()
-            g = np.eye(A)[batch["action"][i]] - p
-            score = np.concatenate([g, np.outer(x, g).ravel()])
-            of_mean = np.diag(p) - np.outer(p, p)
+            score_of_output = np.eye(A)[batch["action"][i]] - p
+            score = np.concatenate([score_of_output, np.outer(x, score_of_output).ravel()])
+            fisher_of_output = np.diag(p) - np.outer(p, p)
         jacobian = np.concatenate(
             [
                 np.eye(A),
@@ -147,29 +147,29 @@ def numpy_gradient_and_fisher(theta, batch, gaussian):
                 *(x[k] * np.eye(A) for k in range(F)),
             ]
         )
-        f = jacobian @ of_mean @ jacobian.T
+        fisher_of_state = jacobian @ fisher_of_output @ jacobian.T
         if gaussian:
-            f[A : 2 * A, A : 2 * A] += 2 * np.eye(A)
+            fisher_of_state[A : 2 * A, A : 2 * A] += 2 * np.eye(A)
         gradient.append(advantage * score)
-        fisher.append(f)
+        fisher.append(fisher_of_state)
     return np.mean(gradient, 0), np.mean(fisher, 0)
 
 
 def numpy_step(theta, batch, config, gaussian):
-    """Appendix C with dense matrices: the new parameters as a vector, and how many lengths were refused."""
+    """Appendix C with dense matrices: parameter vector, number of backtracking steps, and KL."""
     gradient, fisher = numpy_gradient_and_fisher(theta, batch, gaussian)
     matrix = fisher + config.cg_damping * np.eye(len(gradient))
     x = np.zeros_like(gradient)
     r = gradient.copy()
     d = r.copy()
     for _ in range(config.cg_iterations):
-        image = matrix @ d
-        length = (r @ r) / (d @ image)
-        x = x + length * d
-        before = r @ r
-        r = r - length * image
-        d = r + (r @ r) / before * d
-    longest = np.sqrt(2 * config.max_kl / (x @ matrix @ x))
+        fisher_direction = matrix @ d
+        step_size = (r @ r) / (d @ fisher_direction)
+        x = x + step_size * d
+        residual_norm_sq = r @ r
+        r = r - step_size * fisher_direction
+        d = r + (r @ r) / residual_norm_sq * d
+    full_step = np.sqrt(2 * config.max_kl / (x @ matrix @ x))
     start, rebuild = flat(jax.tree.map(jnp.asarray, theta))
     start = np.asarray(start)
     kept = batch["advantage"][batch["mask"]]
@@ -190,11 +190,11 @@ def numpy_step(theta, batch, config, gaussian):
         return np.mean(values, 0)
 
     before = surrogate_and_kl(start)[0]
-    for refused in range(config.line_search_steps):
-        vector = start + longest * config.line_search_shrink**refused * x
+    for num_backtracks in range(config.line_search_steps):
+        vector = start + full_step * config.line_search_shrink**num_backtracks * x
         after, kl = surrogate_and_kl(vector)
         if kl <= config.max_kl and after > before:
-            return vector, refused, kl
+            return vector, num_backtracks, kl
     return start, config.line_search_steps, 0.0
 
 
@@ -205,22 +205,22 @@ def test_a_step_equals_an_independent_calculation(gaussian, max_kl, iterations, 
     config = CONFIG.replace(max_kl=max_kl, cg_iterations=iterations, cg_damping=damping)
     params = parameters(gaussian)
     theta = jax.tree.map(np.asarray, params["policy"])
-    refusals = set()
+    backtracks = set()
     for seed in range(12):
         batch = on_policy(random_batch(seed, gaussian), gaussian)
-        expected, refused, kl = numpy_step(theta, batch, config, gaussian)
+        expected, num_backtracks, kl = numpy_step(theta, batch, config, gaussian)
         new, _, metrics = compiled(gaussian)(config, params, arrays(batch))
         np.testing.assert_allclose(flat(new["policy"])[0], expected, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(metrics["approx_kl"], kl, rtol=1e-6)
         np.testing.assert_allclose(
-            metrics["step_fraction"], 0.8**refused if refused < 10 else 0, rtol=1e-9
+            metrics["step_fraction"], 0.8**num_backtracks if num_backtracks < 10 else 0, rtol=1e-9
         )
-        refusals.add(refused)
-    assert max_kl == 0.01 or max(refusals) > 0  # or the line search would not be tested
+        backtracks.add(num_backtracks)
+    assert max_kl == 0.01 or max(backtracks) > 0  # otherwise the line search would not be tested
 
 
 def test_the_constraint_holds_on_a_thousand_random_batches():
-    """Of all combinations of bounds and sizes of the advantage, in one vmapped call."""
+    """Random combinations of bounds and advantage scales, in one vmapped call."""
     params = parameters()
     rng = np.random.default_rng(0)
     policy = jax.tree.map(np.asarray, params["policy"])
@@ -253,7 +253,7 @@ def test_the_constraint_holds_on_a_thousand_random_batches():
         {"mask": np.zeros((T, B), bool)},
     ],
 )
-def test_without_an_admissible_step_the_policy_stays_and_the_metrics_say_so(change):
+def test_without_an_admissible_step_the_policy_stays_and_the_metrics_report_it(change):
     params = parameters()
     new, _, metrics = compiled()(CONFIG, params, arrays(on_policy(random_batch(1)) | change))
     jax.tree.map(np.testing.assert_array_equal, new["policy"], params["policy"])
@@ -266,7 +266,7 @@ def test_without_an_admissible_step_the_policy_stays_and_the_metrics_say_so(chan
     assert metrics["line_search_failed"] == 0 and metrics["step_fraction"] > 0
 
 
-def test_policy_and_value_are_fitted_apart():
+def test_policy_and_value_are_fitted_separately():
     params = parameters()
     batch = arrays(on_policy(random_batch(2)))
     new = compiled()(CONFIG, params, batch)[0]
@@ -284,19 +284,20 @@ def test_a_subsampled_fisher_matrix_is_that_of_one_sample_in_k():
     params = parameters()
     batch = on_policy(random_batch(3, masked=False))
     theta = jax.tree.map(np.asarray, params["policy"])
-    numbered = as_sequences(arrays(batch | {"value": np.arange(T * B).reshape(T, B)}))
-    key_policy, _ = jax.random.split(jax.random.key(0))  # of the update's own key
+    numbered_batch = as_sequences(arrays(batch | {"value": np.arange(T * B).reshape(T, B)}))
+    key_policy, _ = jax.random.split(jax.random.key(0))  # as the update splits its key
     rows = np.asarray(
-        jax.jit(subsample_sequences, static_argnums=0)(2, key_policy, numbered).value
+        jax.jit(subsample_sequences, static_argnums=0)(2, key_policy, numbered_batch).value
     ).ravel()
     assert len(set(rows.tolist())) == (T * B + 1) // 2
-    gradient, whole = numpy_gradient_and_fisher(theta, batch, False)
-    few = batch | {"mask": np.isin(np.arange(T * B), rows).reshape(T, B)}
-    _, some = numpy_gradient_and_fisher(theta, few, False)
+    gradient, full_fisher = numpy_gradient_and_fisher(theta, batch, False)
+    subsample = batch | {"mask": np.isin(np.arange(T * B), rows).reshape(T, B)}
+    _, subsampled_fisher = numpy_gradient_and_fisher(theta, subsample, False)
     new = compiled()(config, params, arrays(batch))[0]
     change = np.asarray(flat(new["policy"])[0] - flat(params["policy"])[0])
     expected, other = (
-        np.linalg.solve(f + 0.1 * np.eye(len(gradient)), gradient) for f in (some, whole)
+        np.linalg.solve(matrix + 0.1 * np.eye(len(gradient)), gradient)
+        for matrix in (subsampled_fisher, full_fisher)
     )
     np.testing.assert_allclose(
         change / np.linalg.norm(change), expected / np.linalg.norm(expected), atol=1e-6
@@ -314,15 +315,14 @@ def test_the_value_function_takes_gradient_steps_on_its_own_loss():
     x = batch["obs"][batch["valid"]]
     error = x @ theta["w"] + theta["b"] - batch["target"][batch["valid"]]
     close(metrics["value_loss"], 0.5 * np.mean(error**2))
-    close(
-        new["value"]["w"], theta["w"] - 0.1 * np.mean(error[:, None] * x, 0)
-    )  # plain descent with rate 0.1
+    # Plain gradient descent with rate 0.1.
+    close(new["value"]["w"], theta["w"] - 0.1 * np.mean(error[:, None] * x, 0))
     close(new["value"]["b"], theta["b"] - 0.1 * np.mean(error))
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_surrogate_has_the_policy_gradient_at_the_old_policy():
-    """As PPO's objectives (test_objectives.py): one step of conjugate gradient goes along it."""
+    """As for PPO (test_objectives.py): one iteration of conjugate gradient moves along it."""
     config = CONFIG.replace(cg_iterations=1, normalize_advantage=False)
     raw = on_policy(random_batch(5))
     params = parameters()
@@ -357,7 +357,7 @@ def test_the_surrogate_has_the_policy_gradient_at_the_old_policy():
         ({"clip_value": True}, "algorithm='ppo'"),
     ],
 )
-def test_what_trpo_has_no_use_for_is_refused(changes, words):
+def test_settings_that_trpo_does_not_support_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         make_train(CONFIG.replace(**changes), counter())
 
