@@ -1,4 +1,4 @@
-"""Schedules of hyper-parameters: what the agents of a population had between its exchanges."""
+"""The hyper-parameters of a population between its exchanges, as schedules."""
 
 from typing import Any, NamedTuple
 
@@ -10,30 +10,34 @@ from purejaxppo.types import Metrics
 
 
 class Schedule(NamedTuple):
-    """What the m agents of a population had between its k − 1 exchanges."""
+    """The hyper-parameters of m agents in k intervals, separated by k − 1 exchanges."""
 
-    timesteps: NDArray[Any]  # [k] steps of each at the end of every part
-    swept: dict[str, NDArray[Any]]  # [m, k] hyper-parameters in it
-    parent: NDArray[
-        np.integer
-    ]  # [m, k] whose state an agent went on with after it; its own number, mostly
+    timesteps: NDArray[Any]  # [k] steps of each agent at the end of each interval
+    swept: dict[str, NDArray[Any]]  # [m, k] hyper-parameters in each interval
+    # [m, k] index of the agent whose state an agent continues with after the interval; usually its
+    # own.
+    parent: NDArray[np.integer]
 
     def of(self, agent: int) -> "Schedule":
-        """The way to the last state of one agent, [k]: through those whose state it has, and their numbers."""
+        """The schedule [k] that led to the final state of one agent.
+
+        Its ``parent`` is the lineage of that state: the index of the agent that held it in each
+        interval.
+        """
         lineage = [agent]
         for parents in self.parent[:, -2::-1].T:
             lineage.append(int(parents[lineage[-1]]))
-        lineage_array = np.array(lineage[::-1])
-        part = np.arange(len(lineage_array))
-        return Schedule(
-            self.timesteps,
-            {name: x[lineage_array, part] for name, x in self.swept.items()},
-            lineage_array,
-        )
+        held_by = np.array(lineage[::-1])
+        interval = np.arange(len(held_by))
+        swept = {name: x[held_by, interval] for name, x in self.swept.items()}
+        return Schedule(self.timesteps, swept, held_by)
 
 
 def schedule_of(metrics: Metrics, every: int) -> Schedule:
-    """The schedules in the metrics [m, iterations] of a population."""
+    """The schedule in the metrics [m, iterations] of a population.
+
+    ``every`` is the number of iterations between two exchanges.
+    """
     timesteps = np.asarray(metrics.timesteps)
     extra = {name: np.asarray(x) for name, x in metrics.extra.items()}
     count = timesteps.shape[1]

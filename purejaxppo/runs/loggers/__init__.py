@@ -1,1 +1,1 @@
-"""Where the numbers of a run go while it trains: CSV files, TensorBoard, Weights & Biases."""
+"""Loggers write the tables of a run during training: CSV, TensorBoard, Weights & Biases."""

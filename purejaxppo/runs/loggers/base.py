@@ -1,17 +1,16 @@
-"""What every logger is."""
+"""The interface of the loggers."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from purejaxppo.runs.tables import Table
 
-Before = (
-    Mapping[str, Table] | None
-)  # kind: rows that a resumed run goes on from; None for a new run
+# {kind: rows before the checkpoint that a run resumes from}; None for a new run.
+Before = Mapping[str, Table] | None
 
 
 class Logger(NamedTuple):
-    """Where tables go. A table's first steps come after, or are, the last ones written before."""
+    """Writes tables. No table begins before the last step that was already written."""
 
-    write: Callable[[str, Table], None]  # kind, "metrics" or "evaluation", and rows
+    write: Callable[[str, Table], None]  # (kind, rows); the kind is "metrics" or "evaluation"
     close: Callable[[], None]

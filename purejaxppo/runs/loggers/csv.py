@@ -1,4 +1,4 @@
-"""``metrics.csv`` and ``evaluations.csv``: a row for each member (agent of the run) and iteration."""
+"""``metrics.csv`` and ``evaluations.csv``: one row per member (agent of the run) and iteration."""
 
 import csv
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.tables import Table
 
-FILES = {"metrics": "metrics.csv", "evaluation": "evaluations.csv"}  # kind of table: file
+# {kind of table: file}
+FILES = {"metrics": "metrics.csv", "evaluation": "evaluations.csv"}
 
 
 def open_csv(
@@ -21,36 +22,42 @@ def open_csv(
     before: Before,
     numbered: tuple[str, Sequence[int]],
 ) -> Logger:
-    """A row per member and iteration; a killed process leaves a cut last line at most."""
+    """Open the CSV files. If the process is killed, at most the last line is incomplete.
+
+    ``numbered`` is the name of the first column, which identifies members, and its values.
+    """
+    index_column, member_indices = numbered
     files: dict[str, IO[str]] = {}
     columns: dict[str, list[str]] = {}
 
     def begin(kind: str, path: Path, table: Table, mode: str) -> IO[str]:
         columns[kind] = tables.columns(table)
         file = path.open(mode, encoding="utf-8", newline="")
-        csv.writer(file, lineterminator="\n").writerow([numbered[0], *columns[kind]])
+        csv.writer(file, lineterminator="\n").writerow([index_column, *columns[kind]])
         return file
 
-    def write_whole(kind: str, table: Table, path: Path) -> None:
+    def rewrite(kind: str, table: Table, path: Path) -> None:
         with begin(kind, path, table, "w") as file:
-            file.writelines(tables.lines(table, numbered[1]))
+            file.writelines(tables.lines(table, member_indices))
 
     for kind, name in FILES.items() if before is not None else ():
         table = (before or {}).get(kind)
-        if table is None or not tables.existing(table).any():
+        if table is None or not tables.valid_rows(table).any():
             (directory / name).unlink(missing_ok=True)
         else:
-            atomic_write(directory / name, partial(write_whole, kind, table))
+            atomic_write(directory / name, partial(rewrite, kind, table))
             files[kind] = (directory / name).open("a", encoding="utf-8", newline="")
 
     def write(kind: str, table: Table) -> None:
         if kind not in files:
-            files[kind] = begin(kind, directory / FILES[kind], table, "x")  # a run never overwrites
+            # Mode "x", because a run never overwrites.
+            files[kind] = begin(kind, directory / FILES[kind], table, "x")
         if tables.columns(table) != columns[kind]:
             raise ValueError(
-                f"{FILES[kind]} has the columns {columns[kind]}, but now {tables.columns(table)} came"
+                f"{FILES[kind]} has the columns {columns[kind]}, "
+                f"but now {tables.columns(table)} came"
             )
-        files[kind].writelines(tables.lines(table, numbered[1]))
+        files[kind].writelines(tables.lines(table, member_indices))
         files[kind].flush()
 
     def close() -> None:

@@ -1,8 +1,8 @@
-"""The loggers that a run was asked for, as one.
+"""The selected loggers of a run, combined into one.
 
-With a directory there are always ``metrics.csv`` and ``evaluations.csv``; how a run was cut into
-chunks does not show in their order. The other loggers are extras, whose packages are imported only
-when they are asked for. All of them write the tables that `tables` describes.
+A run with a directory always writes ``metrics.csv`` and ``evaluations.csv``; their order of rows
+does not depend on the chunks. The other loggers are optional: their packages are imported only if
+they are selected. All of them write the tables of the module `tables`.
 """
 
 import importlib
@@ -25,7 +25,7 @@ LOGGERS: dict[str, Callable] = {
     "tensorboard": open_tensorboard,
     "wandb": open_wandb,
 }
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # imported only when asked for
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # imported only if selected
 MOST_MEMBERS = {"tensorboard": MOST_STREAMS, "wandb": MOST_RUNS}
 
 
@@ -37,12 +37,13 @@ def open_loggers(
     before: Before = None,
     numbered: tuple[str, Sequence[int]] | None = None,
 ) -> Logger:
-    """The loggers of these names as one; with a directory ``csv`` is always among them.
+    """Open the loggers with these names as one; with a directory ``csv`` is always among them.
 
-    ``before`` has the rows that a resumed run goes on from, so that what its killed predecessor wrote beyond them is
-    forgotten; it is empty where the run starts from nothing once more. ``numbered`` is the name of the column that
-    tells members apart in CSV files, and their numbers; if not given, they are the seeds 0, 1, …. A logger that fails
-    never stops a run: one warning tells of it, and the others go on.
+    ``before`` holds the rows before the checkpoint that the run resumes from: rows that the killed
+    run logged after it are discarded. It is empty if the run resumes without a checkpoint.
+    ``numbered`` is the name of the column that identifies members in CSV files, and its values; the
+    default is ``seed``, 0, 1, …. If a logger fails, one warning is issued and the run and the other
+    loggers continue. Raises `ConfigError` for invalid names (`checked_names`).
     """
     failed: set[str] = set()
 
@@ -52,24 +53,27 @@ def open_loggers(
         except Exception as error:
             if name not in failed:
                 failed.add(name)
-                told = f"logger {name!r} failed and is left out from now on: {type(error).__name__}: {error}"
-                warnings.warn(told, stacklevel=3)
+                message = (
+                    f"logger {name!r} failed and is left out from now on: "
+                    f"{type(error).__name__}: {error}"
+                )
+                warnings.warn(message, stacklevel=3)
 
     names = checked_names(names, directory, len(members))
     numbered = numbered or ("seed", range(len(members)))
-    opening = LOGGERS | {"csv": partial(LOGGERS["csv"], numbered=numbered)}
-    opened = {
-        name: attempt(name, opening[name], directory, members, description, before)
+    openers = LOGGERS | {"csv": partial(LOGGERS["csv"], numbered=numbered)}
+    loggers = {
+        name: attempt(name, openers[name], directory, members, description, before)
         for name in names
     }
 
     def write(kind: str, table: Table) -> None:
-        for name, logger in opened.items():
+        for name, logger in loggers.items():
             if name not in failed:
                 attempt(name, logger.write, kind, table)
 
     def close() -> None:
-        for name, logger in opened.items():
+        for name, logger in loggers.items():
             if logger:
                 attempt(name, logger.close)
 
@@ -79,7 +83,10 @@ def open_loggers(
 def checked_names(
     names: Sequence[str], directory: Path | None, num_members: int
 ) -> tuple[str, ...]:
-    """The loggers that will write, or one sentence on why they cannot; with a directory ``csv`` is the first."""
+    """The names of the loggers that will write; with a directory ``csv`` comes first.
+
+    Raises `ConfigError` for an unknown name, a missing directory or package, or too many members.
+    """
     names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in LOGGERS:
@@ -94,8 +101,8 @@ def checked_names(
         most = MOST_MEMBERS.get(name, num_members)
         if num_members > most:
             raise ConfigError(
-                f"logger {name!r} opens a stream for each agent, {most} at most, and there are {num_members}: "
-                "use metrics.csv in the directory of the run"
+                f"logger {name!r} opens a stream for each agent, {most} at most, "
+                f"and there are {num_members}: use metrics.csv in the directory of the run"
             )
     return () if directory is None else tuple(dict.fromkeys(["csv", *names]))
 
@@ -103,9 +110,9 @@ def checked_names(
 def _import(name: str, package: str) -> None:
     try:
         importlib.import_module(package)
-    except Exception as error:  # an installed package may fail in its own ways
+    except Exception as error:  # importing an installed package may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            told = f"needs the package {package}: pip install 'purejaxppo[{name}]'"
+            reason = f"needs the package {package}: pip install 'purejaxppo[{name}]'"
         else:
-            told = f"cannot import the package {package}: {type(error).__name__}: {error}"
-        raise ConfigError(f"logger {name!r} {told}") from None
+            reason = f"cannot import the package {package}: {type(error).__name__}: {error}"
+        raise ConfigError(f"logger {name!r} {reason}") from None

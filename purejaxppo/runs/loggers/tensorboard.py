@@ -1,4 +1,4 @@
-"""TensorBoard, by the writer of the package tensorboardX."""
+"""TensorBoard, written with the package tensorboardX."""
 
 import time
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ from purejaxppo.runs import tables
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.tables import Table
 
-MOST_STREAMS = 100  # each keeps a file open
+MOST_STREAMS = 100  # each of them keeps a file open
 
 
 def open_tensorboard(
     directory: Path, members: Sequence[str], description: dict[str, Any], before: Before
 ) -> Logger:
-    """A stream per member in ``tensorboard/MEMBER``, against environment steps.
+    """Open one stream per member, ``tensorboard/MEMBER``; the step is the environment step.
 
-    `tensorboardX.SummaryWriter` is not used, because its queue blocks for ever once its thread has met a full disk, and
-    training with it. `EventsWriter`, on which it builds, writes at once and raises.
+    `tensorboardX.SummaryWriter` writes in a thread. After that thread has met a full disk, its
+    queue blocks forever, and training with it. The underlying `EventsWriter` writes immediately and
+    raises.
     """
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -32,11 +33,12 @@ def open_tensorboard(
         ):
             folder = directory / "tensorboard" / member
             folder.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads the files of a stream in the order of their names, which otherwise are seconds.
+            # TensorBoard reads the files of a stream in order of their names. By default these
+            # contain the time in seconds, which may be equal.
             writer = EventsWriter(str(folder / "events"), f".{len(list(folder.iterdir())):06d}")
             stack.callback(writer.close)
             writers.append(writer)
-            if before is not None:  # what earlier files have from this step on is forgotten
+            if before is not None:  # discards events from this step on in earlier files
                 restart = SessionLog(status=SessionLog.START)
                 writer.write_event(Event(wall_time=time.time(), step=step, session_log=restart))
             writer.flush()

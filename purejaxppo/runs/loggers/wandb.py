@@ -13,31 +13,32 @@ from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.tables import Table
 
-MOST_RUNS = 100  # each takes about half a second to open, and up to a millisecond whenever it logs
+# Opening a run takes about half a second, and each call of its `log` up to a millisecond.
+MOST_RUNS = 100
 
 
 def open_wandb(
     directory: Path, members: Sequence[str], description: dict[str, Any], before: Before
 ) -> Logger:
-    """A run per member, all in one group; ``wandb.json`` holds what their ids begin with, for a run that is resumed.
+    """Open one W&B run per member, all in one group.
 
-    A call of `log` can take as long as an iteration: of the metrics in a table each member logs the mean.
+    ``wandb.json`` stores the common prefix of their ids, so that a resumed run finds them. A call
+    of `log` can take as long as an iteration, so each member logs the mean over the metrics in a
+    table.
     """
     import wandb
 
     path = directory / "wandb.json"
     if not path.exists():
-        described = json.dumps({"id": secrets.token_hex(4)}) + "\n"
-        atomic_write(path, lambda path: path.write_text(described))
+        text = json.dumps({"id": secrets.token_hex(4)}) + "\n"
+        atomic_write(path, lambda path: path.write_text(text))
     shared_id = json.loads(path.read_text())["id"]
-    with (
-        contextlib.ExitStack() as stack
-    ):  # where one cannot be opened, those that were are finished
+    # If a run cannot be opened, the stack finishes those opened before.
+    with contextlib.ExitStack() as stack:
         runs = []
         for index, member in enumerate(members):
-            quiet = (
-                {"silent": True, "x_disable_stats": True} if index else {}
-            )  # the first one tells where the group is
+            # Only the first run prints the address of the group.
+            quiet = {"silent": True, "x_disable_stats": True} if index else {}
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "purejaxppo",
                 dir=directory,
@@ -52,9 +53,8 @@ def open_wandb(
             stack.callback(run.finish)
             runs.append(run)
         opened = stack.pop_all()
-    starts = [
-        run.starting_step for run in runs
-    ]  # a resumed run has all before it, and takes nothing there
+    # W&B already has the rows before this step of a resumed run, and accepts no others there.
+    starts = [run.starting_step for run in runs]
 
     def write(kind: str, table: Table) -> None:
         table = tables.averaged(table) if kind == "metrics" else table
