@@ -1,8 +1,11 @@
-"""Population-based training: agents whose hyper-parameters change while they train (Jaderberg et al. 2017).
+"""Population-based training: hyper-parameters of agents change during training.
 
-After every so many iterations the worst agents each become one of the best, weights, environments and all, and go on
-with its hyper-parameters times a random factor (arXiv:1711.09846, truncation selection and perturbation). What the last
-agents have behind them is a schedule of hyper-parameters, found in one run.
+At regular intervals, each of the worst agents copies the whole state of one of the best, with its
+environments. It also copies the hyper-parameters and multiplies each by a random factor. This is
+truncation selection with perturbation. The lineage of a final agent is a schedule of
+hyper-parameters, found in one run.
+
+Source: Jaderberg et al. 2017, arXiv:1711.09846.
 """
 
 import dataclasses
@@ -19,18 +22,24 @@ from purejaxppo.metrics import PARENT, SWEPT
 from purejaxppo.types import ConfigError, Metrics, PRNGKey, PyTree, Trainer, TrainState
 from purejaxppo.validation import integer
 
-KEY = 0x90B5  # folded into the first agent's key, it begins the keys of the exchanges
+KEY = 0x90B5  # folded into the key of the first agent, it gives the key of all exchanges
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """When and how agents copy one another.
+    """Interval and rule of the exchanges, in which agents copy one another.
 
-    Every ``every`` iterations each of the worst ``share`` of the agents takes the whole state of one of the best
-    ``share``, drawn at random, with a random key of its own, and its hyper-parameters, each times one of ``factors``,
-    as likely, and kept within the bounds of the grid. Agents are ordered by the mean return of the episodes that
-    finished since the last exchange, so ``every`` should be longer than those; an agent that has none is left alone,
-    and one that diverged (parameters, losses or gradient are not finite) is the worst.
+    Agents are ranked by the mean return of the episodes that finished since the last exchange.
+    ``every`` should therefore cover at least one episode. Each agent of the worst ``share`` copies
+    the whole state of a random agent of the best ``share``, and gets a new random key. Each copied
+    hyper-parameter is multiplied by one of ``factors``, drawn uniformly, and clipped to the bounds
+    of the grid. An agent that diverged (parameters, losses or gradient are not finite) ranks
+    last. Any other agent without a finished episode neither copies nor is copied.
+
+    Args:
+        every: iterations between two exchanges, at least 1.
+        share: fraction of agents that copy, and of agents that are copied; in (0, 0.5].
+        factors: positive factors for the copied hyper-parameters.
     """
 
     every: int
@@ -48,25 +57,24 @@ class Exchange:
             raise ConfigError(f"factors = {self.factors!r}: they must be positive numbers")
         object.__setattr__(self, "factors", tuple(self.factors))
 
-    def at_the_end_of(self, config: Config, iteration: Array | int) -> Any:
-        """Whether there is one after this iteration; after the last one there is none."""
+    def is_due_after(self, config: Config, iteration: Array | int) -> Any:
+        """Whether an exchange follows this iteration; none follows the last iteration."""
         return (iteration % self.every == 0) & (iteration < config.num_iterations)
 
 
-Bounds = Mapping[
-    str, tuple[float, float]
-]  # for each hyper-parameter that is swept the lowest and highest value
+# name of a swept hyper-parameter -> its lowest and highest value
+Bounds = Mapping[str, tuple[float, float]]
 
 
 class Population(NamedTuple):
-    """The state of m agents that copy one another; it is `Trained`, as a `TrainState` is."""
+    """The state of m agents that copy one another. Like `TrainState`, it is `Trained`."""
 
     agents: TrainState  # [m, ...]
-    swept: dict[str, Array]  # [m] hyper-parameters now
-    returns: Float[Array, "m"]  # of the episodes that finished since the last exchange, their sum
-    episodes: Int[Array, "m"]  # and how many
-    agent_index: Int[Array, "m"]  # which agents these are, where a device has some of them only
-    key: PRNGKey  # [m] the same for all
+    swept: dict[str, Array]  # name -> [m] current hyper-parameters
+    returns: Float[Array, "m"]  # sum over the episodes that finished since the last exchange
+    episodes: Int[Array, "m"]  # number of these episodes
+    agent_index: Int[Array, "m"]  # index among all n agents; a device may hold only m < n of them
+    key: PRNGKey  # [m] the same key m times
 
     @property
     def params(self) -> PyTree:
@@ -84,25 +92,27 @@ class Population(NamedTuple):
 def choose_parents(
     key: PRNGKey, score: Float[Array, "n"], is_finite: Bool[Array, "n"], share: float
 ) -> Int[Array, "n"]:
-    """Whose state each of n agents goes on with: its own number, or that of one of the best.
+    """For each of n agents the index of the agent whose state it continues from.
 
-    A score that is not finite is not known. There are max(1, ⌊share · n⌋) of the best, if so many are known, and as
-    many of the worst, those that are not alive among them.
+    An agent is ranked if it ``is_finite`` and its score is finite. Let k = max(1, ⌊share · n⌋). The
+    best k ranked agents are parents. All agents that are not finite are replaced, then the worst
+    ranked agents, up to k in total. A parent must have a higher score than the agent that it
+    replaces; otherwise the agent keeps its own index.
     """
     count = len(score)
-    few = max(1, int(share * count))
-    known = is_finite & jnp.isfinite(score)
-    value = jnp.where(known, score, -jnp.inf)
-    order = jnp.argsort(-value)  # the best first, and last those that are not known
+    num_parents = max(1, int(share * count))
+    ranked = is_finite & jnp.isfinite(score)
+    fitness = jnp.where(ranked, score, -jnp.inf)
+    order = jnp.argsort(-fitness)  # from best to worst; agents that are not ranked come last
     rank = jnp.argsort(order)
-    best = order[jax.random.randint(key, (count,), 0, jnp.clip(known.sum(), 1, few))]
-    worst = known & (rank >= known.sum() - jnp.maximum(few - (~is_finite).sum(), 0))
-    replaced = (worst | ~is_finite) & (value[best] > value)
-    return jnp.where(replaced, best, jnp.arange(count)).astype(jnp.int32)
+    parent = order[jax.random.randint(key, (count,), 0, jnp.clip(ranked.sum(), 1, num_parents))]
+    worst = ranked & (rank >= ranked.sum() - jnp.maximum(num_parents - (~is_finite).sum(), 0))
+    replaced = (worst | ~is_finite) & (fitness[parent] > fitness)
+    return jnp.where(replaced, parent, jnp.arange(count)).astype(jnp.int32)
 
 
 def own_metrics(swept: Mapping[str, Array], parent: Array) -> dict[str, Array]:
-    """What a population has beside the metrics of its agents."""
+    """The metrics that a population adds: hyper-parameters and parents."""
     return {f"{SWEPT}{name}": x for name, x in swept.items()} | {PARENT: parent}
 
 
@@ -113,96 +123,105 @@ def make_population(
     bounds: Bounds,
     axis: str | None = None,
 ) -> tuple[Callable[..., Population], Callable[..., tuple[Population, Metrics]]]:
-    """``init(keys [m], swept [m])`` and ``step(population, frozen)`` of m agents, as those of one in `make_trainer`.
+    """``init(keys [m], swept [m])`` and ``step(population, frozen)`` for m agents.
 
-    Inside `jax.shard_map` each device has some of the agents, and ``axis`` is the name of the mesh's axis. The metrics
-    have, as ``extra``, the hyper-parameters of the iteration, and the agent whose state each goes on with.
+    They correspond to the functions of a `Trainer`. Inside `jax.shard_map` each device holds m of
+    the n agents, and ``axis`` is the name of the mesh axis. The metrics have two more kinds of
+    ``extra``: the hyper-parameters of the iteration, and the index of the agent whose state each
+    agent continues from.
     """
 
-    def of_all(x: Array) -> Array:
-        """[m, ...] of the agents here, as [n, ...] of all of them."""
+    def all_gather(x: Array) -> Array:
+        """[m, ...] of the agents on this device becomes [n, ...] of all agents."""
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
-                of_all(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+                all_gather(jax.random.key_data(x)), impl=jax.random.key_impl(x)
             )
         return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
     def init(keys: PRNGKey, swept: dict[str, Array], params: PyTree = None) -> Population:
-        agents = jax.vmap(lambda key, own: trainer_of(config.replace(**own)).init(key, params))(
+        agents = jax.vmap(lambda key, swept: trainer_of(config.replace(**swept)).init(key, params))(
             keys, swept
         )
         count = len(keys)
         agent_index = jnp.arange(count, dtype=jnp.int32) + (
             0 if axis is None else jax.lax.axis_index(axis) * count
         )
-        key = jax.random.fold_in(first_key(of_all(keys)), KEY)
+        key = jax.random.fold_in(first_key(all_gather(keys)), KEY)
         zeros = jnp.zeros(count)
         return Population(
-            agents,
-            swept,
-            zeros,
-            zeros.astype(jnp.int32),
-            agent_index,
-            jnp.broadcast_to(key, (count,)),
+            agents=agents,
+            swept=swept,
+            returns=zeros,
+            episodes=zeros.astype(jnp.int32),
+            agent_index=agent_index,
+            key=jnp.broadcast_to(key, (count,)),
         )
 
     def step(state: Population, frozen: PyTree = None) -> tuple[Population, Metrics]:
         agents, metrics = jax.vmap(
-            lambda own, agent: trainer_of(config.replace(**own)).step(agent, frozen)
+            lambda swept, agent: trainer_of(config.replace(**swept)).step(agent, frozen)
         )(state.swept, state.agents)
         returns = jnp.where(metrics.episodes > 0, metrics.episode_return, 0) * metrics.episodes
-        used = state.swept
+        swept = state.swept
         state = state._replace(
             agents=agents,
             returns=state.returns + returns,
             episodes=state.episodes + metrics.episodes,
         )
-        due = exchange.at_the_end_of(config, agents.iteration[0])
-        fitted = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
-        value_loss = jnp.where(fitted, metrics.value_loss, 0)
+        is_due = exchange.is_due_after(config, agents.iteration[0])
+        # Without a value function, both metrics are NaN.
+        has_critic = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
+        value_loss = jnp.where(has_critic, metrics.value_loss, 0)
         losses_are_finite = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
         state, parent = jax.lax.cond(
-            due, copy, lambda state, _: (state, state.agent_index), state, losses_are_finite
+            is_due,
+            exchange_agents,
+            lambda state, _: (state, state.agent_index),
+            state,
+            losses_are_finite,
         )
-        return state, metrics._replace(extra=metrics.extra | own_metrics(used, parent))
+        return state, metrics._replace(extra=metrics.extra | own_metrics(swept, parent))
 
-    def copy(
+    def exchange_agents(
         state: Population, losses_are_finite: Bool[Array, "m"]
     ) -> tuple[Population, Int[Array, "m"]]:
-        """One exchange."""
-        choice, perturbation, fresh = jax.random.split(
+        """The population after one exchange, and the parent of each agent."""
+        key_parents, key_factors, key_copies = jax.random.split(
             jax.random.fold_in(first_key(state.key), state.iteration[0]), 3
         )
-        finite = [
+        leaf_is_finite = [
             jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)
         ]
-        is_finite = jnp.stack(finite).all(axis=0) & losses_are_finite
+        is_finite = jnp.stack(leaf_is_finite).all(axis=0) & losses_are_finite
         score = jnp.where(
             state.episodes > 0, state.returns / jnp.maximum(state.episodes, 1), -jnp.inf
         )
-        parents = choose_parents(choice, of_all(score), of_all(is_finite), exchange.share)
+        parents = choose_parents(
+            key_parents, all_gather(score), all_gather(is_finite), exchange.share
+        )
         parent = parents[state.agent_index]
         copied = parent != state.agent_index
-        # Members of the same seed have the same key: with its own one a copy would repeat what its parent does.
-        own = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(fresh, state.agent_index)
-        agents = jax.tree.map(lambda x: of_all(x)[parent], state.agents)
-        agents = agents._replace(key=select(copied, own, state.agents.key))
+        # Agents with the same seed have the same key, so a copy that kept its own key could repeat
+        # the samples of its parent.
+        new_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key_copies, state.agent_index)
+        agents = jax.tree.map(lambda x: all_gather(x)[parent], state.agents)
+        agents = agents._replace(key=select(copied, new_keys, state.agents.key))
         swept = {}
         for i, (name, (low, high)) in enumerate(bounds.items()):
-            key = jax.random.fold_in(perturbation, i)
+            key = jax.random.fold_in(key_factors, i)
             factor = jax.random.choice(key, jnp.asarray(exchange.factors), parents.shape)[
                 state.agent_index
             ]
-            changed = jnp.clip(of_all(state.swept[name])[parent] * factor, low, high)
-            swept[name] = jnp.where(copied, changed, state.swept[name])
-        nothing = jnp.zeros_like
+            perturbed = jnp.clip(all_gather(state.swept[name])[parent] * factor, low, high)
+            swept[name] = jnp.where(copied, perturbed, state.swept[name])
         state = Population(
-            agents,
-            swept,
-            nothing(state.returns),
-            nothing(state.episodes),
-            state.agent_index,
-            state.key,
+            agents=agents,
+            swept=swept,
+            returns=jnp.zeros_like(state.returns),
+            episodes=jnp.zeros_like(state.episodes),
+            agent_index=state.agent_index,
+            key=state.key,
         )
         return state, parent
 

@@ -22,7 +22,7 @@ from purejaxppo import (
 )
 from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.networks.distributions import Categorical, MultiCategorical
-from purejaxppo.networks.heads import masked
+from purejaxppo.networks.heads import mask_logits
 from purejaxppo.policies.render import play
 from purejaxppo.types import Box, Dict, Discrete, MultiDiscrete
 
@@ -60,7 +60,7 @@ def masks(n, seed=0):
 def test_a_forbidden_action_is_never_sampled_in_a_million_draws():
     mask = masks(5)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=mask.shape) * 3, jnp.float32)
-    distribution = Categorical(masked(logits, jnp.asarray(mask)))
+    distribution = Categorical(mask_logits(logits, jnp.asarray(mask)))
     draws = 1_000_000 // len(mask) + 1
 
     @jax.jit
@@ -91,7 +91,7 @@ def test_log_probability_entropy_and_divergence_are_those_of_the_allowed_actions
         x, y = rng.normal(size=(2, 4))
         p, q = reference(x, mask), reference(y, mask)
         allowed = np.flatnonzero(mask)
-        one, other = (Categorical(masked(jnp.asarray(z), jnp.asarray(mask))) for z in (x, y))
+        one, other = (Categorical(mask_logits(jnp.asarray(z), jnp.asarray(mask))) for z in (x, y))
         for action in allowed:
             np.testing.assert_allclose(
                 one.log_prob(jnp.asarray(action)), np.log(p[action]), rtol=1e-12
@@ -108,10 +108,10 @@ def test_the_gradient_of_a_forbidden_logit_is_0_and_nothing_is_nan(debug_nans):
         for mask in masks(4):
             allowed = int(np.flatnonzero(mask)[0])
             mask = jnp.asarray(mask)
-            old = Categorical(masked(jnp.asarray([0.3, -0.2, 0.1, 0.5]), mask))
+            old = Categorical(mask_logits(jnp.asarray([0.3, -0.2, 0.1, 0.5]), mask))
 
             def total(logits, mask=mask, old=old, allowed=allowed):
-                new = Categorical(masked(logits, mask))
+                new = Categorical(mask_logits(logits, mask))
                 return new.log_prob(jnp.asarray(allowed)) + 0.7 * new.entropy() - old.kl(new)
 
             for logits in (jnp.zeros(4), jnp.asarray([9.0, -30.0, 80.0, 0.0])):

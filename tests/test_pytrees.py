@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "a list for trpo": (
         {"model": with_params(lambda x: list(x.values())), "algorithm": "trpo"},
-        "trpo needs params of 'policy' and 'value' alone; this model has a list",
+        "trpo needs params with the keys 'policy' and 'value' only; this model has a list",
     ),
 }
 STARTS = {

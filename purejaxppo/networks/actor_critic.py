@@ -1,4 +1,4 @@
-"""Actor-critic networks: `Model`s made of an encoder and two heads."""
+"""Actor-critic networks: `Model`s with an encoder, a policy head and a value head."""
 
 from collections.abc import Callable
 from functools import cache
@@ -22,9 +22,9 @@ from purejaxppo.types import (
 
 
 def make_model(config: Config, observation_space: ObservationSpace, action_space: Space) -> Model:
-    """The network that the config names.
+    """The network that the config describes.
 
-    Asked twice it is the same object, so that what was compiled for one policy serves the next.
+    Equal arguments return the same object, so that policies share their compiled functions.
     """
     return mlp_actor_critic(
         observation_space,
@@ -48,45 +48,47 @@ def mlp_actor_critic(
     squash: bool = False,
     critic_obs: str = "",
 ) -> Model:
-    """A feed-forward `Model` over the features of observations (`features_of`).
+    """A feed-forward `Model` on the features of observations (`features_of`).
 
-    Policy and value have hidden layers of their own, or one ``trunk`` where ``shared_trunk`` is set.
-    The two losses then meet in it, and c1 weighs them (Schulman et al. 2017, eq. 9). The part of the
-    observation named ``critic_obs`` is a feature of the value function only. The part named
-    ``action_mask`` is none; it forbids actions.
+    Policy and value function have separate hidden layers unless ``shared_trunk`` is set. A shared
+    trunk gets the gradients of both losses, and c1 weighs them (Schulman et al. 2017, eq. 9). Only
+    the value function receives the observation part named ``critic_obs``. The part named
+    ``action_mask`` is not a feature; it forbids actions.
     """
     trunk = MLP(hidden_sizes, activation)
-    policy = PolicyHead(action_space, squash)
-    value = ValueHead()
-    unseen = (critic_obs,) if critic_obs else ()
+    policy_head = PolicyHead(action_space, squash)
+    value_head = ValueHead()
+    critic_only = (critic_obs,) if critic_obs else ()
 
     def init(key: PRNGKey, obs: PyTree) -> PyTree:
         key_trunk, key_policy, key_value = jax.random.split(key, 3)
         features = features_of(obs, observation_space)
-        seen = features_of(obs, observation_space, unseen)
-        if unseen:
+        policy_features = features_of(obs, observation_space, critic_only)
+        if critic_only:
             key_policy_trunk, key_value_trunk = jax.random.split(key_trunk)
-            policy_trunk = trunk.init(key_policy_trunk, seen)
-            value_trunk = trunk.init(key_value_trunk, features)
+            policy_trunk_params = trunk.init(key_policy_trunk, policy_features)
+            value_trunk_params = trunk.init(key_value_trunk, features)
         else:
-            policy_trunk, value_trunk = init_trunks(key_trunk, features)
-        policy_head = policy.init(key_policy, trunk.apply(policy_trunk, seen))
-        value_head = value.init(key_value, trunk.apply(value_trunk, features))
+            policy_trunk_params, value_trunk_params = init_trunks(key_trunk, features)
+        policy_head_params = policy_head.init(
+            key_policy, trunk.apply(policy_trunk_params, policy_features)
+        )
+        value_head_params = value_head.init(key_value, trunk.apply(value_trunk_params, features))
         if shared_trunk:
             return {
-                "trunk": policy_trunk,
-                "policy": {"head": policy_head},
-                "value": {"head": value_head},
+                "trunk": policy_trunk_params,
+                "policy": {"head": policy_head_params},
+                "value": {"head": value_head_params},
             }
         return {
-            "policy": {"trunk": policy_trunk, "head": policy_head},
-            "value": {"trunk": value_trunk, "head": value_head},
+            "policy": {"trunk": policy_trunk_params, "head": policy_head_params},
+            "value": {"trunk": value_trunk_params, "head": value_head_params},
         }
 
     def init_trunks(key: PRNGKey, features: Array) -> tuple[PyTree, PyTree]:
-        """Those of policy and value, or one trunk twice.
+        """The trunks of policy and value function; with ``shared_trunk`` the same trunk twice.
 
-        A loop, not two calls: XLA takes half a second for every orthogonal matrix in a program.
+        A loop, not two calls: XLA needs half a second for each orthogonal matrix in a program.
         """
         keys = jax.random.split(key, 1 if shared_trunk else 2)
         _, trunks = scan_keys(lambda _, key: (None, trunk.init(key, features)), None, keys)
@@ -96,13 +98,15 @@ def mlp_actor_critic(
         features = features_of(obs, observation_space)
         mask = obs.get(ACTION_MASK) if isinstance(obs, dict) else None
         if shared_trunk:
-            for_policy = for_value = trunk.apply(params["trunk"], features)
+            policy_hidden = value_hidden = trunk.apply(params["trunk"], features)
         else:
-            seen = features_of(obs, observation_space, unseen) if unseen else features
-            for_policy = trunk.apply(params["policy"]["trunk"], seen)
-            for_value = trunk.apply(params["value"]["trunk"], features)
-        distribution = policy.apply(params["policy"]["head"], for_policy, mask)
-        return distribution, value.apply(params["value"]["head"], for_value)  # type: ignore
+            policy_features = (
+                features_of(obs, observation_space, critic_only) if critic_only else features
+            )
+            policy_hidden = trunk.apply(params["policy"]["trunk"], policy_features)
+            value_hidden = trunk.apply(params["value"]["trunk"], features)
+        distribution = policy_head.apply(params["policy"]["head"], policy_hidden, mask)
+        return distribution, value_head.apply(params["value"]["head"], value_hidden)  # type: ignore
 
     return feed_forward(init, forward)
 
@@ -111,7 +115,7 @@ def feed_forward(
     init: Callable[[PRNGKey, PyTree], PyTree],
     forward: Callable[[PyTree, PyTree], tuple[Distribution, Array]],
 ) -> Model:
-    """The `Model` of a network without memory, from ``forward(params, obs) -> (distribution, value)``."""
+    """The memoryless `Model` with this ``forward(params, obs) -> (distribution, value)``."""
 
     def initial_carry(batch_size: int) -> PyTree:
         return ()
@@ -124,7 +128,8 @@ def feed_forward(
     def unroll(
         params: PyTree, carry: PyTree, obs: PyTree, reset: Array
     ) -> tuple[Distribution, Array]:
-        # One matrix product over all N rows: XLA's CPU back end is half as fast on the gradient of a [T, B, ...] one.
+        # One matrix product on all T · B rows: on CPUs, XLA takes twice as long for the gradient of
+        # a product on [T, B, ...].
         rows = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), obs)
         outputs = forward(params, rows)
         shape = jax.tree.leaves(obs)[0].shape[:2]

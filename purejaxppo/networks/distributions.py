@@ -1,7 +1,7 @@
-"""Distributions over actions: categorical, several categoricals, Gaussian, tanh-squashed Gaussian.
+"""Action distributions: categorical, multi-categorical, Gaussian and tanh-squashed Gaussian.
 
-Each is an immutable pytree whose arrays carry any leading batch axes ``[...]``; ``log_prob``, ``entropy`` and
-``kl`` return one number per batch element, in nats.
+Each is an immutable pytree whose arrays may have leading batch axes ``[...]``. ``log_prob``,
+``entropy`` and ``kl`` return one number per batch element, in nats.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ LOG_2PI = float(np.log(2 * np.pi))
 
 @jax.tree_util.register_pytree_node_class
 class Categorical:
-    """p(a) = softmax(logits)_a. A logit of −∞ forbids its action.
+    """p(a) = softmax(logits)_a. An action with logit −∞ has probability 0.
 
-    ``logits`` is kept normalised, log p, so that no method has to do it again.
+    The attribute ``logits`` holds the normalised logits, log p.
     """
 
     def __init__(self, logits: Float[Array, "*batch n"]) -> None:
@@ -29,9 +29,8 @@ class Categorical:
 
     @classmethod
     def tree_unflatten(cls, _: None, leaves: tuple[Array]) -> "Categorical":
-        distribution = object.__new__(
-            cls
-        )  # what JAX hands over may be no array, and is normalised already
+        # Skips __init__: the leaf is already normalised, and JAX may pass objects, not arrays.
+        distribution = object.__new__(cls)
         (distribution.logits,) = leaves
         return distribution
 
@@ -43,7 +42,7 @@ class Categorical:
 
     def log_prob(self, action: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
         """log p(a)."""
-        # Selecting by comparison and not by indexing: the gradient of indexing is a scatter, slow everywhere.
+        # A comparison instead of an index: the gradient of indexing is a scatter, which is slow.
         chosen = jax.nn.one_hot(action, self.logits.shape[-1], dtype=bool)
         return jnp.where(chosen, self.logits, 0).sum(-1)
 
@@ -56,7 +55,7 @@ class Categorical:
         return self._expectation(self.logits - other.logits)
 
     def _expectation(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-        """Σ p x, where a forbidden action (p = 0) adds nothing, whatever its x."""
+        """Σ p x. Forbidden actions (p = 0) contribute 0, even if their x is not finite."""
         allowed = self.logits > -jnp.inf
         return jnp.where(allowed, jnp.exp(self.logits) * jnp.where(allowed, x, 0), 0).sum(-1)
 
@@ -86,7 +85,7 @@ class MultiCategorical(NamedTuple):
 
 
 class DiagonalGaussian(NamedTuple):
-    """a = mean + exp(log_std) ε with ε ~ N(0, I); the last axis is the action's."""
+    """a = mean + exp(log_std) ε with ε ~ N(0, I). The last axis is the action dimension."""
 
     mean: Float[Array, "*batch k"]
     log_std: Float[Array, "*batch k"]
@@ -116,11 +115,11 @@ class DiagonalGaussian(NamedTuple):
 
 
 class TanhGaussian(NamedTuple):
-    """The action is tanh(u) with u Gaussian (Haarnoja et al. 2018, appendix C).
+    """The action is tanh(u) with Gaussian u (Haarnoja et al. 2018, appendix C).
 
-    ``sample`` and ``mode`` return **u**, and ``log_prob`` takes it: the environment applies the tanh
-    (`envs.wrappers.bound_actions`). Going back from tanh(u) to u loses every digit where the tanh saturates, so
-    that the ratio of an unchanged policy would not be 1.
+    ``sample`` and ``mode`` return **u**, and ``log_prob`` expects u. The environment applies the
+    tanh (`envs.wrappers.bound_actions`). Recovering u from tanh(u) would lose all precision where
+    the tanh saturates, and the probability ratio of an unchanged policy would not be 1.
     """
 
     mean: Float[Array, "*batch k"]
@@ -135,32 +134,34 @@ class TanhGaussian(NamedTuple):
         return self.gaussian.sample(key)
 
     def mode(self) -> Float[Array, "*batch k"]:
-        """The u of the median action, tanh(mean), which is what 'deterministic' means for this policy."""
+        """The mean of u. Its tanh is the median action, which deterministic policies take."""
         return self.mean
 
     def log_prob(self, action: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:
-        """log p(tanh u) = log N(u) − Σ log(1 − tanh² u): the density of the squashed action in [−1, 1]."""
+        """log p(tanh u) = log N(u) − Σ log(1 − tanh² u), the density of the action in [−1, 1]."""
         return self.gaussian.log_prob(action) - _log_tanh_derivative(action).sum(-1)
 
     def entropy(self) -> Float[Array, "*batch"]:
-        """H = H(N) + Σ E[log(1 − tanh² u)], the expectation by 32-point Gauss-Hermite quadrature.
+        """H = H(N) + Σ E[log(1 − tanh² u)].
 
-        It has no closed form. The quadrature needs no key and is differentiable; its error is below 1e-3 nats for
-        standard deviations up to 2.
+        The expectation has no closed form. Gauss-Hermite quadrature with 32 nodes needs no random
+        key and is differentiable. Its error is below 1e-3 nats for standard deviations up to 2.
         """
-        points, mass = np.polynomial.hermite_e.hermegauss(32)
+        points, masses = np.polynomial.hermite_e.hermegauss(32)
         nodes = jnp.asarray(points, self.mean.dtype)
-        weights = jnp.asarray(mass / mass.sum(), self.mean.dtype)
-        u = self.mean[..., None] + jnp.tensordot(
-            jnp.exp(self.log_std), nodes, axes=0
-        )  # [..., k, nodes]
+        weights = jnp.asarray(masses / masses.sum(), self.mean.dtype)
+        # [..., k, nodes]
+        u = self.mean[..., None] + jnp.tensordot(jnp.exp(self.log_std), nodes, axes=0)
         return self.gaussian.entropy() + (_log_tanh_derivative(u) @ weights).sum(-1)
 
     def kl(self, other: "TanhGaussian") -> Float[Array, "*batch"]:
-        """KL does not change under a bijection: that of the two Gaussians."""
+        """KL of the two Gaussians: a bijection such as tanh leaves the divergence unchanged."""
         return self.gaussian.kl(other.gaussian)
 
 
 def _log_tanh_derivative(u: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)), which neither overflows nor loses digits for large |u|."""
+    """log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)).
+
+    The right-hand side neither overflows nor loses precision for large |u|.
+    """
     return 2 * (np.log(2.0).item() - u - jax.nn.softplus(-2 * u))

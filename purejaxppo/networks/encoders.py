@@ -1,4 +1,4 @@
-"""From observations to features."""
+"""Encoders: observations to features, and the hidden layers on them."""
 
 from collections.abc import Callable, Collection
 
@@ -29,14 +29,16 @@ HIDDEN_GAIN = float(np.sqrt(2))
 
 
 def features_of(
-    obs: PyTree, space: ObservationSpace, leave_out: Collection[str] = ()
+    obs: PyTree, space: ObservationSpace, exclude: Collection[str] = ()
 ) -> Shaped[Array, "*batch features"]:
-    """Observations as vectors: finite sets as one-hot, boxes row by row, parts in order of names.
+    """Observations as vectors.
 
-    The ``action_mask`` and the parts named in ``leave_out`` are not among the features.
+    Discrete observations become one-hot vectors. Boxes are flattened in row-major order. The parts
+    of a `Dict` are concatenated in the order of their names, without ``action_mask`` and the parts
+    named in ``exclude``.
     """
     if isinstance(space, Dict):
-        names = [name for name, _ in space.spaces if name not in {ACTION_MASK, *leave_out}]
+        names = [name for name, _ in space.spaces if name not in {ACTION_MASK, *exclude}]
         parts = dict(space.spaces)
         features = [features_of(obs[name], parts[name]) for name in names]
         return jnp.concatenate(features, axis=-1) if len(features) > 1 else features[0]
@@ -52,15 +54,18 @@ def features_of(
 
 
 def dense(width: int, gain: float) -> nn.Dense:
-    """A layer with orthogonal weights of this gain and zero bias (Andrychowicz et al. 2021, section 3.2)."""
-    # jnp.result_type(float) is float64 where jax_enable_x64 is set, and float32 otherwise.
+    """A layer whose initial weights are orthogonal with this gain, and whose initial bias is 0.
+
+    Source: Andrychowicz et al. 2021, section 3.2.
+    """
+    # jnp.result_type(float) is float64 if jax_enable_x64 is set, and float32 otherwise.
     return nn.Dense(
         width, kernel_init=nn.initializers.orthogonal(gain), param_dtype=jnp.result_type(float)
     )
 
 
 class MLP(nn.Module):
-    """Hidden layers: x ← activation(W x + b), once for each width."""
+    """Hidden layers x ← activation(W x + b), one per entry of ``hidden_sizes``."""
 
     hidden_sizes: tuple[int, ...]
     activation: str

@@ -1,4 +1,4 @@
-"""From features to a distribution over actions, or to a value."""
+"""Network heads: features to a distribution over actions, or to a value."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ VALUE_GAIN = 1.0
 
 
 class PolicyHead(nn.Module):
-    """From features to a distribution over ``action_space``.
+    """Maps features to a distribution over ``action_space``.
 
-    Continuous actions have a Gaussian whose log standard deviation is one parameter per dimension, independent of
-    the observation and 0 at first, as in the PPO paper (section 6.1).
+    The log standard deviation of a Gaussian policy is one parameter per action dimension. It is
+    independent of the observation, as in the PPO paper (section 6.1), and its initial value is 0.
     """
 
     action_space: Space
@@ -32,12 +32,12 @@ class PolicyHead(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch hidden"], mask: Shaped[Array, "*batch n"] | None = None
     ) -> Distribution:
-        """``mask`` is the observation's ``action_mask``, if there is one."""
+        """``mask`` is the ``action_mask`` of the observation, or None."""
         match self.action_space:
             case Discrete(n):
-                return Categorical(masked(dense(n, POLICY_GAIN)(x), mask))
+                return Categorical(mask_logits(dense(n, POLICY_GAIN)(x), mask))
             case MultiDiscrete(sizes):
-                logits = masked(dense(sum(sizes), POLICY_GAIN)(x), mask)
+                logits = mask_logits(dense(sum(sizes), POLICY_GAIN)(x), mask)
                 parts = jnp.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
                 return MultiCategorical(tuple(map(Categorical, parts)))
             case Box():
@@ -46,16 +46,19 @@ class PolicyHead(nn.Module):
                 log_std = self.param("log_std", nn.initializers.zeros, (size,), mean.dtype)
                 gaussian = TanhGaussian if self.squash else DiagonalGaussian
                 return gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
-        raise ConfigError(f"{self.action_space!r} is not a space that a policy can act in")
+        raise ConfigError(
+            f"{self.action_space!r} is not an action space: "
+            "a policy needs a Discrete, a MultiDiscrete or a Box"
+        )
 
 
-def masked(
+def mask_logits(
     logits: Float[Array, "*batch n"], mask: Shaped[Array, "*batch n"] | None
 ) -> Float[Array, "*batch n"]:
-    """The logits, those of forbidden actions replaced by the lowest number of their type.
+    """Replace the logits of forbidden actions by the lowest finite number of their dtype.
 
-    A forbidden action then has probability 0 exactly, its logit has gradient 0, and no infinity
-    appears, from which a difference of log-probabilities would make a NaN.
+    The probability of a forbidden action is then exactly 0, and its logit has gradient 0. With −∞,
+    a difference of log-probabilities would be NaN.
     """
     if mask is None:
         return logits
@@ -63,7 +66,7 @@ def masked(
 
 
 class ValueHead(nn.Module):
-    """From features to one number."""
+    """Maps features to a value estimate."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch"]:

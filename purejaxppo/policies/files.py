@@ -36,8 +36,8 @@ from purejaxppo.types import (
 )
 
 FORMAT_VERSION = 3
-# Version 1 did not record extended dtypes such as bfloat16. Versions 1 and 2 normalised features, as
-# one vector, and not observations.
+# Version 1 did not record extended dtypes such as bfloat16. Versions 1 and 2 normalised the vector
+# of features, not the observations.
 READABLE_VERSIONS = (1, 2, 3)
 SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
 

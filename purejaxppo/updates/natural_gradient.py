@@ -1,4 +1,7 @@
-"""The natural gradient: Fisher-vector products and conjugate gradient (Schulman et al. 2015, appendix C)."""
+"""The natural gradient: Fisher-vector products and the conjugate gradient method.
+
+Source: Schulman et al. 2015, appendix C.
+"""
 
 from collections.abc import Callable
 
@@ -9,32 +12,33 @@ from jaxtyping import Array
 
 from purejaxppo.types import PyTree
 
-Product = Callable[[PyTree], PyTree]
+LinearMap = Callable[[PyTree], PyTree]  # v ↦ A v on pytrees with the structure of the parameters
 
 
-def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> Product:
-    """v ↦ F v, F the Hessian of the mean divergence at θ_old, where it equals E[∇log π ∇log πᵀ].
+def fisher_vector_product(mean_kl: Callable[[PyTree], Array], theta: PyTree) -> LinearMap:
+    """v ↦ F v, where F is the Hessian of the mean KL divergence at ``theta``.
 
-    Exact and without forming F: the derivative along v of the gradient (forward over reverse), linearised once for
-    all products.
+    At θ_old, F equals the Fisher matrix E[∇log π ∇log πᵀ]. The product is exact and does not form
+    F: it is the derivative of the gradient along v (forward over reverse). The gradient is
+    linearised once for all products.
     """
     return jax.linearize(jax.grad(mean_kl), theta)[1]
 
 
-def damped(product: Product, damping: Array | float) -> Product:
+def damped(matvec: LinearMap, damping: Array | float) -> LinearMap:
     """v ↦ (F + damping · I) v."""
-    return lambda v: jax.tree.map(lambda fv, v: fv + damping * v, product(v), v)
+    return lambda v: jax.tree.map(lambda fv, v: fv + damping * v, matvec(v), v)
 
 
-def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> PyTree:
-    """x ≈ A⁻¹ b for a positive definite A given by its product (Hestenes & Stiefel 1952).
+def conjugate_gradient(matvec: LinearMap, b: PyTree, iterations: int) -> PyTree:
+    """x ≈ A⁻¹ b for the positive definite A with ``matvec(v)`` = A v (Hestenes & Stiefel 1952).
 
-    The number of iterations is fixed; those after the exact solution change nothing.
+    The number of iterations is fixed. Iterations after the exact solution do not change x.
     """
 
     def iteration(state: tuple, _: None) -> tuple[tuple, None]:
         x, residual, direction, residual_norm_sq = state
-        Ap = product(direction)
+        Ap = matvec(direction)
         curvature = optax.tree.vdot(direction, Ap)
         not_done = (residual_norm_sq > 0) & (curvature > 0)
         step_size = jnp.where(not_done, residual_norm_sq / jnp.where(not_done, curvature, 1), 0)
@@ -46,17 +50,17 @@ def conjugate_gradient(product: Product, b: PyTree, iterations: int) -> PyTree:
         )
         return (x, residual, add_scaled(residual, beta, direction), next_residual_norm_sq), None
 
-    start = (jax.tree.map(jnp.zeros_like, b), b, b, optax.tree.vdot(b, b))
-    (x, _, _, _), _ = jax.lax.scan(iteration, start, None, iterations)
+    initial = (jax.tree.map(jnp.zeros_like, b), b, b, optax.tree.vdot(b, b))
+    (x, _, _, _), _ = jax.lax.scan(iteration, initial, None, iterations)
     return x
 
 
 def add_scaled(x: PyTree, scale: Array, y: PyTree) -> PyTree:
-    """x + scale · y in the types of x."""
+    """x + scale · y, in the dtypes of x."""
     return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), x, y)
 
 
-def cg_residual(x: PyTree, b: PyTree) -> Array:
-    """‖x − b‖ / ‖b‖; 0 where b is 0."""
+def cg_residual(Ax: PyTree, b: PyTree) -> Array:
+    """The relative residual ‖Ax − b‖ / ‖b‖; ‖Ax‖ if b is 0."""
     norm = optax.tree.norm(b)
-    return optax.tree.norm(jax.tree.map(jnp.subtract, x, b)) / jnp.where(norm > 0, norm, 1)
+    return optax.tree.norm(jax.tree.map(jnp.subtract, Ax, b)) / jnp.where(norm > 0, norm, 1)

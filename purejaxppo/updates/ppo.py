@@ -1,4 +1,7 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), in the four variants of its table 1."""
+"""Proximal policy optimisation with the four objectives of table 1 of the paper.
+
+Source: Schulman et al. 2017, arXiv:1707.06347.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,18 +19,18 @@ from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
 
 class PPOState(NamedTuple):
-    """What PPO remembers between iterations."""
+    """State of PPO between iterations."""
 
-    optimizer: PyTree
-    kl_coef: PyTree  # β where ``objective`` is adaptive_kl, else ()
+    optimizer: PyTree  # state of the optimiser
+    kl_coef: PyTree  # [] β if ``objective`` is adaptive_kl, else ()
 
 
-class Loop(NamedTuple):
-    """What goes from one gradient step to the next."""
+class LoopState(NamedTuple):
+    """State of the loop over gradient steps."""
 
     params: PyTree
-    optimizer: PyTree
-    continues: Array  # false once early stopping has ended the iteration's updates
+    optimizer: PyTree  # state of the optimiser
+    continues: Array  # [] bool, false from the minibatch at which early stopping ended the updates
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
@@ -35,51 +38,61 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         maximise   L − c1 · L_VF + c2 · S
 
-    with c1 = ``vf_coef``, c2 = ``ent_coef`` and L by ``objective``: ``clip`` (L_CLIP, eq. 7), ``unclipped`` (L_CPI,
-    eq. 6), ``fixed_kl`` and ``adaptive_kl`` (L_KLPEN = L_CPI − β KL(π_old ‖ π), eq. 8). β starts at ``kl_coef``; the
-    adaptive one is halved after an iteration whose KL is below ``kl_target`` / 1.5 and doubled above 1.5 ``kl_target``.
+    with c1 = ``vf_coef`` and c2 = ``ent_coef``. ``objective`` chooses L:
 
-    With ``early_stop_kl`` the first minibatch whose estimated KL exceeds it ends the iteration's updates: the steps
-    that are left are computed and measured but not taken, so that it vmaps. Metrics are means over all minibatches,
-    but ``first_ratio_deviation``, of the first one before any step, ``largest_ratio_deviation``, and ``kl``, which is
-    exact and of the whole batch after the last step.
+    - ``clip``: L_CLIP (eq. 7).
+    - ``unclipped``: L_CPI (eq. 6).
+    - ``fixed_kl``, ``adaptive_kl``: L_KLPEN = L_CPI − β KL(π_old ‖ π) (eq. 8). β starts at
+      ``kl_coef``. With ``adaptive_kl`` it changes after each iteration to keep the KL near
+      ``kl_target`` (`adapt_kl_coef`).
+
+    With ``early_stop_kl``, the first minibatch with a larger estimated KL ends the updates of the
+    iteration. Its step and the later steps are computed and measured but not applied, so that the
+    update can be vmapped.
+
+    Metrics are means over all minibatches, with three exceptions. ``first_ratio_deviation`` is
+    measured on the first minibatch, before any step. ``largest_ratio_deviation`` is the maximum.
+    ``kl``, of ``adaptive_kl``, is the exact KL on the whole batch after the last step.
     """
-    penalised = config.objective in ("fixed_kl", "adaptive_kl")
-    adaptive = config.objective == "adaptive_kl"
-
+    is_penalised = config.objective in ("fixed_kl", "adaptive_kl")
+    is_adaptive = config.objective == "adaptive_kl"
     loss = make_loss(config, model)
 
     def init(params: PyTree) -> PPOState:
         return PPOState(
             optimizer.init(params),
-            jnp.asarray(config.kl_coef, jnp.result_type(float)) if adaptive else (),
+            jnp.asarray(config.kl_coef, jnp.result_type(float)) if is_adaptive else (),
         )
 
     def step(
         key: PRNGKey, params: PyTree, update_state: PPOState, batch: Batch
     ) -> tuple[PyTree, PPOState, dict[str, Array]]:
         sequences = as_sequences(batch, config.num_shards)
-        kl_coef: Any = update_state.kl_coef if adaptive else config.kl_coef
+        kl_coef: Any = update_state.kl_coef if is_adaptive else config.kl_coef
 
         def policy(params: PyTree) -> Distribution:
             return model.unroll(params, sequences.carry, sequences.obs, sequences.reset)[0]
 
-        if penalised:
+        if is_penalised:
             extras = sequences.extras | {"old_policy": policy(params)}
             sequences = sequences._replace(extras=extras)
 
-        def minibatch_step(loop: Loop, minibatch: Batch) -> tuple[Loop, dict[str, Array]]:
+        def minibatch_step(loop: LoopState, minibatch: Batch) -> tuple[LoopState, dict[str, Array]]:
             gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, minibatch, kl_coef)
-            change, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
+            updates, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
             metrics["grad_norm"] = optax.tree.norm(gradient)
-            after = Loop(optax.apply_updates(loop.params, change), opt_state, loop.continues)
+            next_loop = LoopState(
+                optax.apply_updates(loop.params, updates), opt_state, loop.continues
+            )
             if config.early_stop_kl is not None:
                 continues = loop.continues & (metrics["approx_kl"] <= config.early_stop_kl)
-                after = where_except_schedules(continues, after, loop)._replace(continues=continues)
+                next_loop = where_except_schedules(continues, next_loop, loop)._replace(
+                    continues=continues
+                )
                 metrics["steps_taken"] = continues.astype(metrics["approx_kl"].dtype)
-            return after, metrics
+            return next_loop, metrics
 
-        def epoch(loop: Loop, key: PRNGKey) -> tuple[Loop, dict[str, Array]]:
+        def epoch(loop: LoopState, key: PRNGKey) -> tuple[LoopState, dict[str, Array]]:
             minibatches = shuffled_minibatches(
                 key, sequences, config.num_minibatches, config.num_shards
             )
@@ -87,21 +100,21 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         keys = jax.random.split(key, config.num_epochs)
         loop, metrics = scan_keys(
-            epoch, Loop(params, update_state.optimizer, jnp.asarray(True)), keys
+            epoch, LoopState(params, update_state.optimizer, jnp.asarray(True)), keys
         )
-        deviation = metrics.pop("ratio_deviation")  # [epochs, minibatches]
-        measured = jax.tree.map(jnp.mean, metrics)
-        measured |= {
-            "first_ratio_deviation": deviation[0, 0],
-            "largest_ratio_deviation": deviation.max(),
+        ratio_deviation = metrics.pop("ratio_deviation")  # [epochs, minibatches]
+        mean_metrics = jax.tree.map(jnp.mean, metrics)
+        mean_metrics |= {
+            "first_ratio_deviation": ratio_deviation[0, 0],
+            "largest_ratio_deviation": ratio_deviation.max(),
         }
-        if not adaptive:
-            return loop.params, PPOState(loop.optimizer, ()), measured
+        if not is_adaptive:
+            return loop.params, PPOState(loop.optimizer, ()), mean_metrics
         kl = losses.masked_mean(
             sequences.extras["old_policy"].kl(policy(loop.params)), sequences.mask
         )
-        state = PPOState(loop.optimizer, adapted(kl_coef, kl, config.kl_target))
-        return loop.params, state, measured | {"kl": kl, "kl_coef": kl_coef}
+        state = PPOState(loop.optimizer, adapt_kl_coef(kl_coef, kl, config.kl_target))
+        return loop.params, state, mean_metrics | {"kl": kl, "kl_coef": kl_coef}
 
     return Update(init, step)
 
@@ -109,7 +122,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """``(params, batch, kl_coef) -> (loss, metrics)`` of one minibatch.
 
-    Where the KL is penalised, the batch has π_old as the extra ``old_policy``.
+    With a KL penalty, the extra ``old_policy`` of the batch is π_old.
     """
 
     def loss(
@@ -153,7 +166,10 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
 
 
 def where_except_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    """``new`` where the condition holds, else ``old``; but the count of a schedule, which goes by time, goes on."""
+    """``new`` if the condition holds, else ``old``; the state of schedules is always ``new``.
+
+    The learning rate then follows its schedule whether or not steps are applied.
+    """
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
@@ -164,10 +180,12 @@ def where_except_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree
     return jax.tree.map(choose, new, old, is_leaf=is_schedule)
 
 
-def adapted(kl_coef: Array, kl: Array, target: Array | float) -> Array:
-    """β / 2 where KL < target / 1.5, 2 β where KL > 1.5 target, else β (Schulman et al. 2017, section 4).
+def adapt_kl_coef(kl_coef: Array, kl: Array, target: Array | float) -> Array:
+    """β / 2 if KL < target / 1.5, 2 β if KL > 1.5 target, else β.
 
-    Within 1e-6 … 1e6, so that a β gone to 0 or infinity does not stay there.
+    The result is clipped to [1e-6, 1e6]: a β of 0 or infinity could not change again.
+
+    Source: Schulman et al. 2017, section 4.
     """
     return jnp.clip(
         kl_coef * jnp.where(kl < target / 1.5, 0.5, jnp.where(kl > 1.5 * target, 2.0, 1.0)),

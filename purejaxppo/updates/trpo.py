@@ -28,38 +28,44 @@ from purejaxppo.updates.natural_gradient import (
 
 
 class LineSearchState(NamedTuple):
-    """One length of the step that the line search tries."""
+    """The last candidate of the line search."""
 
-    theta: PyTree
-    num_backtracks: Array  # how many lengths before it
-    accepted: Array
-    surrogate: Array
-    kl: Array
-    ratio: Array
+    theta: PyTree  # policy parameters
+    num_backtracks: Array  # [] how often the full step was shrunk
+    accepted: Array  # [] bool
+    surrogate: Array  # [] L(θ) on the whole batch
+    kl: Array  # [] mean KL(π_old ‖ π_θ) on the whole batch, in nats
+    ratio: Array  # [T, B] r(θ)
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
-    """One natural-gradient step of the policy within a trust region, then the value function by minibatches:
+    """A natural-gradient step of the policy in a trust region, then steps on the value loss.
 
-        maximise   L(θ) = E[r(θ) Â]   subject to   E[KL(π_old ‖ π_θ)] ≤ δ        (eq. 14)
+    The policy step approximately solves eq. 14 with δ = ``max_kl``:
 
-    with δ = ``max_kl``. The direction x ≈ (F + ``cg_damping`` I)⁻¹ g comes from ``cg_iterations`` steps of conjugate
-    gradient on products with the Fisher matrix F of one sample in ``fisher_subsample``, and the longest step
-    √(2δ / xᵀ(F + ``cg_damping`` I)x) x is shortened by ``line_search_shrink`` until L has improved and the constraint
-    holds on the whole batch (appendix C). Where none of ``line_search_steps`` lengths does, the policy stays as it is
-    and ``line_search_failed`` is 1.
+        maximise   L(θ) = E[r(θ) Â]   subject to   E[KL(π_old ‖ π_θ)] ≤ δ
 
-    ``params["policy"]`` and ``params["value"]`` share nothing. ``optimizer`` fits the value function, in
-    ``num_epochs`` of ``num_minibatches``, and ``update_state`` is its state.
+    1. The direction is x ≈ A⁻¹ g with A = F + ``cg_damping`` · I and g = ∇L(θ_old). It comes from
+       ``cg_iterations`` iterations of the conjugate gradient method. F is the Fisher matrix on a
+       random 1 / ``fisher_subsample`` of the batch.
+    2. The full step is √(2δ / xᵀAx) x. The line search multiplies it by ``line_search_shrink``
+       until L exceeds L(θ_old) and the constraint holds on the whole batch (appendix C). If all
+       ``line_search_steps`` candidates fail, the policy stays at θ_old and
+       ``line_search_failed`` is 1.
+
+    ``params["policy"]`` and ``params["value"]`` share no parameters. ``optimizer`` fits the value
+    function in ``num_epochs`` epochs of ``num_minibatches`` minibatches. ``update_state`` is the
+    state of ``optimizer``.
     """
     policy_step = make_policy_step(config, model)
     value_steps = make_value_steps(config, model, optimizer)
 
     def init(params: PyTree) -> PyTree:
         if not isinstance(params, dict) or set(params) != {"policy", "value"}:
-            result = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
+            actual = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
             raise ConfigError(
-                f"trpo needs params of 'policy' and 'value' alone; this model has {result}"
+                "trpo needs params with the keys 'policy' and 'value' only; "
+                f"this model has {actual}"
             )
         return optimizer.init(params["value"])
 
@@ -68,12 +74,12 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         sequences = as_sequences(batch, config.num_shards)
         key_policy, key_value = jax.random.split(key)
-        policy, measured = policy_step(key_policy, params, sequences)
+        policy, metrics = policy_step(key_policy, params, sequences)
         value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
         return (
             {"policy": policy, "value": value},
             update_state,
-            measured | {"value_loss": value_loss},
+            metrics | {"value_loss": value_loss},
         )
 
     return Update(init, step)
@@ -82,7 +88,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def make_policy_step(
     config: Config, model: Model
 ) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
-    """``(key, params, batch) -> (policy, metrics)``: the natural-gradient step and its line search."""
+    """``(key, params, batch) -> (policy_params, metrics)``: natural gradient and line search."""
 
     def policy_step(key: PRNGKey, params: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
         theta_old = params["policy"]
@@ -108,7 +114,9 @@ def make_policy_step(
             if config.normalize_advantage
             else batch.advantage
         )
-        (before, (ratio, old)), gradient = jax.value_and_grad(surrogate, has_aux=True)(theta_old)
+        (old_surrogate, (ratio, old_policy)), gradient = jax.value_and_grad(
+            surrogate, has_aux=True
+        )(theta_old)
 
         fisher = damped(fisher_vector_product(mean_kl, theta_old), config.cg_damping)
         direction = conjugate_gradient(fisher, gradient, config.cg_iterations)
@@ -118,28 +126,33 @@ def make_policy_step(
             curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0
         )
 
-        def attempt(num_backtracks: Array) -> LineSearchState:
+        def try_step(num_backtracks: Array) -> LineSearchState:
             step_size = full_step * config.line_search_shrink**num_backtracks
             theta = add_scaled(theta_old, step_size, direction)
-            after, (ratio, distribution) = surrogate(theta)
-            kl = losses.masked_mean(old.kl(distribution), batch.mask)
+            new_surrogate, (ratio, distribution) = surrogate(theta)
+            kl = losses.masked_mean(old_policy.kl(distribution), batch.mask)
             return LineSearchState(
-                theta, num_backtracks, (kl <= config.max_kl) & (after > before), after, kl, ratio
+                theta=theta,
+                num_backtracks=num_backtracks,
+                accepted=(kl <= config.max_kl) & (new_surrogate > old_surrogate),
+                surrogate=new_surrogate,
+                kl=kl,
+                ratio=ratio,
             )
 
-        # The first length that will do; vmapped, the loop ends when every member has one or has tried them all.
+        # Under vmap, the loop runs until every member has accepted or exhausted its candidates.
         result = jax.lax.while_loop(
-            lambda last: ~last.accepted & (last.num_backtracks + 1 < config.line_search_steps),
-            lambda last: attempt(last.num_backtracks + 1),
-            attempt(jnp.zeros((), jnp.int32)),
+            lambda state: ~state.accepted & (state.num_backtracks + 1 < config.line_search_steps),
+            lambda state: try_step(state.num_backtracks + 1),
+            try_step(jnp.zeros((), jnp.int32)),
         )
 
         def if_accepted(new: Any, otherwise: Any) -> Array:
             return jnp.where(result.accepted, new, otherwise)
 
         return jax.tree.map(if_accepted, result.theta, theta_old), {
-            "policy_loss": -if_accepted(result.surrogate, before),
-            "entropy": losses.masked_mean(old.entropy(), batch.mask),
+            "policy_loss": -if_accepted(result.surrogate, old_surrogate),
+            "entropy": losses.masked_mean(old_policy.entropy(), batch.mask),
             "approx_kl": if_accepted(result.kl, 0.0),
             "grad_norm": optax.tree.norm(gradient),
             "first_ratio_deviation": jnp.abs(ratio - 1).max(),
@@ -155,7 +168,10 @@ def make_policy_step(
 def make_value_steps(
     config: Config, model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[PyTree, PyTree, Array]]:
-    """``(key, params, opt_state, batch) -> (value, opt_state, mean loss)``: epochs of minibatch steps on L_VF."""
+    """Epochs of minibatch steps on L_VF.
+
+    The result is ``(key, params, opt_state, batch) -> (value_params, opt_state, mean_loss)``.
+    """
 
     def value_steps(
         key: PRNGKey, params: PyTree, opt_state: PyTree, batch: Batch
@@ -169,8 +185,8 @@ def make_value_steps(
         ) -> tuple[tuple[PyTree, PyTree], Array]:
             theta, opt_state = carry
             value_loss, gradient = jax.value_and_grad(loss)(theta, batch)
-            change, opt_state = optimizer.update(gradient, opt_state, theta)
-            return (optax.apply_updates(theta, change), opt_state), value_loss
+            updates, opt_state = optimizer.update(gradient, opt_state, theta)
+            return (optax.apply_updates(theta, updates), opt_state), value_loss
 
         def epoch(
             carry: tuple[PyTree, PyTree], key: PRNGKey
@@ -188,7 +204,7 @@ def make_value_steps(
 
 
 def subsample_sequences(k: int, key: PRNGKey, batch: Batch, num_shards: int = 1) -> Batch:
-    """A random k-th of the sequences of each shard, rounded up."""
+    """⌈n / k⌉ random sequences out of the n sequences of each shard."""
     if k == 1:
         return batch
     order = shard_permutations(key, batch.mask.shape[1], num_shards)

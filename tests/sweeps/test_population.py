@@ -167,7 +167,7 @@ def whole(tmp_path_factory):
 
 def test_before_its_first_exchange_it_is_the_sweep(monkeypatch):
     plain = run(exchange=None)
-    monkeypatch.setattr(Exchange, "at_the_end_of", lambda *_: jnp.asarray(False))
+    monkeypatch.setattr(Exchange, "is_due_after", lambda *_: jnp.asarray(False))
     population = run(exchange=Exchange(7))
     pd.testing.assert_frame_equal(
         population.scores.drop(columns="seed"),

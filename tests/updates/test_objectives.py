@@ -27,7 +27,7 @@ from purejaxppo.config import OBJECTIVES
 from purejaxppo.train import make_optimizer
 from purejaxppo.types import Box, Env, Step
 from purejaxppo.updates import UPDATES
-from purejaxppo.updates.ppo import adapted
+from purejaxppo.updates.ppo import adapt_kl_coef
 
 
 def descend(config, params, batch, gaussian=False, rate=0.1):
@@ -106,9 +106,9 @@ def test_the_penalty_is_halved_doubled_or_kept():
         (0.0151, 2.0),
         (9.0, 2.0),
     ):
-        assert adapted(jnp.asarray(3.0), jnp.asarray(kl), 0.01) == 3.0 * factor
-    assert adapted(jnp.asarray(1e6), jnp.asarray(1.0), 0.01) == np.float32(1e6)
-    assert adapted(jnp.asarray(1e-6), jnp.asarray(0.0), 0.01) == np.float32(1e-6)
+        assert adapt_kl_coef(jnp.asarray(3.0), jnp.asarray(kl), 0.01) == 3.0 * factor
+    assert adapt_kl_coef(jnp.asarray(1e6), jnp.asarray(1.0), 0.01) == np.float32(1e6)
+    assert adapt_kl_coef(jnp.asarray(1e-6), jnp.asarray(0.0), 0.01) == np.float32(1e-6)
     with pytest.raises(ConfigError, match="must start above 0"):
         make_train(Config(objective="adaptive_kl", kl_coef=0.0))
 

@@ -366,5 +366,5 @@ def test_a_model_with_a_shared_trunk_is_refused():
     model = mlp_actor_critic(
         counter().observation_space, DISCRETE, hidden_sizes=(3,), shared_trunk=True
     )
-    with pytest.raises(ConfigError, match="'policy' and 'value' alone"):
+    with pytest.raises(ConfigError, match="'policy' and 'value' only"):
         jax.eval_shape(make_train(CONFIG, counter(), model), jax.random.key(0))
