@@ -89,22 +89,39 @@ def restart(
     """
     B = done.shape[0]
 
-    def draw_rows(rows: Array) -> PyTree:
+    def draw_rows(key: PRNGKey, rows: Array) -> PyTree:
         return jax.vmap(lambda b: draw(jax.random.fold_in(key, b)))(rows)
 
     if at_once >= B:
-        return where_rows(done, draw_rows(jnp.arange(B)), current)
+        return where_rows(done, draw_rows(key, jnp.arange(B)), current)
 
-    def one_pass(loop: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        pending, current = loop
-        # Row B does not exist: nothing is written there.
-        (rows,) = jnp.nonzero(pending, size=at_once, fill_value=B)
-        current = jax.tree.map(
-            lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(rows)
-        )
-        return pending.at[rows].set(False, mode="drop"), current
+    @jax.custom_jvp
+    def restart_in_passes(key: PRNGKey, done: Array, current: PyTree) -> PyTree:
+        def one_pass(loop: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+            pending, current = loop
+            # Row B does not exist: nothing is written there.
+            (rows,) = jnp.nonzero(pending, size=at_once, fill_value=B)
+            current = jax.tree.map(
+                lambda old, new: old.at[rows].set(new, mode="drop"), current, draw_rows(key, rows)
+            )
+            return pending.at[rows].set(False, mode="drop"), current
 
-    return jax.lax.while_loop(lambda loop: loop[0].any(), one_pass, (done, current))[1]
+        return jax.lax.while_loop(lambda loop: loop[0].any(), one_pass, (done, current))[1]
+
+    @restart_in_passes.defjvp
+    def derivative(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+        """New rows are constant and the others are copied.
+
+        JAX cannot differentiate a loop of unknown length in reverse mode.
+        """
+
+        def of_leaf(x: Array) -> Array:
+            is_constant = x.dtype == jax.dtypes.float0
+            return x if is_constant else where_rows(primals[1], jnp.zeros_like(x), x)
+
+        return restart_in_passes(*primals), jax.tree.map(of_leaf, tangents[2])
+
+    return restart_in_passes(key, done, current)
 
 
 def where_rows(condition: Bool[Array, "B"], new: PyTree, old: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ from purejaxppo.types import ConfigError, EnvSettings, plain_settings
 from purejaxppo.validation import (
     INSIDE_UNIT,
     NONE_OR_POSITIVE,
+    NONE_OR_POSITIVE_INT,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_INT,
@@ -99,6 +100,13 @@ class Config:
     algorithm: str = _static("ppo", "learning algorithm", ALGORITHMS)
     total_timesteps: int = _static(
         1_000_000, "total environment steps, rounded up to full iterations", POSITIVE_INT
+    )
+    total_episodes: int | None = _static(
+        None,
+        "total episodes instead of total_timesteps, rounded up to full iterations "
+        "(whole episodes only)",
+        NONE_OR_POSITIVE_INT,
+        kw_only=True,
     )
     num_envs: int = _static(16, "number of parallel environments (B)", POSITIVE_INT)
     num_steps: int = _static(128, "steps per environment and iteration (T)", POSITIVE_INT)
@@ -250,8 +258,22 @@ class Config:
         return self.episodic or self.estimator == "returns"
 
     @property
+    def has_fixed_length(self) -> bool:
+        """Whether ``num_iterations`` iterations will run.
+
+        This is false if whole episodes are played until ``total_timesteps`` steps are counted,
+        because an iteration has as many steps as its episodes are long.
+        """
+        return not self.whole_episodes or self.total_episodes is not None
+
+    @property
     def num_iterations(self) -> int:
-        """⌈total_timesteps / N⌉; with whole episodes the bound ⌈total_timesteps / num_envs⌉."""
+        """⌈total_timesteps / N⌉, or ⌈total_episodes / num_envs⌉.
+
+        Without a fixed length this is the upper bound ⌈total_timesteps / num_envs⌉.
+        """
+        if self.total_episodes is not None:
+            return -(-self.total_episodes // self.num_envs)
         least_steps = self.num_envs if self.whole_episodes else self.batch_size
         return -(-self.total_timesteps // least_steps)
 
@@ -259,10 +281,11 @@ class Config:
     def actual_timesteps(self) -> int:
         """The environment steps that will run: ``total_timesteps`` rounded up to full iterations.
 
-        With whole episodes this is an upper bound: steps count up to the end of an episode, and the
-        iteration that reaches ``total_timesteps`` is the last.
+        With whole episodes this is an upper bound, because only the steps up to the end of an
+        episode count. Without a fixed length the iteration that reaches ``total_timesteps`` is the
+        last.
         """
-        if self.whole_episodes:
+        if not self.has_fixed_length:
             return self.total_timesteps + self.batch_size - 1
         return self.num_iterations * self.batch_size
 
@@ -428,7 +451,9 @@ def _validated_field(name: str, value: Any) -> Any:
         if not isinstance(value, bool | np.bool_):
             raise wrong(name, value, "True or False")
         return bool(value)
-    if isinstance(default, int):
+    if name == "total_episodes" and value is None:
+        return None
+    if isinstance(default, int) or name == "total_episodes":
         return checked_int(name, value, check)
     if not isinstance(value, str):
         raise wrong(name, value, "a string")

@@ -50,7 +50,7 @@ def run_iterations(
 
     def not_done(loop: tuple[StateT, Metrics, Array, Array]) -> Array:
         state, _, i, finite = loop
-        if not config.whole_episodes:
+        if config.has_fixed_length:
             return i < count
         return (i < count) & (state.timesteps < config.total_timesteps) & finite
 
@@ -67,7 +67,7 @@ def run_iterations(
     )  # of the call before; room that is empty is 0
     start = (state, buffer, jnp.zeros((), jnp.int32), finite)
     state, buffer, done, _ = jax.lax.while_loop(not_done, iteration, start)
-    if not config.whole_episodes:
+    if config.has_fixed_length:
         return state, buffer
     row = jnp.arange(buffer.timesteps.shape[0])
     # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.

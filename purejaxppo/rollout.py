@@ -51,7 +51,7 @@ def make_rollout(
     With ``whole_episodes`` every environment is reset first, and only its first episode counts: later
     steps are played, but they are neither ``valid`` nor in the ``mask``, and no statistic includes
     them. The episodes that happen to end within a window are mostly short, and an average over them
-    would be biased.
+    would be biased. After the last step the model is evaluated only at a truncation.
     """
     bound = env.max_episode_steps
     at_most_one_truncation = (
@@ -132,9 +132,14 @@ def make_rollout(
         if bootstrap_every_step:
             return transitions, env_state, carry, rollout_moments
 
-        # The memory that these two evaluations return is dropped: the next rollout goes on from `carry`.
-        last_obs = normalize_obs(obs_moments, env_state.obs)
-        _, _, last_value = model.step(params, carry, last_obs, env_state.reset)
+        # These two evaluations return a carry too, which is dropped: the next rollout continues
+        # from `carry`.
+        if whole_episodes:
+            # The last step ended its episode or is not valid, so its successor has no value.
+            last_value = jnp.zeros_like(transitions.value[-1])
+        else:
+            last_obs = normalize_obs(obs_moments, env_state.obs)
+            _, _, last_value = model.step(params, carry, last_obs, env_state.reset)
         next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
         if at_most_one_truncation:
             _, _, truncated_value = model.step(params, *truncated_successor, no_reset)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import purejaxppo.envs as envs
 from purejaxppo.advantages import ADVANTAGES
@@ -60,9 +60,11 @@ def make_train(
     ``params`` is the starting point of the run: a `Policy` or a `TrainState` with its normaliser, or
     parameters alone, for which normalisation starts empty.
 
-    With whole episodes the run stops after ``total_timesteps`` valid steps. Metrics are padded to
-    ⌈total_timesteps / num_envs⌉ iterations; padding rows report zero episodes. The length of that
-    loop is unknown in advance, so reverse-mode differentiation through the run is not possible.
+    The run is a scan over ``num_iterations`` iterations, which can be differentiated in both modes.
+    With whole episodes and without ``total_episodes`` it stops after ``total_timesteps`` valid
+    steps instead. Metrics are then padded to ⌈total_timesteps / num_envs⌉ iterations, padding rows
+    report zero episodes, and there is no reverse-mode derivative. TRPO has none either, because its
+    line search is a loop of unknown length.
     """
     trainer = make_trainer(config, env, model, reward_fn)
     config = _checked_config(config)
@@ -72,7 +74,7 @@ def make_train(
             return trainer.step(state, frozen)
 
         state = trainer.init(key, params)
-        if not config.whole_episodes:
+        if config.has_fixed_length:
             return Result(*jax.lax.scan(step, state, None, config.num_iterations))
         buffer = metrics_buffer(jax.eval_shape(step, state)[1], config.num_iterations)
         return Result(*run_iterations(config, step, state, buffer, config.num_iterations))
@@ -141,7 +143,8 @@ def make_trainer(
 
         # Optimise the surrogate with respect to θ, for K epochs of minibatches.
         batch = _batch(transitions, advantage, target, rewards.extras, state.carry)
-        params, update_state, measured = update.step(key_update, state.params, state.update, batch)
+        update_state = _with_learning_rate(config, state.update, state.timesteps)
+        params, update_state, measured = update.step(key_update, state.params, update_state, batch)
 
         state = TrainState(
             params=params,
@@ -230,22 +233,41 @@ def finished_in_all_shards(env_state: VectorState) -> EpisodeSums:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam after clipping the gradient's global norm, with the learning rate of `annealed_lr` where it is annealed."""
+    """Adam after clipping the global norm of the gradient.
+
+    With ``anneal_lr`` the learning rate in iteration k = 0, 1, … is `annealed_lr` of k / K, where K
+    is the number of iterations. Without a fixed length it is `annealed_lr` of the share of
+    ``total_timesteps`` that came before, which `make_trainer` writes into the optimiser's state.
+    """
     steps_per_iteration = config.num_epochs * config.num_minibatches
 
     def schedule(count: Array) -> Array:
-        return annealed_lr(config, count // steps_per_iteration)
+        return annealed_lr(config, count // steps_per_iteration, config.num_iterations)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adam(schedule if config.anneal_lr else config.lr, eps=config.adam_eps),
-    )
+    if not config.anneal_lr:
+        adam = optax.adam(config.lr, eps=config.adam_eps)
+    elif config.has_fixed_length:
+        adam = optax.adam(schedule, eps=config.adam_eps)
+    else:
+        others = ("b1", "b2", "eps", "eps_root")
+        adam = optax.inject_hyperparams(optax.adam, others)(config.lr, eps=config.adam_eps)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
 
 
-def annealed_lr(config: Config, iteration: Int[Array, ""]) -> Float[Array, ""]:
-    """lr · max(0, 1 − k / K) in iteration k = 0, 1, … of K, in the working precision."""
-    progress = iteration.astype(jnp.result_type(float)) / config.num_iterations
+def annealed_lr(config: Config, done: Array, total: int) -> Float[Array, ""]:
+    """lr · max(0, 1 − done / total), in the working precision."""
+    progress = done.astype(jnp.result_type(float)) / total
     return config.lr * jnp.maximum(0.0, 1 - progress)
+
+
+def _with_learning_rate(config: Config, update_state: PyTree, timesteps: Array) -> PyTree:
+    """The state of the update with the annealed learning rate, if the optimiser cannot know it."""
+    if config.has_fixed_length or not config.anneal_lr:
+        return update_state
+    if not optax.tree.get_all_with_path(update_state, "learning_rate"):
+        return update_state  # of an algorithm without the optimiser
+    lr = annealed_lr(config, timesteps, config.total_timesteps)
+    return optax.tree.set(update_state, learning_rate=lr)
 
 
 def _checked_config(config: Config | Mapping[str, Any]) -> Config:

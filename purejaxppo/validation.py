@@ -24,6 +24,7 @@ class Check:
 
 
 POSITIVE_INT = Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
+NONE_OR_POSITIVE_INT = Check(POSITIVE_INT.ok, "None or an integer of at least 1")
 POSITIVE = Check(lambda x: x > 0, "a finite number above 0")
 NONE_OR_POSITIVE = Check(lambda x: x > 0, "None or a finite number above 0")
 NOT_NEGATIVE = Check(lambda x: x >= 0, "a finite number of at least 0")
@@ -164,10 +165,15 @@ def require_compatible(config: Any) -> None:
             f"samples of each of {config.num_shards} shards: "
             "every minibatch has an equal part of every shard"
         )
-    if config.whole_episodes and config.actual_timesteps >= 2**31:
+    if config.total_episodes is not None and not config.whole_episodes:
         raise ConfigError(
-            f"total_timesteps = {config.total_timesteps}: "
-            "whole episodes are counted up to 2**31 steps"
+            f"total_episodes = {config.total_episodes}: a run counts whole episodes only: "
+            "set episodic=True, or total_timesteps instead"
+        )
+    if config.whole_episodes and config.actual_timesteps >= 2**31:
+        total = "total_timesteps" if config.total_episodes is None else "total_episodes"
+        raise ConfigError(
+            f"{total} = {getattr(config, total)}: whole episodes are counted up to 2**31 steps"
         )
     if config.group_size > 1 and not config.whole_episodes:
         raise ConfigError(
@@ -185,11 +191,6 @@ def require_compatible(config: Any) -> None:
             "see it: set shared_trunk=False"
         )
     _require_supported_by_algorithm(config)
-    if config.whole_episodes and config.anneal_lr:
-        raise ConfigError(
-            "anneal_lr needs a known number of iterations, and whole episodes have none: "
-            "set anneal_lr=False"
-        )
 
 
 def _require_supported_by_algorithm(config: Any) -> None:

@@ -64,7 +64,15 @@ HIGHEST = {
     "line_search_shrink": BELOW_1,
 }
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
-SIZES = {"total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches", "num_shards"}
+SIZES = {
+    "total_timesteps",
+    "total_episodes",
+    "num_envs",
+    "num_steps",
+    "num_epochs",
+    "num_minibatches",
+    "num_shards",
+}
 SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps", "group_size"}
 
 
@@ -638,6 +646,8 @@ def assert_valid(config):
             assert (array >= lowest).all() and (array <= highest).all()
         elif name in SWITCHES:
             assert type(value) is bool
+        elif name == "total_episodes" and value is None:
+            continue
         elif name in SIZES:
             assert type(value) is int and 1 <= value <= 2**62
         elif name == "env_settings":

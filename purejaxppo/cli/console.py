@@ -92,6 +92,7 @@ class Screen:
         self.task: TaskID | None = None
         self.total = 1
         self.next_line = 1
+        self.steps_per_iteration = 0  # 0: the bar counts timesteps
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
@@ -105,8 +106,11 @@ class Screen:
             table.add_row(f"[bold]{name}", text)
         self.console.print(table)
         config = plan.config
+        if config.total_episodes is not None:
+            # The steps of the episodes are unknown; the iterations are known.
+            self.steps_per_iteration = config.batch_size
         self._start_bar(
-            config.total_timesteps if config.whole_episodes else config.actual_timesteps
+            config.actual_timesteps if config.has_fixed_length else config.total_timesteps
         )
 
     def on_sweep_plan(self, plan: SweepPlan) -> None:
@@ -138,8 +142,11 @@ class Screen:
         text = f"return {_score(progress.episode_return)}  {_rate(progress.steps_per_second)}"
         assert self.task is not None, "the plan comes before the progress"
         timesteps = progress.timesteps
-        self.bar.update(self.task, completed=timesteps, text=text)
-        scaled = timesteps * NUM_PROGRESS_LINES
+        completed = timesteps
+        if self.steps_per_iteration and isinstance(progress, session.Progress):
+            completed = progress.iterations * self.steps_per_iteration
+        self.bar.update(self.task, completed=completed, text=text)
+        scaled = completed * NUM_PROGRESS_LINES
         if not self.console.is_terminal and scaled >= self.next_line * self.total:
             self.next_line = scaled // self.total + 1
             self.console.print(f"{timesteps:>14,} steps  {text}")
@@ -165,6 +172,11 @@ def _plan_rows(plan: RunPlan, import_seconds: float) -> dict[str, str]:
         length = (
             f"{config.total_timesteps:,} to {config.actual_timesteps:,} per agent, "
             "counted in whole episodes"
+        )
+    if config.total_episodes is not None:
+        length = (
+            f"{config.num_iterations * config.num_envs:,} episodes per agent "
+            f"in {config.num_iterations:,} iterations"
         )
     return {
         "environment": f"{environment_title(config)}, {config.num_envs} copies per agent",

@@ -15,7 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from purejaxppo.config import ALGORITHMS, FIELDS, Config, fields_of
 from purejaxppo.types import ConfigError
-from purejaxppo.validation import integer, seconds_of
+from purejaxppo.validation import NONE_OR_POSITIVE_INT, integer, seconds_of
 
 RUN_OPTIONS = {
     "key": (0, "integer from which the random key is made"),
@@ -184,7 +184,8 @@ def _option(name: str, default: Any, doc: str, check: Any = None) -> tuple[str, 
     elif isinstance(default, tuple):
         kind = tuple[str, ...]
     elif default is None:  # options that are not fields of `Config` are counts
-        kind = _one_word("INT" if check is None else "FLOAT", number)
+        is_count = check is None or check is NONE_OR_POSITIVE_INT
+        kind = _one_word("INT" if is_count else "FLOAT", number)
     elif kind in (int, float):
         kind = _one_word(kind.__name__.upper(), number)
     return (

@@ -69,7 +69,7 @@ def run_chunks(
         new = gather_to_host(jax.tree.map(lambda x, n=count: x[*agent_index, :n], buffer))
         new = with_nan(jax.tree.map(np.array, new))
         seconds = broadcast_from_main(time.perf_counter() - started)
-        if config.whole_episodes:  # the agents may finish before `count` iterations
+        if not config.has_fixed_length:  # the agents may finish before `count` iterations
             completed = int(np.max(gather_to_host(state.iteration))) - done
             new = jax.tree.map(lambda x, n=completed: x[*agent_index, :n], new)
         new = new if agent_index else jax.tree.map(lambda x: x[None], new)
@@ -84,6 +84,6 @@ def run_chunks(
 def is_finished(config: Config, new: Metrics) -> np.ndarray:
     """[agents] whether an agent has diverged or, with whole episodes, reached the last step."""
     has_diverged = ~np.isfinite(new.policy_loss + new.grad_norm)[:, -1]
-    if not config.whole_episodes:
+    if config.has_fixed_length:
         return has_diverged
     return has_diverged | (new.timesteps[:, -1] >= config.total_timesteps)

@@ -10,7 +10,12 @@ from jaxtyping import Array, Bool, Float
 import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
-from purejaxppo.updates.minibatches import as_sequences
+from purejaxppo.updates.minibatches import as_sequences, take_sequences
+
+# The change of the policy is measured on one in MOST_SKIPPED sequences, or more of them if that is
+# fewer than LEAST_MEASURED steps.
+MOST_SKIPPED = 8
+LEAST_MEASURED = 4096
 
 
 class RunningMean(NamedTuple):
@@ -89,18 +94,37 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         change, opt_state = optimizer.update(gradient, update_state.optimizer, params)
         new = optax.apply_updates(params, change)
 
-        after, _ = model.unroll(new, batch.carry, batch.obs, batch.reset)
-        log_prob = after.log_prob(batch.action)
-        ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
+        part = sample_of_batch(batch, num_episodes, config.num_shards)
+        if part is not batch:
+            old, _ = model.unroll(params, part.carry, part.obs, part.reset)
+        after, _ = model.unroll(new, part.carry, part.obs, part.reset)
+        log_prob = after.log_prob(part.action)
+        ratio = losses.probability_ratio(losses.log_ratio(log_prob, part.log_prob, part.mask))
         metrics |= {
             "grad_norm": optax.tree.norm(gradient),
-            "approx_kl": losses.masked_mean(old.kl(after), batch.mask),
-            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
+            "approx_kl": losses.masked_mean(old.kl(after), part.mask),
+            "clip_fraction": losses.clip_fraction(ratio, part.mask, config.clip_eps),
             "largest_ratio_deviation": jnp.abs(ratio - 1).max(),
         }
         return new, ReinforceState(opt_state, running_mean), metrics
 
     return Update(init, step)
+
+
+def sample_of_batch(batch: Batch, num_episodes: int, num_shards: int) -> Batch:
+    """Every k-th sequence of a batch, on which the change of the policy is measured.
+
+    The gradient needs one pass of the model over the batch. The KL divergence from the old policy to
+    the new one needs another, because only after the step is the new policy known. It is an average,
+    so a part of the batch suffices: k ≤ 8 is the largest with at least 4,096 steps. The sequences are
+    independent of one another, so the estimate has no bias.
+    """
+    num_sequences = batch.mask.shape[1] // num_shards
+    k = min(MOST_SKIPPED, batch.mask.size // LEAST_MEASURED, num_episodes // num_shards)
+    if k <= 1:
+        return batch
+    rows = jnp.arange(0, num_sequences, k)
+    return take_sequences(jnp.broadcast_to(rows, (num_shards, len(rows))), batch)
 
 
 def subtract_baseline(

@@ -265,7 +265,7 @@ def test_the_first_minibatch_of_every_update_has_ratio_1(kind, dtype, bound):
 def test_the_annealed_learning_rate_has_the_working_precision():
     """1 − k / K in float32 has an error of 1e-8."""
     config = Config(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=7, lr=0.3)
-    rates = [float(annealed_lr(config, jnp.int32(k))) for k in range(9)]
+    rates = [float(annealed_lr(config, jnp.int32(k), config.num_iterations)) for k in range(9)]
     np.testing.assert_allclose(
         rates, [0.3 * max(0, 1 - k / 7) for k in range(9)], rtol=1e-15, atol=0
     )

@@ -377,7 +377,6 @@ def test_with_gae_windows_may_cut_episodes_and_memory_persists():
             {"algorithm": "ppo", "episodic": True, "num_steps": 4},
             "set num_steps=5, or episodic=False",
         ),
-        ({"anneal_lr": True}, "set anneal_lr=False"),
         ({"total_timesteps": 2**31}, "counted up to 2"),
         ({"baseline": "leave_one_uot"}, "did you mean 'leave_one_out'"),
     ],
