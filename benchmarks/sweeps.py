@@ -39,7 +39,8 @@ def throughput(seeds: int, repeats: int) -> None:
         ratios.append(parallel_rate / single_rate)
     low, median, high = np.percentile(ratios, [25, 50, 75])
     print(
-        f"{seeds} members at once on {device_name(parallel.sharding)}: {np.median(rates):,.0f} steps/s, "
+        f"{seeds} members at once on {device_name(parallel.sharding)}: "
+        f"{np.median(rates):,.0f} steps/s, "
         f"{median:.2f} ({low:.2f} to {high:.2f}) times one after the other, JAX {jax.__version__}"
     )
 
@@ -67,7 +68,7 @@ def many(seeds: int, timesteps: int) -> None:
     print(
         f"{seeds} members of {timesteps:,} steps: {seconds:.0f} s in total, "
         f"{result.seconds:.0f} s of training "
-        f"({seeds * timesteps / result.seconds:,.0f} steps/s), {plans[0].at_once} at once, "
+        f"({seeds * timesteps / result.seconds:,.0f} steps/s), {plans[0].parallel} at once, "
         f"{plans[0].memory_bytes / 1e6:.0f} MB on each of {plans[0].device}, the process holds "
         f"{psutil.Process().memory_info().rss / 1e9:.1f} GB; best lr {result.best.lr:.1e}"
     )

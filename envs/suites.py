@@ -23,7 +23,7 @@ class Suite(NamedTuple):
 def suite_of(
     module: str, *, draws: bool, extra: str | None = None, refused: tuple[str, ...] = ()
 ) -> Suite:
-    """The suite with the functions ``make``, ``list_envs`` and, if it draws, ``drawing`` of a module.
+    """The suite of a module that has ``make``, ``list_envs`` and, if it draws, ``drawing``.
 
     The module is imported by the first call. Raises `ConfigError` in a call if a package is missing
     that ``extra`` installs.

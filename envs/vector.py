@@ -23,8 +23,8 @@ def vectorize(
     same episodes but discard nearly all resets. Therefore only the environments whose episode ended
     are reset, ``at_once`` of them at a time (`restart`).
 
-    After ``reset`` each start is shared by ``group_size`` consecutive environments. ``step`` returns
-    the `Step` before the reset: ``obs`` is the final observation of an episode that ended.
+    After ``reset`` each start is shared by ``group_size`` consecutive environments. ``step``
+    returns the `Step` before the reset: ``obs`` is the final observation of an episode that ended.
     """
     B = num_envs
     at_once = max(1, B // SHARE_AT_ONCE) if at_once is None else at_once

@@ -127,7 +127,7 @@ class Screen:
 
     def on_group_start(self, group: GroupPlan) -> None:
         """Show what one compiled program of a sweep will run."""
-        portions = "all" if group.at_once >= group.members else f"{group.at_once:,}"
+        portions = "all" if group.parallel >= group.members else f"{group.parallel:,}"
         memory = f", {decimal(group.memory_bytes)} on each device" if group.memory_bytes else ""
         say(
             self.console,

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and directories that one process at a time has."""
+"""Atomic writes of files, and locks on directories."""
 
 import contextlib
 import os
@@ -10,7 +10,10 @@ from purejaxppo.types import ConfigError
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make the file so that it appears whole or not at all, also when the power fails."""
+    """Let ``write`` write the file atomically, also if the power fails.
+
+    ``write`` gets a temporary path, and the file there is renamed to ``path``.
+    """
     temporary = path.with_name(f".{path.name}.part")
     write(temporary)
     to_disk(temporary)
@@ -19,7 +22,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or what a directory lists, is on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,7 +32,11 @@ def to_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Only this process may write there; the operating system ends that with the process, however it ends."""
+    """Lock a directory for this process.
+
+    The operating system releases the lock when the process ends, even if it is killed. Raises
+    `ConfigError` if another process holds the lock.
+    """
     import fcntl
 
     descriptor = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""`compare`: algorithms side by side over many seeds, as a table, as data and as a picture."""
+"""`compare`: algorithms compared over many seeds, as a table, as data and as a figure."""
 
 import contextlib
 import os
@@ -30,20 +30,19 @@ from purejaxppo.validation import integer
 class Entry(NamedTuple):
     """One algorithm in one environment."""
 
-    env: str  # as asked for
-    name: str  # likewise: ppo, ppo/unclipped, reinforce/none, …
+    env: str  # the name that `compare` got
+    name: str  # of the algorithm or variant: ppo, ppo/unclipped, reinforce/none, …
     config: Config
     curve: Curve  # returns during training, [seeds, windows]
-    scores: NDArray[
-        np.floating
-    ]  # [seeds] mean return of the final policy in fresh episodes; NaN of a diverged one
-    timesteps: float  # that one agent took, mean over the seeds
+    # [seeds] mean return of the final policy in fresh episodes; NaN for a seed that diverged
+    scores: NDArray[np.floating]
+    timesteps: float  # of one agent, mean over the seeds
     steps_per_second: float  # of all agents together, without compilation
-    interrupted: bool  # by Ctrl-C, before the end of the training
+    interrupted: bool  # by Ctrl-C, before the end of training
 
     @property
     def largest_fall(self) -> float:
-        """How far a seed's curve fell at most below its own best so far; the median over the seeds."""
+        """The largest drop of a curve below its maximum so far; median over the seeds."""
         returns = self.curve.returns[np.isfinite(self.curve.returns).any(axis=1)]
         if not returns.size:
             return float("nan")
@@ -61,21 +60,21 @@ def variant_names() -> list[str]:
 
 
 def variant(env: str, name: str, **changes: Any) -> Config:
-    """The settings for an environment of an algorithm by name, or of a variant such as ``ppo/adaptive_kl``.
+    """The tuned configuration of an algorithm, or of a variant such as ``ppo/adaptive_kl``.
 
-    After the stroke stands PPO's objective or REINFORCE's baseline. ``changes`` go on top of the tuned settings.
+    A variant is an objective of PPO or a baseline of REINFORCE. ``changes`` replace tuned settings.
     """
-    algorithm, stroke, kind = name.partition("/")
+    algorithm, slash, kind = name.partition("/")
     fields = {kind: field for field, kinds in variants_of(algorithm).items() for kind in kinds}
-    if stroke and kind not in fields:
-        known = variant_names()
-        raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {', '.join(known)}")
-    said = {"algorithm": algorithm} | ({fields[kind]: kind} if stroke else {})
-    if twice := sorted({"env", *said} & changes.keys()):
+    if slash and kind not in fields:
+        variants = ", ".join(variant_names())
+        raise ConfigError(f"{name!r} is not a variant of an algorithm; known: {variants}")
+    named = {"algorithm": algorithm} | ({fields[kind]: kind} if slash else {})
+    if conflicts := sorted({"env", *named} & changes.keys()):
         raise ConfigError(
-            f"{twice[0]} cannot be changed: the environment and the name {name!r} say what it is"
+            f"{conflicts[0]} cannot be changed: the environment and the name {name!r} determine it"
         )
-    return Config.for_env(env, **said, **changes)
+    return Config.for_env(env, **named, **changes)
 
 
 def compare(
@@ -91,12 +90,28 @@ def compare(
     on_start: Callable[[RunPlan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Entry]:
-    """Train each algorithm in each environment, ``seeds`` agents at once, and score the final policies.
+    """Train each algorithm in each environment with ``seeds`` seeds, and score the final policies.
 
-    Each has the settings tuned for it, with ``changes`` on top; unless these say another ``total_timesteps``, all
-    algorithms of an environment get the largest that one of them is tuned for. All settings are checked before anything
-    is trained. ``directory``, which must be new, gets ``comparison.md``, ``scores.csv``, ``curves.csv``,
-    ``comparison.png`` and ``config.json``, written anew after every entry. Ctrl-C ends it with the entries so far.
+    Each algorithm has its tuned settings. All configurations are checked before training starts.
+    Ctrl-C stops the comparison and returns the entries so far.
+
+    Main arguments:
+        envs: names of the environments.
+        algorithms: names of algorithms or variants (`variant`).
+        seeds: the number of agents for each algorithm and environment, trained in parallel.
+        key: an integer from which the random keys are made.
+        changes: fields of `Config` that replace tuned settings. Without ``total_timesteps``, all
+            algorithms of an environment get the largest that one of them is tuned for.
+        directory: a new directory, for ``comparison.md``, ``scores.csv``, ``curves.csv`` and
+            ``comparison.png``, written again after every entry, and ``config.json``.
+
+    Other arguments:
+        eval_episodes: fresh episodes that score each final policy.
+        deterministic: take the mode of the action distribution instead of a sample.
+        on_start: called with the `RunPlan` of each run after its compilation.
+        on_progress: called with the `Progress` after each chunk.
+
+    Raises `ConfigError` for arguments that are invalid or do not fit together.
     """
     if (
         not envs
@@ -105,30 +120,29 @@ def compare(
         or len(set(algorithms)) < len(algorithms)
     ):
         raise ConfigError(
-            "compare needs at least one environment and one algorithm, and each of them once"
+            "compare needs at least one environment and one algorithm, each given once"
         )
     seeds = integer("seeds", seeds, 1)
     key = integer("key", key, 0)
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
-    planned = [plan for env in envs for plan in _planned(env, algorithms, changes or {})]
+    planned = [plan for env in envs for plan in _plan_runs(env, algorithms, changes or {})]
     for env, _, config in planned:
-        made = environments.of_config(config)
-        if made.max_episode_steps is None:
+        environment = environments.of_config(config)
+        if environment.max_episode_steps is None:
             raise ConfigError(
                 f"{env} has no bound on the length of an episode, so its policies cannot be scored"
             )
-        make_trainer(config, made)
+        make_trainer(config, environment)
     if directory is not None:
-        described = [
+        configs = [
             {"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned
         ]
         directory = run_directory.reserve(
-            directory, {"configs": described, "seeds": seeds, "key": key}
+            directory, {"configs": configs, "seeds": seeds, "key": key}
         )
     entries: list[Entry] = []
-    with contextlib.suppress(
-        KeyboardInterrupt
-    ):  # while it compiles or writes; `fit` sees to it while it trains
+    # `fit` handles Ctrl-C in training; here it is handled in compilation and writing.
+    with contextlib.suppress(KeyboardInterrupt):
         for env, name, config in planned:
             run = fit(config, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
             entries.append(_entry(env, name, run, key, eval_episodes, deterministic))
@@ -139,10 +153,13 @@ def compare(
     return entries
 
 
-def _planned(
+def _plan_runs(
     env: str, algorithms: Sequence[str], changes: Mapping[str, Any]
 ) -> list[tuple[str, str, Config]]:
-    """The environment, the name and the settings of each algorithm, all with one number of steps."""
+    """The environment, the name and the configuration of each algorithm.
+
+    All have the same ``total_timesteps``.
+    """
     configs = [variant(env, name, **changes) for name in algorithms]
     if "total_timesteps" not in changes:
         configs = [
@@ -155,31 +172,30 @@ def _entry(
     env: str, name: str, run: Run, key: int, eval_episodes: int, deterministic: bool
 ) -> Entry:
     scores = np.full(run.seeds, np.nan)
-    for seed, one in enumerate(
-        jax.random.split(jax.random.fold_in(jax.random.key(key), 1), run.seeds)
-    ):
+    eval_keys = jax.random.split(jax.random.fold_in(jax.random.key(key), 1), run.seeds)
+    for seed, eval_key in enumerate(eval_keys):
         if run.diverged_at[seed] is None:
             scores[seed] = evaluate(
-                run.policy(seed), run.env, one, eval_episodes, deterministic
+                run.policy(seed), run.env, eval_key, eval_episodes, deterministic
             ).returns.mean()
-    steps = run.metrics.timesteps[:, -1].astype(float)
+    timesteps = run.metrics.timesteps[:, -1].astype(float)
     return Entry(
-        env,
-        name,
-        run.config,
-        windowed(run.metrics),
-        scores,
-        float(steps.mean()),
-        float(steps.sum() / run.train_seconds),
-        run.interrupted,
+        env=env,
+        name=name,
+        config=run.config,
+        curve=windowed(run.metrics),
+        scores=scores,
+        timesteps=float(timesteps.mean()),
+        steps_per_second=float(timesteps.sum() / run.train_seconds),
+        interrupted=run.interrupted,
     )
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
-    """The comparison as Markdown, CSV and PNG; each file appears whole or not at all."""
+    """Write the comparison as Markdown, CSV and PNG. Each file is written atomically."""
     directory = Path(directory)
     curves: dict[str, dict[str, Curve]] = {}
     for entry in entries:
@@ -199,11 +215,11 @@ def write(directory: str | os.PathLike, entries: Sequence[Entry]) -> None:
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """What the table says of each entry, column by column."""
+    """A row of the table for each entry, with the text of each column."""
 
     def row(entry: Entry) -> dict[str, str]:
         scores = entry.scores[np.isfinite(entry.scores)]
-        lost = len(entry.scores) - len(scores)
+        diverged = len(entry.scores) - len(scores)
         spread = "–"
         if len(scores):
             low, high = np.percentile(scores, [25, 75])
@@ -211,7 +227,7 @@ def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
         return {
             "environment": entry.env,
             "algorithm": entry.name
-            + (f" ({lost} of {len(entry.scores)} seeds diverged)" if lost else "")
+            + (f" ({diverged} of {len(entry.scores)} seeds diverged)" if diverged else "")
             + (" (interrupted)" if entry.interrupted else ""),
             "steps": f"{entry.timesteps:,.0f}",
             "final return [95 %]": "{:.1f} [{:.1f}, {:.1f}]".format(*estimate(scores))
@@ -226,15 +242,16 @@ def rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The table with a line on what its columns are."""
+    """The table in Markdown, with a line that explains its columns."""
     table = rows(entries)
     lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
     seeds = len(entries[0].scores)
     return (
         "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + f"\n\n{seeds} seeds. Final return: interquartile mean of the final policies in fresh episodes, with its 95 % "
-        "bootstrap interval. Spread: between the quartiles of the seeds. Largest fall: how far a seed's training curve "
-        "fell below its own best, median over the seeds.\n"
+        + f"\n\n{seeds} seeds. Final return: interquartile mean of the final policies in fresh "
+        "episodes, with its 95 % bootstrap interval. Spread: interquartile range of the seeds. "
+        "Largest fall: largest drop of a seed's training curve below its maximum so far, median "
+        "over the seeds.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a sweep goes over: its settings, and which of them one compiled program can run."""
+"""The settings of a sweep, and the groups of settings that share a compiled program."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from purejaxppo.validation import nearest
 
 
 class Uniform(NamedTuple):
-    """Numbers between two, each as likely."""
+    """The uniform distribution between two numbers."""
 
     low: float
     high: float
@@ -23,7 +23,7 @@ class Uniform(NamedTuple):
 
 
 class LogUniform(NamedTuple):
-    """Numbers between two positive ones, whose logarithms are each as likely."""
+    """The distribution of a positive number whose logarithm is uniform."""
 
     low: float
     high: float
@@ -32,31 +32,35 @@ class LogUniform(NamedTuple):
         return float(np.exp(random.uniform(np.log(self.low), np.log(self.high))))
 
 
-DRAWN = (Uniform, LogUniform)
-Setting = dict[str, Any]  # a value for each of the fields
+DISTRIBUTIONS = (Uniform, LogUniform)
+Setting = dict[str, Any]  # a value for each swept field
 
 
 class CompilationGroup(NamedTuple):
-    """Settings that differ in traced hyper-parameters only: one compiled program runs them all."""
+    """Settings that differ only in traced hyper-parameters and share one compiled program."""
 
-    config: Config  # with the static fields that the settings have in common
-    traced: tuple[str, ...]  # the fields in which they may differ
-    settings: tuple[int, ...]  # where they stand in the list of all
+    config: Config  # with the values of the swept static fields
+    traced: tuple[str, ...]  # the fields in which the settings may differ
+    settings: tuple[int, ...]  # indices in the list of all settings
 
 
 def settings_of(
-    config: Config, grid: Mapping[str, Any], samples: int, random: np.random.Generator
+    config: Config, grid: Mapping[str, Any], samples: int, rng: np.random.Generator
 ) -> list[Setting]:
-    """Every combination of the listed values; with distributions, ``samples`` draws of them with each combination.
+    """Every combination of the listed values, each with ``samples`` draws from the distributions.
 
-    Each is checked as a whole configuration.
+    Raises `ConfigError` if a setting does not give a valid configuration, or occurs twice.
     """
-    drawn = {name: _bounded(name, x) for name, x in grid.items() if isinstance(x, DRAWN)}
-    listed = {name: _listed(name, values) for name, values in grid.items() if name not in drawn}
+    drawn = {
+        name: _require_bounds(name, x) for name, x in grid.items() if isinstance(x, DISTRIBUTIONS)
+    }
+    listed = {name: _value_list(name, values) for name, values in grid.items() if name not in drawn}
     if drawn and samples < 1:
-        raise ConfigError(f"{next(iter(drawn))} is drawn at random: say how many draws by samples")
+        raise ConfigError(
+            f"{next(iter(drawn))} has a distribution: set samples to the number of draws"
+        )
     draws = (
-        [{name: x.sample(random) for name, x in drawn.items()} for _ in range(samples)]
+        [{name: x.sample(rng) for name, x in drawn.items()} for _ in range(samples)]
         if drawn
         else [{}]
     )
@@ -73,12 +77,12 @@ def settings_of(
         setting.update({name: getattr(checked, name) for name in setting})
     distinct = {tuple(map(str, setting.values())) for setting in settings}
     if len(distinct) < len(settings):
-        raise ConfigError("a setting stands in the grid twice: give each value once")
+        raise ConfigError("the grid contains a setting twice: list each value once")
     return settings
 
 
 def groups_of(config: Config, settings: Sequence[Setting]) -> list[CompilationGroup]:
-    """As few groups as there are combinations of static values (None, too, cannot be traced)."""
+    """A group of settings for each combination of static values. None is static in any field."""
     grouped: dict[str, list[int]] = {}
     for index, setting in enumerate(settings):
         static = {name: x for name, x in setting.items() if not _is_traced(name, x)}
@@ -93,9 +97,9 @@ def groups_of(config: Config, settings: Sequence[Setting]) -> list[CompilationGr
 
 
 def bounds_of(grid: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The lowest and the highest value of each field."""
+    """The lowest and the highest value of each field in the grid."""
     return {
-        name: (x.low, x.high) if isinstance(x, DRAWN) else (min(x), max(x))
+        name: (x.low, x.high) if isinstance(x, DISTRIBUTIONS) else (min(x), max(x))
         for name, x in grid.items()
     }
 
@@ -104,7 +108,7 @@ def _is_traced(name: str, value: Any) -> bool:
     return name in LEAVES and value is not None
 
 
-def _listed(name: str, values: Any) -> list[Any]:
+def _value_list(name: str, values: Any) -> list[Any]:
     if name not in FIELDS:
         raise ConfigError(
             f"{name!r} is not a setting{nearest(name, FIELDS) or '; known: ' + ', '.join(FIELDS)}"
@@ -119,15 +123,16 @@ def _listed(name: str, values: Any) -> list[Any]:
     ]
 
 
-def _bounded(name: str, values: Uniform | LogUniform) -> Uniform | LogUniform:
+def _require_bounds(name: str, values: Uniform | LogUniform) -> Uniform | LogUniform:
     if name not in LEAVES:
-        known = nearest(name, LEAVES) if name not in FIELDS else ""
+        hint = nearest(name, LEAVES) if name not in FIELDS else ""
         raise ConfigError(
-            f"{name!r} cannot be drawn from a distribution{known}; what can: {', '.join(LEAVES)}"
+            f"{name!r} cannot be drawn from a distribution{hint}; "
+            f"fields that can be: {', '.join(LEAVES)}"
         )
-    least = 0.0 if isinstance(values, LogUniform) else -np.inf
-    numbers = all(isinstance(x, int | float) and np.isfinite(x) for x in values)
-    if not numbers or not least < values.low < values.high:
-        wants = "0 < low < high" if isinstance(values, LogUniform) else "low < high"
-        raise ConfigError(f"{name} = {values!r}: it must have {wants}")
+    lower_limit = 0.0 if isinstance(values, LogUniform) else -np.inf
+    are_numbers = all(isinstance(x, int | float) and np.isfinite(x) for x in values)
+    if not are_numbers or not lower_limit < values.low < values.high:
+        requirement = "0 < low < high" if isinstance(values, LogUniform) else "low < high"
+        raise ConfigError(f"{name} = {values!r}: it must have {requirement}")
     return values

@@ -1,4 +1,8 @@
-"""The members of a sweep that one compiled program runs: as many at once as fit the memory, part after part."""
+"""Training of a group of settings, in portions of members that fit into memory.
+
+A member is one setting with one seed. The members of a portion train in parallel in one compiled
+program; the portions of a group train one after another.
+"""
 
 import json
 import math
@@ -35,7 +39,7 @@ from purejaxppo.sweeps.schedules import schedule_of
 from purejaxppo.train import make_trainer
 from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
 
-MEMORY_SHARE = 0.8  # of what is free
+MEMORY_SHARE = 0.8  # the share of the free memory that a program may use
 
 
 class GroupPlan(NamedTuple):
@@ -43,23 +47,23 @@ class GroupPlan(NamedTuple):
 
     config: Config
     members: int
-    at_once: int
+    parallel: int  # members that train at once
     device: str
     memory_bytes: int  # on each device
     compile_seconds: float
 
 
 class SweepSpec(NamedTuple):
-    """What the groups of a sweep have in common."""
+    """The options that all groups of a sweep share."""
 
     settings: Sequence[Setting]
     seeds: int
     key: int
     env: Env | None
-    components: dict[str, Any]  # the caller's own model, reward function and frozen parameters
+    components: dict[str, Any]  # a custom model, reward function and frozen arrays
     eval_episodes: int
     eval_deterministic: bool
-    at_once: int | None
+    max_parallel: int | None
     memory_limit: int | None
     directory: Path | None
     resume: bool
@@ -71,13 +75,13 @@ class SweepSpec(NamedTuple):
         return envs.of_config(group.config) if self.env is None else self.env
 
     def members_of(self, group: CompilationGroup) -> NDArray[np.integer]:
-        """The numbers of its members, setting by setting."""
+        """The indices of the members of a group, ordered by setting and seed."""
         return (np.array(group.settings)[:, None] * self.seeds + np.arange(self.seeds)).ravel()
 
     def inputs(
         self, group: CompilationGroup, members: NDArray[np.integer]
     ) -> tuple[PRNGKey, dict[str, NDArray[Any]]]:
-        """The key of each member, and its hyper-parameters."""
+        """The keys [members] and the traced hyper-parameters, each [members]."""
         key = jax.random.key(self.key)
         keys = key[None] if self.seeds == 1 else jax.random.split(key, self.seeds)
         dtype = jnp.result_type(float)
@@ -93,46 +97,46 @@ def run_group(
     on_start: Callable[[GroupPlan], None] | None,
     on_progress: Callable[[int, Progress | None], None],
 ) -> Iterator[tuple[SweepPortion | None, float]]:
-    """Train the members of a group, as many at once as there is memory for; a part that is done is read instead.
+    """Train the members of a group, portion by portion. Finished portions are loaded instead.
 
-    Yields each part and the seconds of its training; None for one that was interrupted.
+    Yields each portion with its training time in seconds. An interrupted portion is None.
     """
     members = spec.members_of(group)
-    known, ended = processes.on_main_process(lambda: read_progress(spec, members))
-    size = known or len(members)
+    resumed_size, finished = processes.on_main_process(lambda: read_progress(spec, members))
+    size = resumed_size or len(members)
     programs = None
     evaluate = None
-    like = _agents_like(spec, group) if ended else (None, None)
-    if len(ended) < len(_parts(members, size)):
-        programs, evaluate = _programs(spec, group, len(members), known)
+    shapes = _agent_shapes(spec, group) if finished else (None, None)
+    if len(finished) < len(_split(members, size)):
+        programs, evaluate = _compile_within_memory(spec, group, len(members), resumed_size)
         size = programs.agents or 1
         processes.on_main_process(lambda: write_portion_size(spec, members, size))
         if on_start:
-            seconds = programs.compile_seconds
-            memory = programs.memory_bytes
             on_start(
                 GroupPlan(
-                    group.config,
-                    len(members),
-                    size,
-                    device_name(programs.sharding),
-                    memory,
-                    seconds,
+                    config=group.config,
+                    members=len(members),
+                    parallel=size,
+                    device=device_name(programs.sharding),
+                    memory_bytes=programs.memory_bytes,
+                    compile_seconds=programs.compile_seconds,
                 )
             )
-    for part in _parts(members, size):
-        done: SweepPortion | None
-        if programs is None or part[0] in ended:
-            done = load_portion(_path(spec, part), *like)
+    for portion_members in _split(members, size):
+        portion: SweepPortion | None
+        if programs is None or portion_members[0] in finished:
+            portion = load_portion(_portion_path(spec, portion_members), *shapes)
             seconds = 0.0
         else:
-            done, seconds = _run_part(spec, group, part, programs, evaluate, on_progress)
-        on_progress(0 if done is None else int(done.timesteps.sum()), None)
-        yield done, seconds
+            portion, seconds = _train_portion(
+                spec, group, portion_members, programs, evaluate, on_progress
+            )
+        on_progress(0 if portion is None else int(portion.timesteps.sum()), None)
+        yield portion, seconds
 
 
-def _agents_like(spec: SweepSpec, group: CompilationGroup) -> tuple[PyTree, Moments | None]:
-    """The parameters and observation moments of one agent, as shapes."""
+def _agent_shapes(spec: SweepSpec, group: CompilationGroup) -> tuple[PyTree, Moments | None]:
+    """The shapes of the parameters and the observation moments of one agent."""
     trainer = make_trainer(
         group.config, spec.env_of(group), spec.components["model"], spec.components["reward_fn"]
     )
@@ -140,57 +144,66 @@ def _agents_like(spec: SweepSpec, group: CompilationGroup) -> tuple[PyTree, Mome
     return state.params, state.normalizer.obs
 
 
-def _programs(
-    spec: SweepSpec, group: CompilationGroup, count: int, known: int | None
+def _compile_within_memory(
+    spec: SweepSpec, group: CompilationGroup, num_members: int, resumed_size: int | None
 ) -> tuple[Programs, Evaluate | None]:
-    """Compiled for as many members as fit the memory, by the compiler's count; for ``known`` of them after a resume."""
+    """The programs for a portion that fits into memory, by the estimate of the compiler.
+
+    With ``resumed_size`` a portion has this size, even if it does not fit.
+    """
     devices = jax.devices()
-    least = jax.process_count()
+    num_processes = jax.process_count()
     env = spec.env_of(group)
 
-    def compiled(size: int) -> tuple[Programs, Evaluate | None, int]:
+    def compile_portion(size: int) -> tuple[Programs, Evaluate | None, int]:
         components = spec.components | {"devices": devices, "exchange": spec.exchange}
         programs = compile_programs(group.config, env, size, group.traced, **components)
         if not spec.eval_episodes:
             return programs, None, max(processes.all_gather_objects(programs.memory_bytes))
         inputs = spec.inputs(group, pad_members(spec.members_of(group)[:size], size))
         keys, swept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-        play = make_evaluate(programs, spec.eval_episodes, spec.eval_deterministic)
-        (evaluate,) = compile_all((play, (swept, programs.shapes, keys)))
+        jitted = make_evaluate(programs, spec.eval_episodes, spec.eval_deterministic)
+        (evaluate,) = compile_all((jitted, (swept, programs.shapes, keys)))
         needed = max(programs.memory_bytes, memory_of(evaluate))
         return programs, evaluate, max(processes.all_gather_objects(needed))
 
-    if known and known % least:
+    if resumed_size and resumed_size % num_processes:
         raise ConfigError(
-            f"the sweep was begun with {known} members at once, which {least} processes cannot divide"
+            f"the sweep was started with {resumed_size} members at once, which cannot be divided "
+            f"among {num_processes} processes: resume it with a number of processes that divides "
+            f"{resumed_size}"
         )
     limit = min(
         processes.all_gather_objects(spec.memory_limit or int(MEMORY_SHARE * _free_memory()))
     )
-    size = known or (
-        count if spec.exchange else portion_size(count, spec.at_once, len(devices), least)
+    size = resumed_size or (
+        num_members
+        if spec.exchange
+        else portion_size(num_members, spec.max_parallel, len(devices), num_processes)
     )
-    programs, evaluate, needed = compiled(size)
-    while needed > limit and not known and size > least and not spec.exchange:
+    programs, evaluate, needed = compile_portion(size)
+    while needed > limit and not resumed_size and size > num_processes and not spec.exchange:
+        max_parallel = max(num_processes, int(size * limit / needed))
         size = min(
-            portion_size(count, max(least, int(size * limit / needed)), len(devices), least),
-            size - least,
+            portion_size(num_members, max_parallel, len(devices), num_processes),
+            size - num_processes,
         )
-        programs, evaluate, needed = compiled(size)
-    if needed > limit and known:
+        programs, evaluate, needed = compile_portion(size)
+    if needed > limit and resumed_size:
         warnings.warn(
-            f"{size} members, as before, need {needed:,} bytes, and {limit:,} are free now",
+            f"{size} members at once, as before the resume, need {needed:,} bytes on each device, "
+            f"and {limit:,} are free",
             stacklevel=2,
         )
     elif needed > limit:
         raise ConfigError(
-            f"{size} members of {group.config.env} need {needed:,} bytes on each device, and {limit:,} are free: "
-            "take fewer or smaller environments, or a larger memory_limit"
+            f"{size} members of {group.config.env} need {needed:,} bytes on each device, and "
+            f"{limit:,} are free: take fewer or smaller environments, or a larger memory_limit"
         )
     return programs, evaluate
 
 
-def _run_part(
+def _train_portion(
     spec: SweepSpec,
     group: CompilationGroup,
     members: NDArray[np.integer],
@@ -198,13 +211,15 @@ def _run_part(
     evaluate: Evaluate | None,
     on_progress: Callable[[int, Progress | None], None],
 ) -> tuple[SweepPortion | None, float]:
-    """Train these members, score them, and store what they came to; None if they were interrupted."""
+    """Train, score and save these members. The portion is None if it was interrupted."""
     keys, swept = spec.inputs(group, pad_members(members, programs.agents or 1))
-    own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, EVALUATION), 0))(keys)
+    eval_keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, EVALUATION), 0))(
+        keys
+    )
     keys = programs.put(keys)
-    own = programs.put(own)
+    eval_keys = programs.put(eval_keys)
     swept = programs.put(swept)
-    ended = run_session(
+    session = run_session(
         programs,
         keys,
         swept,
@@ -212,48 +227,51 @@ def _run_part(
         on_progress=lambda now: on_progress(0, now),
         counted=len(members),
     )
-    if ended.interrupted:
-        return None, ended.seconds
+    if session.interrupted:
+        return None, session.seconds
     count = len(members)
-    metrics = jax.tree.map(lambda x: x[:count], ended.metrics)
+    metrics = jax.tree.map(lambda x: x[:count], session.metrics)
     finite = finite_so_far(metrics)
     curve = windowed(metrics, config=group.config)
     if evaluate is None:
-        last = np.isfinite(curve.returns)[:, ::-1].argmax(axis=1)
-        scores = curve.returns[np.arange(count), curve.returns.shape[1] - 1 - last]
+        # The returns of the last window in which an episode finished.
+        windows_after = np.isfinite(curve.returns)[:, ::-1].argmax(axis=1)
+        scores = curve.returns[np.arange(count), curve.returns.shape[1] - 1 - windows_after]
     else:
-        played = processes.gather_to_host(evaluate(swept, ended.state, own).returns)
-        scores = np.asarray(played.mean(axis=1))[:count]
-    final = processes.gather_to_host((ended.state.params, ended.state.normalizer.obs))
-    params, moments = jax.tree.map(lambda x: np.asarray(x)[:count], final)
-    last = np.where(
+        returns = processes.gather_to_host(evaluate(swept, session.state, eval_keys).returns)
+        scores = np.asarray(returns.mean(axis=1))[:count]
+    policies = processes.gather_to_host((session.state.params, session.state.normalizer.obs))
+    params, moments = jax.tree.map(lambda x: np.asarray(x)[:count], policies)
+    # Counted from 1; 0 if no iteration was finite.
+    last_finite_iteration = np.where(
         finite.any(axis=1), finite.shape[1] - finite[:, ::-1].argmax(axis=1), 0
-    )  # iteration that was finite
-    part = SweepPortion(
-        members,
-        curve,
-        np.where(finite[:, -1], scores, np.nan),
-        np.asarray(metrics.timesteps[:, -1]),
-        np.where(finite[:, -1], 0, last + 1),
-        params,
-        moments,
-        schedule_of(metrics, spec.exchange[0].every) if spec.exchange else None,
+    )
+    portion = SweepPortion(
+        members=members,
+        curve=curve,
+        scores=np.where(finite[:, -1], scores, np.nan),
+        timesteps=np.asarray(metrics.timesteps[:, -1]),
+        diverged_at=np.where(finite[:, -1], 0, last_finite_iteration + 1),
+        params=params,
+        obs_moments=moments,
+        schedule=schedule_of(metrics, spec.exchange[0].every) if spec.exchange else None,
     )
     if spec.directory:
-        processes.on_main_process(lambda: _store(spec, part))
-    return part, ended.seconds
+        processes.on_main_process(lambda: _save(spec, portion))
+    return portion, session.seconds
 
 
-def _store(spec: SweepSpec, part: SweepPortion) -> None:
-    save_portion(_path(spec, part.members), part)
-    shutil.rmtree(_checkpoints(spec, part.members), ignore_errors=True)
+def _save(spec: SweepSpec, portion: SweepPortion) -> None:
+    """Save a finished portion, and remove its checkpoints."""
+    save_portion(_portion_path(spec, portion.members), portion)
+    shutil.rmtree(_checkpoint_directory(spec, portion.members), ignore_errors=True)
 
 
 def _checkpoint_policy(spec: SweepSpec, members: NDArray[np.integer]) -> CheckpointPolicy | None:
-    """The checkpoints of a part, and its loggers; members that only fill a part up are in neither's rows."""
+    """The checkpoints and the loggers of a portion. Padding members are not logged."""
     if spec.directory is None:
         return None
-    logs = _path(spec, members).with_suffix("")
+    log_directory = _portion_path(spec, members).with_suffix("")
     names = [f"member_{member}" for member in members]
     count = len(members)
     settings = {
@@ -261,46 +279,58 @@ def _checkpoint_policy(spec: SweepSpec, members: NDArray[np.integer]) -> Checkpo
     }
 
     def open_log(before: Mapping[str, Table] | None) -> Logger:
-        known = (
+        before_of_members = (
             None
             if before is None
-            else {kind: _first(table, count) for kind, table in before.items()}
+            else {kind: _first_agents(table, count) for kind, table in before.items()}
         )
         numbered = "member", members.tolist()
-        logs.mkdir(exist_ok=True)
-        log = open_loggers(spec.loggers, logs, names, {"settings": settings}, known, numbered)
-        return Logger(lambda kind, table: log.write(kind, _first(table, count)), log.close)
+        log_directory.mkdir(exist_ok=True)
+        log = open_loggers(
+            spec.loggers,
+            log_directory,
+            names,
+            {"settings": settings},
+            before_of_members,
+            numbered,
+        )
+        return Logger(lambda kind, table: log.write(kind, _first_agents(table, count)), log.close)
 
-    checkpoints = Checkpoints(_checkpoints(spec, members))
+    checkpoints = Checkpoints(_checkpoint_directory(spec, members))
     return CheckpointPolicy(checkpoints, spec.checkpoint_seconds, spec.resume, open_log)
 
 
-def _first(table: Table, count: int) -> Table:
+def _first_agents(table: Table, count: int) -> Table:
     return {name: x[:count] for name, x in table.items()}
 
 
-def _parts(members: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
+def _split(members: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def pad_members(members: NDArray[np.integer], size: int) -> NDArray[np.integer]:
-    """As many members as the program is for; the last one again where there are fewer."""
+    """The members [size], padded with copies of the last one."""
     return np.concatenate([members, np.repeat(members[-1:], size - len(members))])
 
 
-def portion_size(count: int, most: int | None, devices: int, processes: int = 1) -> int:
-    """The size of parts as equal as can be, at most ``most``, and a multiple of the processes.
+def portion_size(
+    num_members: int, max_parallel: int | None, num_devices: int, num_processes: int = 1
+) -> int:
+    """The size of portions that are as equal as possible, and at most ``max_parallel``.
 
-    If there is work for all devices, it is a multiple of them.
+    It is a multiple of the number of devices, or of processes if a portion has fewer members than
+    there are devices.
     """
-    size = math.ceil(count / math.ceil(count / min(most or count, count)))
-    unit = devices if size >= devices else processes
-    up = math.ceil(size / unit) * unit
-    return up if most is None or up <= most else up - unit
+    num_portions = math.ceil(num_members / min(max_parallel or num_members, num_members))
+    size = math.ceil(num_members / num_portions)
+    unit = num_devices if size >= num_devices else num_processes
+    rounded_up = math.ceil(size / unit) * unit
+    fits = max_parallel is None or rounded_up <= max_parallel
+    return rounded_up if fits else rounded_up - unit
 
 
 def _free_memory() -> int:
-    """Bytes that are free on each device of this process; on the CPU they share what the machine has."""
+    """Free bytes on each device of this process. CPU devices share the memory of the machine."""
     devices = jax.local_devices()
     statistics = devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -308,30 +338,36 @@ def _free_memory() -> int:
     return int(psutil.virtual_memory().available / len(devices) / processes.on_this_machine())
 
 
-def _path(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
+def _portion_path(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
     return (spec.directory or Path()) / "parts" / f"members_{members[0]:06d}_{members[-1]:06d}.npz"
 
 
-def _checkpoints(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
+def _checkpoint_directory(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
     return (
         (spec.directory or Path()) / "checkpoints" / f"members_{members[0]:06d}_{members[-1]:06d}"
     )
 
 
 def read_progress(spec: SweepSpec, members: NDArray[np.integer]) -> tuple[int | None, list[int]]:
-    """How many of these members the sweep that is resumed had at once, and the first of each part that has ended.
+    """The portion size of the sweep to resume, and the first member of each finished portion.
 
-    The number is kept, because with another one bits may differ.
+    A resumed sweep keeps the size, because with another one the results may differ in the last
+    bits.
     """
     path = _size_path(spec, members)
     if spec.directory is None or not path.exists():
         return None, []
     size = json.loads(path.read_text())["at_once"]
-    return size, [int(part[0]) for part in _parts(members, size) if _path(spec, part).exists()]
+    finished = [
+        int(portion[0])
+        for portion in _split(members, size)
+        if _portion_path(spec, portion).exists()
+    ]
+    return size, finished
 
 
 def write_portion_size(spec: SweepSpec, members: NDArray[np.integer], size: int) -> None:
-    """Store how many members train at once, for a resume."""
+    """Store the number of members that train at once, for `read_progress`."""
     if spec.directory:
         path = _size_path(spec, members)
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Results of a sweep: tidy tables, statistics over seeds, the best setting, policies and figures."""
+"""Results of a sweep: tables, statistics over seeds, the best setting, policies and figures."""
 
 import dataclasses
 import zipfile
@@ -28,59 +28,61 @@ from purejaxppo.sweeps.schedules import Schedule
 from purejaxppo.trees import as_stored, from_named, named_leaves
 from purejaxppo.types import ConfigError, Env, Model, PyTree
 
-MOST_HEAT_MAPS = 10
+MAX_HEAT_MAPS = 10
 
 
 class SweepPortion(NamedTuple):
     """Members that were trained together."""
 
-    members: NDArray[np.integer]  # [m] their numbers
+    members: NDArray[np.integer]  # [m] their indices
     curve: Curve  # returns during training [m, windows]
-    scores: NDArray[
-        np.floating
-    ]  # [m] mean return of the final policy; NaN of a member that diverged
-    timesteps: NDArray[np.integer]  # [m] that each took
-    diverged_at: NDArray[
-        np.integer
-    ]  # [m] iteration in which loss or gradient were no longer finite; 0: in none
+    # [m] mean return of the final policy; NaN for a member that diverged
+    scores: NDArray[np.floating]
+    timesteps: NDArray[np.integer]  # [m] environment steps of each member
+    # [m] iteration from which on the loss or the gradient was not finite; 0 for a member that did
+    # not diverge
+    diverged_at: NDArray[np.integer]
     params: PyTree  # [m, ...] of the final policies
-    obs_moments: Moments | None  # likewise
+    obs_moments: Moments | None  # [m, ...] of the final policies
     schedule: Schedule | None = None  # of a population
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """The members of a sweep, numbered setting by setting: member i has setting i // seeds and seed i % seeds."""
+    """Results of a sweep. Member i has setting i // seeds and seed i % seeds."""
 
-    config: Config  # of which the settings are changes
+    config: Config  # the base configuration, which the settings change
     settings: Sequence[Setting]
     seeds: int
-    parts: Sequence[SweepPortion]  # all of them, unless it was interrupted
+    parts: Sequence[SweepPortion]  # the finished portions: all, unless the sweep was interrupted
     interrupted: bool
     seconds: float  # of training, without compilation and evaluation
-    env: Env | None = None  # of the caller's own, likewise the model
-    model: Model | None = None
+    env: Env | None = None  # a custom environment
+    model: Model | None = None  # a custom model
 
     @property
     def fields(self) -> list[str]:
-        """What was swept."""
+        """The swept fields of `Config`."""
         return list(self.settings[0])
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """A row for each member: its setting, ``seed``, ``score``, ``timesteps``, and ``diverged_at`` where it did."""
+        """A row for each member: its setting, ``seed``, ``score``, ``timesteps``, ``diverged_at``.
+
+        ``diverged_at`` is missing (NA) for a member that did not diverge.
+        """
         rows = []
         for part in self.parts:
             columns = zip(
                 part.members.tolist(), part.scores, part.timesteps, part.diverged_at, strict=True
             )
             for member, score, timesteps, diverged in columns:
-                end = {
+                outcome = {
                     "score": score,
                     "timesteps": timesteps,
                     "diverged_at": diverged if diverged else pd.NA,
                 }
-                rows.append(self._named(member) | end)
+                rows.append(self._labels(member) | outcome)
         table = pd.DataFrame(
             rows, columns=["member", *self.fields, "seed", "score", "timesteps", "diverged_at"]
         )
@@ -88,9 +90,9 @@ class SweepResult:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """A row for each member and window of environment steps, with the mean ``episode_return`` in it."""
+        """A row for each member and window of environment steps: the mean ``episode_return``."""
         rows = [
-            self._named(member) | {"timesteps": int(steps), "episode_return": mean}
+            self._labels(member) | {"timesteps": int(steps), "episode_return": mean}
             for part in self.parts
             for member, returns in zip(part.members.tolist(), part.curve.returns, strict=True)
             for steps, mean in zip(part.curve.timesteps, returns, strict=True)
@@ -102,10 +104,14 @@ class SweepResult:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """A row for each setting, the best first: interquartile mean of the scores with its 95 % bootstrap interval,
-        median, mean, and how many seeds diverged. A seed that diverged is left out of these, but ranks last."""
+        """A row for each setting, the best first.
+
+        It has the interquartile mean of the scores with its 95 % bootstrap interval, the median,
+        the mean, and the numbers of seeds and of diverged seeds. A diverged seed is left out of the
+        statistics, but counts as −∞ in the ranking.
+        """
         rows = []
-        fields = self._compared
+        fields = self._compared_columns
         for setting, table in tidy.best(self.scores, fields, len(self.settings)).items():
             finite = table["score"].dropna().to_numpy(float)
             point, low, high = statistics.estimate(finite) if len(finite) else (np.nan,) * 3
@@ -122,66 +128,81 @@ class SweepResult:
 
     @property
     def best(self) -> Config:
-        """The configuration with the highest interquartile mean of the scores; a seed that diverged counts as −∞."""
+        """The configuration with the highest interquartile mean of the scores.
+
+        A seed that diverged counts as −∞.
+        """
         if not self.parts:
-            raise ConfigError("no member was trained to its end: the sweep was interrupted before")
-        (rows,) = tidy.best(self.scores, self._compared, 1).values()
+            raise ConfigError("no member was trained to the end, because the sweep was interrupted")
+        (rows,) = tidy.best(self.scores, self._compared_columns, 1).values()
         return self.config_of(int(rows["member"].iloc[0]))
 
     def config_of(self, member: int) -> Config:
         """The configuration of one member."""
-        return self.config.replace(**self.settings[self._checked(member) // self.seeds])
+        return self.config.replace(**self.settings[self._check_member(member) // self.seeds])
 
     def policy(self, member: int) -> Policy:
-        """The final policy of one member, by its number in the tables."""
-        self._checked(member)
+        """The final policy of one member, by its index in the tables."""
+        self._check_member(member)
         for part in self.parts:
             for row in np.flatnonzero(part.members == member):
                 params, moments = jax.tree.map(
                     lambda x, i=row: jnp.asarray(x[i]), (part.params, part.obs_moments)
                 )
-                end = Best(
+                state = Best(
                     params, Normalizer(moments, None), jnp.ones((), jnp.int32), jnp.zeros(())
                 )
-                return Policy.from_state(self.config_of(member), end, None, self.env, self.model)
-        raise ConfigError(f"member {member} was not trained: the sweep was interrupted before")
+                return Policy.from_state(self.config_of(member), state, None, self.env, self.model)
+        raise ConfigError(f"member {member} was not trained, because the sweep was interrupted")
 
     def probability_of_improvement(self, better: Setting, worse: Setting) -> Estimate:
-        """How probable it is that a seed of the one setting scores higher than one of the other; diverged is lowest."""
+        """The probability that a seed of ``better`` scores higher than a seed of ``worse``.
+
+        A seed that diverged scores −∞.
+        """
         return statistics.probability_of_improvement(
             self._scores_of(better), self._scores_of(worse)
         )
 
     @cached_property
     def schedules(self) -> pd.DataFrame:
-        """Of a population how the hyper-parameters behind each member's final state changed while it was trained.
+        """The hyper-parameter schedules that led to the final states of a population.
 
-        A row for each member and part between exchanges: ``timesteps`` at its end, ``held_by``, the member that had the
-        state then, and the fields.
+        A row for each member and interval between exchanges: ``timesteps`` at its end, ``held_by``,
+        the member that held the state in it, and the swept fields.
         """
         found = [part.schedule for part in self.parts if part.schedule is not None]
         if not found:
             raise ConfigError(
-                "this is no population that was trained to its end: sweep(..., exchange=Exchange(every=…))"
+                "only a population that was trained to the end has schedules: "
+                "sweep(..., exchange=Exchange(every=…))"
             )
-        fields = {name: x.astype(float) for name, x in found[0].swept.items()}
+        swept = {name: x.astype(float) for name, x in found[0].swept.items()}
         timesteps = found[0].timesteps.astype(int)
-        ways = [
-            found[0]._replace(swept=fields, timesteps=timesteps).of(member)
+        lineages = [
+            found[0]._replace(swept=swept, timesteps=timesteps).of(member)
             for member in range(len(self.settings))
         ]
         rows = [
-            {"member": i, "timesteps": way.timesteps, "held_by": way.parent, **way.swept}
-            for i, way in enumerate(ways)
+            {
+                "member": member,
+                "timesteps": lineage.timesteps,
+                "held_by": lineage.parent,
+                **lineage.swept,
+            }
+            for member, lineage in enumerate(lineages)
         ]
         return pd.concat([pd.DataFrame(row) for row in rows], ignore_index=True)
 
     def performance_profile(self, setting: Setting, thresholds: ArrayLike) -> Estimate:
-        """For each threshold the share of the setting's seeds that score above it; one that diverged does not."""
+        """The share of the seeds of a setting that score above each threshold.
+
+        A seed that diverged scores −∞.
+        """
         return statistics.performance_profile(self._scores_of(setting), thresholds)
 
     def figures(self) -> dict[str, Any]:
-        """The pictures by the names of their files: curves, profiles, a sensitivity for each field, heat maps."""
+        """The figures by file name: curves, profiles, a sensitivity for each field, heat maps."""
         figures = {"curves": sweep_plots.plot_curves(self.curves, self.scores)}
         if self.scores["score"].notna().any():
             figures["profiles"] = sweep_plots.plot_profile(self.scores, self.fields)
@@ -193,7 +214,7 @@ class SweepResult:
             figures["schedules"] = sweep_plots.plot_schedules(self.schedules, self.scores)
         varied = [name for name in self.fields if self.scores[name].map(str).nunique() > 1]
         pairs = [(x, y) for i, x in enumerate(varied) for y in varied[i + 1 :]]
-        for x, y in pairs[:MOST_HEAT_MAPS]:
+        for x, y in pairs[:MAX_HEAT_MAPS]:
             if (
                 len(self.settings)
                 >= self.scores[x].map(str).nunique() * self.scores[y].map(str).nunique()
@@ -202,56 +223,57 @@ class SweepResult:
         return figures
 
     @property
-    def _compared(self) -> list[str]:
-        """What tells apart what is compared: settings, or the members of a population."""
+    def _compared_columns(self) -> list[str]:
+        """The columns that identify a setting. In a population each member is compared alone."""
         population = bool(self.parts) and self.parts[0].schedule is not None
         return ["member", *self.fields] if population else self.fields
 
-    def _named(self, member: int) -> dict[str, Any]:
+    def _labels(self, member: int) -> dict[str, Any]:
         return {
             "member": int(member),
             **self.settings[member // self.seeds],
             "seed": int(member % self.seeds),
         }
 
-    def _checked(self, member: int) -> int:
+    def _check_member(self, member: int) -> int:
         if not 0 <= member < len(self.settings) * self.seeds:
             raise ConfigError(
-                f"member = {member}: this sweep has 0 … {len(self.settings) * self.seeds - 1}"
+                f"member = {member}: this sweep has the members "
+                f"0 … {len(self.settings) * self.seeds - 1}"
             )
         return member
 
     def _scores_of(self, setting: Setting) -> NDArray[np.floating]:
-        found = [index for index, known in enumerate(self.settings) if known == dict(setting)]
-        if found:
-            rows = (self.scores["member"] // self.seeds).isin(found)
+        indices = [index for index, x in enumerate(self.settings) if x == dict(setting)]
+        if indices:
+            rows = (self.scores["member"] // self.seeds).isin(indices)
             return self.scores.loc[rows, "score"].fillna(-np.inf).to_numpy(float)
         raise ConfigError(
             f"{setting!r} is not a setting of this sweep; one is {self.settings[0]!r}"
         )
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write_tables(directory: Path, result: SweepResult) -> None:
-    """``scores.csv``, ``curves.csv``, ``summary.csv``, of a population ``schedules.csv``: each whole or not at all."""
-    written = {name: getattr(result, name) for name in ("scores", "curves", "summary")}
+    """Write the scores, curves and summary, and the schedules of a population, as CSV."""
+    tables = {name: getattr(result, name) for name in ("scores", "curves", "summary")}
     if result.parts[0].schedule is not None:
-        written["schedules"] = result.schedules
-    for name, table in written.items():
+        tables["schedules"] = result.schedules
+    for name, table in tables.items():
         atomic_write(directory / f"{name}.csv", partial(table.to_csv, index=False))
 
 
 def write_figures(directory: Path, result: SweepResult) -> None:
-    """The pictures, as PNG."""
+    """Write the figures as PNG."""
     for name, figure in result.figures().items():
         atomic_write(directory / f"{name}.png", partial(figure.savefig, format="png"))
 
 
-def save_portion(path: Path, part: SweepPortion) -> None:
-    """Write a part as plain arrays, named by their paths in it."""
-    arrays = {name: as_stored(x) for name, x in named_leaves(part).items()}
+def save_portion(path: Path, portion: SweepPortion) -> None:
+    """Write a portion as arrays, named by their paths in the tree."""
+    arrays = {name: as_stored(x) for name, x in named_leaves(portion).items()}
 
     def save(path: Path) -> None:
         with path.open("wb") as file:
@@ -261,19 +283,20 @@ def save_portion(path: Path, part: SweepPortion) -> None:
 
 
 def load_portion(path: Path, params: PyTree, obs_moments: Moments | None) -> SweepPortion:
-    """The part that `save_portion` wrote; nothing in the file is run.
+    """Read the portion that `save_portion` wrote. The file holds only arrays, no pickled objects.
 
-    ``params`` and ``obs_moments`` are shapes of the structure and types that the part's own have.
+    ``params`` and ``obs_moments`` are the shapes of one agent: they give the structure and the
+    dtypes. Raises `ConfigError` if the file is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         like = {"params": params, "obs_moments": obs_moments}
         agents = jax.tree.map(
-            lambda x, known: x.astype(known.dtype), from_named(arrays, like), like
+            lambda x, shape: x.astype(shape.dtype), from_named(arrays, like), like
         )
-        others = {name: x for name, x in arrays.items() if name not in named_leaves(like)}
-        tree = traverse_util.unflatten_dict(others, sep="/")
+        other_arrays = {name: x for name, x in arrays.items() if name not in named_leaves(like)}
+        tree = traverse_util.unflatten_dict(other_arrays, sep="/")
         schedule = Schedule(**tree.pop("schedule")) if "schedule" in tree else None
         return SweepPortion(
             **tree | agents | {"curve": Curve(**tree["curve"]), "schedule": schedule}
@@ -288,5 +311,5 @@ def load_portion(path: Path, params: PyTree, obs_moments: Moments | None) -> Swe
         zlib.error,
     ) as error:
         raise ConfigError(
-            f"{path} is damaged: delete it, and these members are trained again ({error})"
+            f"{path} is damaged: delete it to train its members again ({error})"
         ) from None

@@ -1,4 +1,4 @@
-"""`sweep`: every combination of hyper-parameters and seeds, in as few compilations as can be."""
+"""`sweep`: every combination of hyper-parameters and seeds, in few compilations."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from purejaxppo.runs.loggers.open import checked_names
 from purejaxppo.runs.programs import require_storable
 from purejaxppo.runs.session import Progress
 from purejaxppo.sweeps.grid import (
-    DRAWN,
+    DISTRIBUTIONS,
     CompilationGroup,
     Setting,
     bounds_of,
@@ -36,15 +36,15 @@ class SweepPlan(NamedTuple):
     members: int
     settings: list[Setting]
     seeds: int
-    compilations: int  # one for each group, and one more for those that do not fit the memory
-    timesteps: int  # of all members together
+    compilations: int  # one for each group; smaller portions to fit into memory take more
+    timesteps: int  # sum over the members
 
 
 class SweepProgress(NamedTuple):
-    """Where a sweep stands; timesteps are those of all members together."""
+    """The progress of a sweep."""
 
-    timesteps: int
-    episode_return: float  # of the episodes that finished in the last chunk; NaN where none did
+    timesteps: int  # sum over the members
+    episode_return: float  # mean over the episodes finished in the last chunk; NaN without any
     steps_per_second: float
 
 
@@ -72,87 +72,131 @@ def sweep(
     on_start: Callable[[GroupPlan], None] | None = None,
     on_progress: Callable[[SweepProgress], None] | None = None,
 ) -> SweepResult:
-    """Train every setting of ``grid`` with ``seeds`` seeds, and score the final policies in fresh episodes.
+    """Train every setting of ``grid`` with ``seeds`` seeds, and score the final policies.
 
-    ``grid`` maps fields of `Config` to lists of values, or to `Uniform` and `LogUniform`, of which ``samples`` draws
-    are taken with each combination of the lists. Settings that differ in continuous hyper-parameters share one compiled
-    program; other fields make one for each of their combinations. The member of setting h and seed s is the same run
-    as ``fit(config.replace(**settings[h]), seeds=seeds, key=key)`` has for s, so all settings have the same seeds.
+    Settings that differ only in continuous hyper-parameters share one compiled program; each
+    combination of other fields needs its own. Members train in parallel, spread over all devices.
+    If they do not fit into memory by the estimate of the compiler, they train in portions. The
+    member with setting h and seed s is the run that
+    ``fit(config.replace(**settings[h]), seeds=seeds, key=key)`` gives for seed s.
+    Processes that `connect` has joined must pass the same arguments, and get the same result.
 
-    Members run ``at_once`` as many as fit into ``memory_limit`` bytes on each device (what is free, if not given) by
-    the compiler's own count, spread over all devices. ``directory``, which must not exist, gets the tables, the
-    pictures and, in ``parts/``, what each of these portions came to; with ``resume`` a sweep that was killed goes on
-    where its last checkpoint was, with the same results. ``eval_episodes=0`` scores by the last returns of training.
+    Main arguments:
+        config: a `Config`, or a mapping with its fields.
+        seeds: the number of seeds for each setting. All settings have the same seeds.
+        grid: fields of `Config` with lists of values, `Uniform` or `LogUniform`.
+        key: an integer from which the random keys and the draws are made.
+        directory: a new directory, for tables, figures and, in ``parts/``, the finished portions.
+        samples: the number of draws from the distributions, for each combination of the lists.
+        exchange: train the members as one population that copies agents (`Exchange`). In the result
+            each member is a setting of its own, with its final hyper-parameters;
+            `SweepResult.schedules` has the earlier ones.
+        resume: continue the killed or interrupted sweep in ``directory`` from its last checkpoint,
+            with the same result. ``env``, ``model``, ``reward_fn`` and ``frozen`` are not stored:
+            pass the same ones again.
 
-    With an ``exchange`` the members are one population that trains at once, and copy one another (`Exchange`). In the
-    result each is a setting of its own, that of its end; `SweepResult.schedules` is the way there.
+    Other arguments:
+        env: the environment; its name and settings replace those of ``config``.
+        model, reward_fn: a custom network and custom rewards, as in `make_trainer`.
+        frozen: arrays passed to ``reward_fn``.
+        eval_episodes: fresh episodes that score each final policy; 0 scores by the last returns in
+            training.
+        eval_deterministic: take the mode of the action distribution instead of a sample.
+        at_once: the most members that train in parallel.
+        memory_limit: bytes on each device; None for a share of the free memory.
+        checkpoint_seconds: time between two checkpoints in ``directory``.
+        loggers: ``tensorboard`` and ``wandb``.
+        on_plan: called with the `SweepPlan` before anything is compiled.
+        on_start: called with the `GroupPlan` after the compilation of each group.
+        on_progress: called with the `SweepProgress` after each chunk.
 
-    Processes that `connect` joins call it with the same arguments, and get the same result.
+    Raises `ConfigError` for arguments that are invalid or do not fit together.
     """
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     grid = dict(grid or {})
-    if env is not None and (named := {"env", "env_settings"} & grid.keys()):
-        raise ConfigError(f"{min(named)} is swept over: leave the environment object out")
+    if env is not None and (swept := {"env", "env_settings"} & grid.keys()):
+        raise ConfigError(f"{min(swept)} is swept over: leave the environment object out")
     config = config if env is None else config.replace(env=env.name, env_settings=env.settings)
     seeds = integer("seeds", seeds, 1)
     key = integer("key", key, 0)
     samples = integer("samples", samples, 0)
     settings = settings_of(config, grid, samples, np.random.default_rng(key))
     spec = SweepSpec(
-        settings,
-        seeds,
-        key,
-        env,
-        {"model": model, "reward_fn": reward_fn, "frozen": frozen},
-        integer("eval_episodes", eval_episodes, 0),
-        eval_deterministic,
-        None if at_once is None else integer("at_once", at_once, 1),
-        None if memory_limit is None else integer("memory_limit", memory_limit, 1, bits=62),
-        None,
-        resume,
-        seconds_of("checkpoint_seconds", checkpoint_seconds),
-        loggers,
-        None,
+        settings=settings,
+        seeds=seeds,
+        key=key,
+        env=env,
+        components={"model": model, "reward_fn": reward_fn, "frozen": frozen},
+        eval_episodes=integer("eval_episodes", eval_episodes, 0),
+        eval_deterministic=eval_deterministic,
+        max_parallel=None if at_once is None else integer("at_once", at_once, 1),
+        memory_limit=None
+        if memory_limit is None
+        else integer("memory_limit", memory_limit, 1, bits=62),
+        directory=None,
+        resume=resume,
+        checkpoint_seconds=seconds_of("checkpoint_seconds", checkpoint_seconds),
+        loggers=loggers,
+        exchange=None,
     )
     groups = groups_of(config, settings)
     if exchange is not None:
-        spec = spec._replace(exchange=_population(exchange, grid, spec, groups))
+        spec = spec._replace(exchange=_validated_exchange(exchange, grid, spec, groups))
     for group in groups:
-        _require_sense(spec, group)
-    asked = fingerprint(
+        _require_runnable(spec, group)
+    identity = fingerprint(
         config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange
     )
     checked_names(loggers, None if directory is None else Path(directory), len(settings) * seeds)
-    with run_directory.open_run_directory(directory, asked, key, resume) as home:
+    with run_directory.open_run_directory(directory, identity, key, resume) as home:
         spec = spec._replace(directory=home)
         if on_plan:
-            steps = sum(
+            timesteps = sum(
                 group.config.actual_timesteps * len(group.settings) * seeds for group in groups
             )
-            on_plan(SweepPlan(len(settings) * seeds, settings, seeds, len(groups), steps))
-        result = SweepResult(config, settings, seeds, [], False, 0.0, env, model)
-        progress = _counted(on_progress)
-        for part, seconds in (
+            on_plan(
+                SweepPlan(
+                    members=len(settings) * seeds,
+                    settings=settings,
+                    seeds=seeds,
+                    compilations=len(groups),
+                    timesteps=timesteps,
+                )
+            )
+        result = SweepResult(
+            config=config,
+            settings=settings,
+            seeds=seeds,
+            parts=[],
+            interrupted=False,
+            seconds=0.0,
+            env=env,
+            model=model,
+        )
+        progress = _progress_of_all(on_progress)
+        for portion, seconds in (
             pair for group in groups for pair in run_group(spec, group, on_start, progress)
         ):
             result = dataclasses.replace(
-                result, seconds=result.seconds + seconds, interrupted=part is None
+                result, seconds=result.seconds + seconds, interrupted=portion is None
             )
-            if part is None:  # its members are not at their end, and have no scores
+            if portion is None:  # its members have no scores
                 break
-            result = dataclasses.replace(result, parts=[*result.parts, part])
-            if part.schedule is not None:
-                ends = {name: x[:, -1].tolist() for name, x in part.schedule.swept.items()}
-                final = [{name: ends[name][i] for name in grid} for i in range(len(part.members))]
-                result = dataclasses.replace(result, settings=final, seeds=1)
+            result = dataclasses.replace(result, parts=[*result.parts, portion])
+            if portion.schedule is not None:
+                final = {name: x[:, -1].tolist() for name, x in portion.schedule.swept.items()}
+                final_settings = [
+                    {name: final[name][i] for name in grid} for i in range(len(portion.members))
+                ]
+                result = dataclasses.replace(result, settings=final_settings, seeds=1)
             if home is not None:
                 processes.on_main_process(partial(write_tables, home, result))
         if home is not None:
-            processes.on_main_process(partial(_write_end, home, result))
+            processes.on_main_process(partial(_finish_directory, home, result))
     return result
 
 
-def _write_end(directory: Path, result: SweepResult) -> None:
+def _finish_directory(directory: Path, result: SweepResult) -> None:
     if result.parts:
         write_figures(directory, result)
     if not result.interrupted:
@@ -169,11 +213,13 @@ def fingerprint(
     at_once: int | None = None,
     exchange: Exchange | None = None,
 ) -> dict[str, Any]:
-    """What a sweep has to have in common with the one that it goes on with, as ``config.json`` has it."""
+    """The part of ``config.json`` that must be equal for a sweep to be resumed."""
     return {
         "config": config.to_dict(),
         "kind": "sweep",
-        "grid": [[name, repr(x if isinstance(x, DRAWN) else list(x))] for name, x in grid.items()],
+        "grid": [
+            [name, repr(x if isinstance(x, DISTRIBUTIONS) else list(x))] for name, x in grid.items()
+        ],
         "samples": samples,
         "seeds": seeds,
         "eval_episodes": eval_episodes,
@@ -183,12 +229,15 @@ def fingerprint(
     }
 
 
-def _population(
+def _validated_exchange(
     exchange: Any, grid: Mapping[str, Any], spec: SweepSpec, groups: Sequence[CompilationGroup]
 ) -> tuple[Exchange, dict[str, tuple[float, float]]]:
-    """The exchange and the bounds of the hyper-parameters; what cannot be a population is refused."""
+    """The exchange and the bounds of the hyper-parameters.
+
+    Raises `ConfigError` if the members cannot form a population.
+    """
     config = groups[0].config
-    count = len(spec.settings) * spec.seeds
+    num_members = len(spec.settings) * spec.seeds
     fields = list(spec.settings[0])
     if not isinstance(exchange, Exchange):
         raise ConfigError(
@@ -196,28 +245,38 @@ def _population(
         )
     static = [name for name in fields if any(name not in group.traced for group in groups)]
     if config.objective == "adaptive_kl" and "kl_coef" in fields:
-        static.append("kl_coef")  # it is where the coefficient begins, and nothing later
+        static.append("kl_coef")  # only the initial value of the coefficient
     if static or not fields:
-        what = f"{static[0]!r} is not one" if static else "the grid has none"
-        raise ConfigError(f"members exchange continuous hyper-parameters, and {what}")
-    bounds = bounds_of(grid)
-    for end in zip(*bounds.values(), strict=True):
-        validate(config.replace(**dict(zip(bounds, end, strict=True))))
-    if count < 2 or spec.at_once not in (None, count):
+        reason = (
+            f"{static[0]!r} is not one: leave it out of the grid"
+            if static
+            else "the grid has none: add one"
+        )
         raise ConfigError(
-            f"a population of {count} with at_once = {spec.at_once}: all train at once, two at least"
+            f"members of a population exchange continuous hyper-parameters, and {reason}"
+        )
+    bounds = bounds_of(grid)
+    for values in zip(*bounds.values(), strict=True):  # the lowest values, then the highest
+        validate(config.replace(**dict(zip(bounds, values, strict=True))))
+    if num_members < 2 or spec.max_parallel not in (None, num_members):
+        raise ConfigError(
+            f"a population of {num_members} with at_once = {spec.max_parallel}: "
+            "it must have at least two members, and all train at once"
         )
     if all(low == high for low, high in bounds.values()):
         raise ConfigError(
-            "no hyper-parameter in the grid has two values, so that there is nothing to explore"
+            "no hyper-parameter in the grid has two values, so there is nothing to explore: "
+            "give one a list of values, or a distribution"
         )
     if config.whole_episodes:
         raise ConfigError(
-            f"{config.algorithm} counts whole episodes, so that members do not keep step: no exchange"
+            f"{config.algorithm} trains on whole episodes, so members take different numbers of "
+            "steps and cannot exchange: leave out exchange"
         )
     if exchange.every >= config.num_iterations:
         raise ConfigError(
-            f"every = {exchange.every}: there are {config.num_iterations} iterations, and no exchange"
+            f"every = {exchange.every}: it must be less than the number of iterations, "
+            f"{config.num_iterations}"
         )
     if not spec.eval_episodes:
         raise ConfigError(
@@ -226,34 +285,42 @@ def _population(
     return exchange, bounds
 
 
-def _require_sense(spec: SweepSpec, group: CompilationGroup) -> None:
-    """What cannot run is refused before anything is trained."""
+def _require_runnable(spec: SweepSpec, group: CompilationGroup) -> None:
+    """Raise `ConfigError` before training if a group cannot run."""
     env = spec.env_of(group)
-    if spec.at_once is not None and spec.at_once < jax.process_count():
+    if spec.max_parallel is not None and spec.max_parallel < jax.process_count():
         raise ConfigError(
-            f"at_once = {spec.at_once}: each of the {jax.process_count()} processes needs a member"
+            f"at_once = {spec.max_parallel}: "
+            f"each of the {jax.process_count()} processes needs a member"
         )
     if spec.eval_episodes and env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, so its policies cannot be scored by whole ones: "
-            "set eval_episodes=0, and they are by their last returns in training"
+            f"{env.name} has no bound on the length of an episode, "
+            "so its policies cannot be scored in fresh episodes: "
+            "set eval_episodes=0 to score them by their last returns in training"
         )
     require_storable(group.config, env, **spec.components)
 
 
-def _counted(
+def _progress_of_all(
     on_progress: Callable[[SweepProgress], None] | None,
 ) -> Callable[[int, Progress | None], None]:
-    """Adds up what the parts took: the steps of one that is done, with None, or 0 and the progress of one that runs."""
-    done = [0]
+    """A callback that adds the timesteps of finished portions to the progress of the current one.
 
-    def note(steps: int, now: Progress | None) -> None:
-        done[0] += steps
+    It is called with 0 and the progress of the current portion, and at the end of a portion with
+    the timesteps of the portion and None.
+    """
+    finished_timesteps = [0]
+
+    def report(timesteps: int, now: Progress | None) -> None:
+        finished_timesteps[0] += timesteps
         if on_progress and now is not None:
             on_progress(
                 SweepProgress(
-                    done[0] + now.timesteps_of_all, now.episode_return, now.steps_per_second
+                    finished_timesteps[0] + now.timesteps_of_all,
+                    now.episode_return,
+                    now.steps_per_second,
                 )
             )
 
-    return note
+    return report

@@ -451,7 +451,7 @@ def test_sweep_trains_a_grid_and_prints_the_best_settings(tmp_path, monkeypatch)
         (["--grid", "hidden_sizes=4xa"], "hidden_sizes[1] = 'a'"),
         (
             ["--grid", "lr=loguniform(1e-4,1e-2)"],
-            "lr is drawn at random: say how many draws by samples",
+            "lr has a distribution: set samples to the number of draws",
         ),
         (["--grid", "lr=1e-3", "--checkpoint-seconds", "soon"], "checkpoint_seconds = 'soon'"),
         (["--grid", "lr=1e-3", "--memory-limit", "much"], "memory_limit = 'much'"),

@@ -147,7 +147,7 @@ def test_the_figure_has_a_row_for_each_environment_and_a_line_for_each_algorithm
 @pytest.mark.parametrize(
     ("names", "algorithms", "more", "sentence"),
     [
-        ([ENV], ["ppo", "ppo"], {}, "each of them once"),
+        ([ENV], ["ppo", "ppo"], {}, "each given once"),
         ([], ["ppo"], {}, "at least one environment"),
         ([ENV], ["ppo/none"], {}, "'ppo/none' is not a variant of an algorithm; known: ppo/clip"),
         ([ENV], ["trpo/clip"], {}, "not a variant"),
@@ -180,14 +180,14 @@ def test_a_mistake_is_refused_before_anything_is_trained_or_written(
 
 
 def test_without_a_budget_all_get_the_largest_tuned_one(monkeypatch):
-    planned = compare_module._planned("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
+    planned = compare_module._plan_runs("CartPole-v1", ["ppo", "trpo", "reinforce"], {})
     tuned = [
         Config.for_env("CartPole-v1", algorithm=name).total_timesteps
         for name in ("ppo", "trpo", "reinforce")
     ]
     assert len(set(tuned)) == 3
     assert [config.total_timesteps for *_, config in planned] == [max(tuned)] * 3
-    planned = compare_module._planned("CartPole-v1", ["ppo"], {"total_timesteps": 7})
+    planned = compare_module._plan_runs("CartPole-v1", ["ppo"], {"total_timesteps": 7})
     assert planned[0][2].total_timesteps == 7
 
 

@@ -262,7 +262,7 @@ def test_a_diverged_agent_is_replaced_by_a_copy_of_another(tmp_path):
         ({"grid": {"lr": [1e-3], "num_envs": [2, 4]}}, "and 'num_envs' is not one"),
         ({"grid": {"lr": [1e-3]}, "seeds": 1}, "a population of 1"),
         ({"at_once": 3}, "a population of 8 with at_once = 3"),
-        ({"exchange": Exchange(8)}, "there are 8 iterations, and no exchange"),
+        ({"exchange": Exchange(8)}, "every = 8: it must be less than the number of iterations, 8"),
         ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
         ({"grid": {"lr": [1e-3]}}, "nothing to explore"),
         ({"grid": {"gamma": Uniform(0.0, 1.0001)}}, "gamma = 1.0001"),
@@ -285,7 +285,7 @@ def test_an_adaptive_coefficient_is_refused():
 
 def test_whole_episodes_are_refused():
     config = CONFIG.replace(algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False)
-    with pytest.raises(ConfigError, match="no exchange"):
+    with pytest.raises(ConfigError, match="trains on whole episodes"):
         sweep(config, 4, {"lr": [1e-3, 1e-2]}, env=ENV, model=LINEAR, exchange=Exchange(2))
 
 

@@ -158,7 +158,7 @@ def test_devices_do_not_change_a_member(whole, tmp_path):
         patches = compiled_once()
         patches.__enter__()
         run(GRID | {{"num_envs": [4]}}, directory=sys.argv[1], on_start=groups.append)
-        print([(group.at_once, group.device) for group in groups])
+        print([(group.parallel, group.device) for group in groups])
         one = run_one(CONFIG.replace(num_shards=2), directory=sys.argv[1] + "/one", eval_every=2)
         print(one.plan.device, *one.state.env.obs.sharding.spec)
         both = {{"seeds": 2, "directory": sys.argv[1] + "/both", "eval_every": 1}}
@@ -205,7 +205,7 @@ def test_exactly_the_announced_compilations_happen(whole, announced, compiled):
     (plan,) = announced["plans"]
     assert (plan.members, len(plan.settings), plan.seeds, plan.compilations) == (12, 4, SEEDS, 2)
     assert plan.timesteps == 6 * 40 + 6 * 48  # three iterations of 16 steps
-    assert [(group.members, group.at_once) for group in announced["groups"]] == [(6, 6)] * 2
+    assert [(group.members, group.parallel) for group in announced["groups"]] == [(6, 6)] * 2
     assert [group.config.num_envs for group in announced["groups"]] == [2, 4]
     steps = [now.timesteps for now in announced["progress"]]
     assert steps == sorted(steps) and steps[-1] == plan.timesteps
@@ -233,7 +233,7 @@ def test_memory_grows_with_the_parallel_members_only(compiled):
             eval_episodes=0,
             on_start=plans.append,
         )
-    assert [plan.at_once for plan in plans] == [6, 6]
+    assert [plan.parallel for plan in plans] == [6, 6]
     assert plans[0].memory_bytes == plans[1].memory_bytes
 
 
@@ -248,7 +248,7 @@ def test_a_memory_limit_splits_the_members(whole, announced):
         on_start=plans.append,
     )
     (plan,) = plans
-    assert plan.at_once < 6 and plan.memory_bytes <= 0.75 * whole_group.memory_bytes
+    assert plan.parallel < 6 and plan.memory_bytes <= 0.75 * whole_group.memory_bytes
     assert sorted(np.concatenate([part.members for part in limited.parts])) == list(range(6))
     with pytest.raises(
         ConfigError, match=r"1 members of .* need [\d,]+ bytes on each device, and 1,000 are free"
@@ -415,11 +415,11 @@ def test_a_killed_sweep_resumes_to_the_same_results(whole, tmp_path):
         ({"grid": {"lr": 1e-3}}, "lr is swept over a list of values"),
         ({"grid": {"lr": []}}, "lr is swept over a list of values"),
         ({"grid": {"lr": [1e-3, -1]}}, "lr = -1.0: it must be a finite number of at least 0"),
-        ({"grid": {"lr": [1e-3, 1e-3]}}, "a setting stands in the grid twice"),
+        ({"grid": {"lr": [1e-3, 1e-3]}}, "the grid contains a setting twice"),
         ({"grid": {"num_minibatches": [3]}}, "num_minibatches = 3 does not divide"),
         (
             {"grid": {"lr": LogUniform(1e-3, 1e-2)}},
-            "lr is drawn at random: say how many draws by samples",
+            "lr has a distribution: set samples to the number of draws",
         ),
         ({"grid": {"lr": LogUniform(0, 1)}, "samples": 2}, "it must have 0 < low < high"),
         (
@@ -444,5 +444,5 @@ def test_wrong_input_gives_one_sentence_before_anything_is_compiled(
 
 
 def test_the_policy_of_an_unknown_member_is_refused(whole):
-    with pytest.raises(ConfigError, match="member = 12: this sweep has 0 … 11"):
+    with pytest.raises(ConfigError, match="member = 12: this sweep has the members 0 … 11"):
         whole[0].policy(12)
