@@ -13,11 +13,14 @@ import numpy as np
 import psutil
 
 from benchmarks.speed import SETTINGS
-from purejaxppo import Config, envs, sweep
+from purejaxppo import Config, sweep
+from purejaxppo.runs.agents import job_of
 from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.runs.chunks import run_chunks
 from purejaxppo.runs.compilation import device_name
 from purejaxppo.runs.programs import Programs, compile_programs
+from purejaxppo.runs.store import Store
+from purejaxppo.setup import set_up
 
 CONFIG = Config.from_dict(SETTINGS["seeds"])
 
@@ -27,9 +30,9 @@ def throughput(seeds: int, repeats: int) -> None:
 
     The two programs run in turn.
     """
-    env = envs.of_config(CONFIG)
-    parallel = compile_programs(CONFIG, env, seeds)
-    single = compile_programs(CONFIG, env, None)
+    job = job_of(set_up(CONFIG))
+    parallel = compile_programs(job, seeds)
+    single = compile_programs(job, None)
     ratios = []
     rates = []
     for repeat in range(repeats):
@@ -76,13 +79,12 @@ def many(seeds: int, timesteps: int) -> None:
 
 def checkpoint_cost(seeds: int, repeats: int) -> None:
     """Print the time to write a checkpoint, also as a share of the 30 s between two."""
-    env = envs.of_config(CONFIG)
-    programs = compile_programs(CONFIG, env, seeds)
+    programs = compile_programs(job_of(set_up(CONFIG)), seeds)
     state = programs.init(programs.keys(jax.random.key(0)), {})
     rows = {"metrics": {"policy_loss": np.zeros((seeds, 1000), np.float32)}}
     seconds = []
     with tempfile.TemporaryDirectory() as directory:
-        checkpoints = Checkpoints(Path(directory) / "checkpoints")
+        checkpoints = Checkpoints(Store(Path(directory) / "checkpoints"))
         for iteration in range(1, repeats + 1):
             started = time.perf_counter()
             checkpoints.save(iteration, (state, None), rows)

@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo import Config, Metrics, Policy, envs, evaluate, make_trainer
+from purejaxppo.runs.agents import job_of
 from purejaxppo.runs.chunks import run_chunks
 from purejaxppo.runs.programs import compile_programs
+from purejaxppo.setup import set_up
 
 RESULTS = Path(__file__).parent / "results" / "table1"
 ENVS = (
@@ -122,7 +124,7 @@ def train(
 ) -> NDArray[np.floating]:
     """The scores [values, seeds]."""
     config = PROTOCOL.replace(env=name, objective=objective, total_timesteps=timesteps)
-    programs = compile_programs(config, envs.make(name), len(values) * seeds, (field,))
+    programs = compile_programs(job_of(set_up(config)), len(values) * seeds, (field,))
     swept = {field: np.repeat(values, seeds).astype(np.float32)}
     state = programs.init(
         jnp.tile(jax.random.split(jax.random.key(2017), seeds), len(values)), swept

@@ -398,15 +398,19 @@ def _read_tuned_settings() -> dict[str, Any]:
 def validate(config: Config) -> Config:
     """The config with numbers converted to their types. Raises `ConfigError` for the first mistake.
 
-    Batched values are checked element by element; traced values are not checked.
+    Batched values are checked element by element; traced values are not checked. A result of this
+    function is returned unchanged; a copy made by `Config.replace` or JAX is checked again.
     """
     if not isinstance(config, Config):
         raise ConfigError(f"a configuration is a Config or a mapping, not {type(config).__name__}")
+    if getattr(config, "_is_valid", False):
+        return config
     config = dataclasses.replace(
         config, **{name: _validated_field(name, getattr(config, name)) for name in FIELDS}
     )
     _require_variants_of_algorithm(config)
     require_compatible(config)
+    object.__setattr__(config, "_is_valid", True)  # no field: copies do not have it
     return config
 
 

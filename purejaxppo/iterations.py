@@ -1,4 +1,4 @@
-"""How long a run is: counting its steps, and running its iterations."""
+"""The length of a run: counting its timesteps, and looping over its iterations."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,72 +8,81 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from purejaxppo.config import Config
-from purejaxppo.types import Metrics, PyTree, undefined
+from purejaxppo.metrics import MetricsDescription
+from purejaxppo.types import PyTree, undefined
 
-StateT = TypeVar(
-    "StateT", bound=Any
-)  # of one agent; of a population, where each number in the metrics is one for each
+StateT = TypeVar("StateT", bound=Any)
 
 
 def zero_timesteps(config: Config) -> Array:
-    """Zero, in int32; where the count passes 2³¹, in float32, which then holds it to 7 digits."""
+    """Zero, as int32, or as float32 if the count passes 2³¹; float32 is exact to 7 digits."""
     return jnp.zeros((), jnp.int32 if config.actual_timesteps < 2**31 else jnp.float32)
 
 
 def timesteps_after(
     config: Config, iteration: Array, before: Array, mask: Bool[Array, "T B"]
 ) -> Array:
-    """The environment steps of all iterations up to this one; of whole episodes those where the mask is true."""
+    """The environment steps up to this iteration; of whole episodes only those in the mask."""
     if config.whole_episodes:
         return before + mask.sum(dtype=before.dtype)
     return iteration.astype(before.dtype) * config.batch_size
 
 
 def metrics_buffer(metrics: PyTree, *sizes: int) -> PyTree:
-    """Room for metrics in front of whose shapes stand these sizes: how many iterations, or agents and iterations."""
+    """Zeros of the shape and type of ``metrics`` with leading axes ``sizes``."""
     return jax.tree.map(lambda x: jnp.zeros((*sizes, *x.shape), x.dtype), metrics)
 
 
 def run_iterations(
-    config: Config,
-    step: Callable[[StateT], tuple[StateT, Metrics]],
+    step: Callable[[StateT], tuple[StateT, PyTree]],
     state: StateT,
-    buffer: Metrics,
+    buffer: PyTree,
     count: Int[Array, ""] | int,
-) -> tuple[StateT, Metrics]:
-    """Up to ``count`` iterations; the metrics of the i-th go to row i.
+    described: MetricsDescription,
+    total: int | None = None,
+) -> tuple[StateT, PyTree, Int[Array, ""]]:
+    """Up to ``count`` iterations: the state, their metrics, and the number of iterations.
 
-    With whole episodes nobody knows beforehand how many iterations ``total_timesteps`` take. They end when so many
-    steps are counted, or when loss or gradient are no longer finite, and the rows that were not reached repeat the last
-    one, but for the episodes, of which they have none. (It is known from the ``buffer`` of the call before.)
+    The metrics of iteration i go to row i of ``buffer``. Without ``total`` all iterations run.
+    Otherwise the loop ends once the progress reaches ``total`` or training has diverged. Further
+    rows then repeat the last one, with a count of zero for every mean. Both conditions also hold
+    for the last row of the previous call, which ``buffer`` contains.
     """
 
-    def not_done(loop: tuple[StateT, Metrics, Array, Array]) -> Array:
-        state, _, i, finite = loop
-        if config.has_fixed_length:
-            return i < count
-        return (i < count) & (state.timesteps < config.total_timesteps) & finite
+    def is_done(row: PyTree) -> Array:
+        reached = described.progress_of(row) >= total
+        return reached | ~described.is_finite(row)
+
+    def not_done(loop: tuple[StateT, PyTree, Array, Array]) -> Array:
+        _, _, i, done = loop
+        return (i < count) if total is None else (i < count) & ~done
 
     def iteration(
-        loop: tuple[StateT, Metrics, Array, Array],
-    ) -> tuple[StateT, Metrics, Array, Array]:
-        state, buffer, i, _ = loop
+        loop: tuple[StateT, PyTree, Array, Array],
+    ) -> tuple[StateT, PyTree, Array, Array]:
+        state, buffer, i, done = loop
         state, metrics = step(state)
-        finite = jnp.isfinite(metrics.policy_loss + metrics.grad_norm)
-        return state, jax.tree.map(lambda row, x: row.at[i].set(x), buffer, metrics), i + 1, finite
+        buffer = jax.tree.map(lambda row, x: row.at[i].set(x), buffer, metrics)
+        return state, buffer, i + 1, done if total is None else is_done(metrics)
 
-    finite = jnp.isfinite(
-        buffer.policy_loss[-1] + buffer.grad_norm[-1]
-    )  # of the call before; room that is empty is 0
-    start = (state, buffer, jnp.zeros((), jnp.int32), finite)
-    state, buffer, done, _ = jax.lax.while_loop(not_done, iteration, start)
-    if config.has_fixed_length:
-        return state, buffer
-    row = jnp.arange(buffer.timesteps.shape[0])
-    # Row −1 stands for row done − 1 where nothing was done: the call before has repeated its last row up to the end.
-    buffer = jax.tree.map(lambda x: x[jnp.where(row < done, row, done - 1)], buffer)
-    padding = {"episodes": 0, "episode_return": undefined(), "episode_length": undefined()}
-    stored: dict[str, Any] = dict(zip(Metrics._fields, buffer, strict=True))
-    return state, buffer._replace(
-        **{name: jnp.where(row < done, stored[name], x) for name, x in padding.items()}
+    done = jnp.asarray(False)
+    if total is not None:
+        done = is_done(jax.tree.map(lambda x: x[-1], buffer))
+    start = (state, buffer, jnp.zeros((), jnp.int32), done)
+    state, buffer, completed, _ = jax.lax.while_loop(not_done, iteration, start)
+    if total is not None:
+        buffer = _padded(buffer, completed, described)
+    return state, buffer, completed
+
+
+def _padded(buffer: PyTree, completed: Array, described: MetricsDescription) -> PyTree:
+    """The buffer with the last row repeated after ``completed`` rows."""
+    row = jnp.arange(jax.tree.leaves(buffer)[0].shape[0])
+    # Row −1 is the last row of the previous call, if this call did nothing: it repeated that row.
+    buffer = jax.tree.map(lambda x: x[jnp.where(row < completed, row, completed - 1)], buffer)
+    padding = dict.fromkeys(described.counts.values(), 0) | dict.fromkeys(
+        described.counts, undefined()
     )
+    columns = described.columns(buffer)
+    padded = {name: jnp.where(row < completed, columns[name], x) for name, x in padding.items()}
+    return described.from_columns(columns | padded, buffer)

@@ -1,12 +1,12 @@
 """Running moments of observations and of discounted returns (parallel Welford)."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from purejaxppo.shards import split_shards
 from purejaxppo.types import ACTION_MASK, Box, Dict, ObservationSpace, PyTree
 
 EPSILON = 1e-8  # added to the variance
@@ -72,18 +72,26 @@ def no_moments(shape: tuple[int, ...]) -> Moments:
     return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def moments_of(x: Shaped[Array, "n ..."], valid: Bool[Array, "n"] | None = None) -> Moments:
-    """The moments of n samples, or of those that are valid."""
+def moments_of(
+    x: Shaped[Array, "..."], valid: Bool[Array, "..."] | None = None, num_axes: int = 1
+) -> Moments:
+    """The moments over the first ``num_axes`` axes of samples, or of the valid ones.
+
+    ``valid`` has those axes.
+    """
     x = jnp.asarray(x, jnp.result_type(float))
+    axes = tuple(range(num_axes))
     if valid is None:
-        mean = x.mean(axis=0)
-        return Moments(
-            jnp.asarray(x.shape[0], mean.dtype), mean, ((x - mean[None]) ** 2).sum(axis=0)
-        )
-    samples = valid.sum(dtype=x.dtype)
-    column = valid.reshape((-1,) + (1,) * (x.ndim - 1))
-    mean = jnp.where(column, x, 0).sum(axis=0) / jnp.maximum(samples, 1)
-    return Moments(samples, mean, jnp.where(column, (x - mean[None]) ** 2, 0).sum(axis=0))
+        mean = x.mean(axis=axes, keepdims=True)
+        samples = jnp.asarray(math.prod(x.shape[:num_axes]), mean.dtype)
+        m2 = ((x - mean) ** 2).sum(axis=axes)
+    else:
+        samples = valid.sum(dtype=x.dtype)
+        valid = valid.reshape(valid.shape + (1,) * (x.ndim - num_axes))
+        total = jnp.where(valid, x, 0).sum(axis=axes, keepdims=True)
+        mean = total / jnp.maximum(samples, 1)
+        m2 = jnp.where(valid, (x - mean) ** 2, 0).sum(axis=axes)
+    return Moments(samples, mean.reshape(m2.shape), m2)
 
 
 def obs_moments_of(like: ObsMoments, obs: PyTree, valid: Bool[Array, "n"] | None) -> ObsMoments:
@@ -122,20 +130,6 @@ def pooled_obs(parts: ObsMoments) -> ObsMoments:
     return jax.tree.map(pooled, parts, is_leaf=lambda x: isinstance(x, Moments))
 
 
-def moments_in_shards(
-    x: Float[Array, "T B"], valid: Bool[Array, "T B"] | None, num_shards: int
-) -> Moments:
-    """The moments of all of x, of each of S shards along B first: to flatten B would take them off their devices."""
-    if num_shards == 1:
-        return moments_of(x.reshape(-1), None if valid is None else valid.reshape(-1))
-    shards = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 1, 0), split_shards((x, valid), num_shards, axis=1)
-    )
-    return pooled(
-        jax.vmap(lambda x, valid: moments_of(*jax.tree.map(jnp.ravel, (x, valid))))(*shards)
-    )
-
-
 def normalize_obs(moments: ObsMoments | None, obs: PyTree) -> PyTree:
     """(obs − mean) / deviation, clipped to ± 10, in the parts that have moments."""
     if moments is None:
@@ -154,7 +148,6 @@ def normalize_reward(
     reset: Bool[Array, "T B"],
     gamma: Float[Array, ""] | float,
     valid: Bool[Array, "T B"] | None = None,
-    num_shards: int = 1,
 ) -> tuple[Float[Array, "T B"], ReturnScale | None]:
     """Rewards divided by the deviation of the discounted return R_t = γ R_{t−1} + r_t, cut at ± 10.
 
@@ -172,6 +165,6 @@ def normalize_reward(
         return total, total
 
     running, returns = jax.lax.scan(discount, scale.discounted_return, (reward, reset))
-    moments = merge(scale.moments, moments_in_shards(returns, valid, num_shards))
+    moments = merge(scale.moments, moments_of(returns, valid, num_axes=2))
     scaled = jnp.clip(reward / jnp.sqrt(moments.variance + EPSILON), -LIMIT, LIMIT)
     return scaled, ReturnScale(running, moments)

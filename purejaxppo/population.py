@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from purejaxppo.config import Config
 from purejaxppo.keys import first_key, select
-from purejaxppo.metrics import PARENT, SWEPT
+from purejaxppo.metrics import PARENT, SWEPT, is_finite
+from purejaxppo.trees import all_finite
 from purejaxppo.types import ConfigError, Metrics, PRNGKey, PyTree, Trainer, TrainState
 from purejaxppo.validation import integer
 
@@ -57,9 +57,9 @@ class Exchange:
             raise ConfigError(f"factors = {self.factors!r}: they must be positive numbers")
         object.__setattr__(self, "factors", tuple(self.factors))
 
-    def is_due_after(self, config: Config, iteration: Array | int) -> Any:
+    def is_due_after(self, iteration: Array | int, num_iterations: int) -> Any:
         """Whether an exchange follows this iteration; none follows the last iteration."""
-        return (iteration % self.every == 0) & (iteration < config.num_iterations)
+        return (iteration % self.every == 0) & (iteration < num_iterations)
 
 
 # name of a swept hyper-parameter -> its lowest and highest value
@@ -90,24 +90,26 @@ class Population(NamedTuple):
 
 
 def choose_parents(
-    key: PRNGKey, score: Float[Array, "n"], is_finite: Bool[Array, "n"], share: float
+    key: PRNGKey, score: Float[Array, "n"], has_not_diverged: Bool[Array, "n"], share: float
 ) -> Int[Array, "n"]:
     """For each of n agents the index of the agent whose state it continues from.
 
-    An agent is ranked if it ``is_finite`` and its score is finite. Let k = max(1, ⌊share · n⌋). The
+    An agent is ranked if it ``has_not_diverged`` and its score is finite. Let k = max(1, ⌊share · n⌋). The
     best k ranked agents are parents. All agents that are not finite are replaced, then the worst
     ranked agents, up to k in total. A parent must have a higher score than the agent that it
     replaces; otherwise the agent keeps its own index.
     """
     count = len(score)
     num_parents = max(1, int(share * count))
-    ranked = is_finite & jnp.isfinite(score)
+    ranked = has_not_diverged & jnp.isfinite(score)
     fitness = jnp.where(ranked, score, -jnp.inf)
     order = jnp.argsort(-fitness)  # from best to worst; agents that are not ranked come last
     rank = jnp.argsort(order)
     parent = order[jax.random.randint(key, (count,), 0, jnp.clip(ranked.sum(), 1, num_parents))]
-    worst = ranked & (rank >= ranked.sum() - jnp.maximum(num_parents - (~is_finite).sum(), 0))
-    replaced = (worst | ~is_finite) & (fitness[parent] > fitness)
+    worst = ranked & (
+        rank >= ranked.sum() - jnp.maximum(num_parents - (~has_not_diverged).sum(), 0)
+    )
+    replaced = (worst | ~has_not_diverged) & (fitness[parent] > fitness)
     return jnp.where(replaced, parent, jnp.arange(count)).astype(jnp.int32)
 
 
@@ -117,15 +119,16 @@ def own_metrics(swept: Mapping[str, Array], parent: Array) -> dict[str, Array]:
 
 
 def make_population(
-    config: Config,
-    trainer_of: Callable[[Config], Trainer],
+    trainer_of: Callable[..., Trainer],
+    num_iterations: int,
     exchange: Exchange,
     bounds: Bounds,
     axis: str | None = None,
 ) -> tuple[Callable[..., Population], Callable[..., tuple[Population, Metrics]]]:
     """``init(keys [m], swept [m])`` and ``step(population, frozen)`` for m agents.
 
-    They correspond to the functions of a `Trainer`. Inside `jax.shard_map` each device holds m of
+    They correspond to the functions of a `Trainer`. ``trainer_of(**swept)`` is the trainer of one
+    agent with these hyper-parameters. Inside `jax.shard_map` each device holds m of
     the n agents, and ``axis`` is the name of the mesh axis. The metrics have two more kinds of
     ``extra``: the hyper-parameters of the iteration, and the index of the agent whose state each
     agent continues from.
@@ -140,9 +143,7 @@ def make_population(
         return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
     def init(keys: PRNGKey, swept: dict[str, Array], params: PyTree = None) -> Population:
-        agents = jax.vmap(lambda key, swept: trainer_of(config.replace(**swept)).init(key, params))(
-            keys, swept
-        )
+        agents = jax.vmap(lambda key, swept: trainer_of(**swept).init(key, params))(keys, swept)
         count = len(keys)
         agent_index = jnp.arange(count, dtype=jnp.int32) + (
             0 if axis is None else jax.lax.axis_index(axis) * count
@@ -159,9 +160,9 @@ def make_population(
         )
 
     def step(state: Population, frozen: PyTree = None) -> tuple[Population, Metrics]:
-        agents, metrics = jax.vmap(
-            lambda swept, agent: trainer_of(config.replace(**swept)).step(agent, frozen)
-        )(state.swept, state.agents)
+        agents, metrics = jax.vmap(lambda swept, agent: trainer_of(**swept).step(agent, frozen))(
+            state.swept, state.agents
+        )
         returns = jnp.where(metrics.episodes > 0, metrics.episode_return, 0) * metrics.episodes
         swept = state.swept
         state = state._replace(
@@ -169,17 +170,13 @@ def make_population(
             returns=state.returns + returns,
             episodes=state.episodes + metrics.episodes,
         )
-        is_due = exchange.is_due_after(config, agents.iteration[0])
-        # Without a value function, both metrics are NaN.
-        has_critic = ~(jnp.isnan(metrics.value_loss) & jnp.isnan(metrics.explained_variance))
-        value_loss = jnp.where(has_critic, metrics.value_loss, 0)
-        losses_are_finite = jnp.isfinite(metrics.policy_loss + value_loss + metrics.grad_norm)
+        is_due = exchange.is_due_after(agents.iteration[0], num_iterations)
         state, parent = jax.lax.cond(
             is_due,
             exchange_agents,
             lambda state, _: (state, state.agent_index),
             state,
-            losses_are_finite,
+            is_finite(metrics),
         )
         return state, metrics._replace(extra=metrics.extra | own_metrics(swept, parent))
 
@@ -190,15 +187,12 @@ def make_population(
         key_parents, key_factors, key_copies = jax.random.split(
             jax.random.fold_in(first_key(state.key), state.iteration[0]), 3
         )
-        leaf_is_finite = [
-            jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(state.params)
-        ]
-        is_finite = jnp.stack(leaf_is_finite).all(axis=0) & losses_are_finite
+        has_not_diverged = all_finite(state.params, num_axes=1) & losses_are_finite
         score = jnp.where(
             state.episodes > 0, state.returns / jnp.maximum(state.episodes, 1), -jnp.inf
         )
         parents = choose_parents(
-            key_parents, all_gather(score), all_gather(is_finite), exchange.share
+            key_parents, all_gather(score), all_gather(has_not_diverged), exchange.share
         )
         parent = parents[state.agent_index]
         copied = parent != state.agent_index

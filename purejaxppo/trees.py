@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from numpy.typing import NDArray
 
 from purejaxppo.types import ConfigError, PyTree
@@ -31,6 +32,14 @@ def from_named(named: Mapping[str, Any], like: PyTree, separator: str = "/") -> 
     """The inverse of `named_leaves`: a tree with the structure of ``like`` and these leaves."""
     leaves = [named[name] for name in named_leaves(like, separator)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def all_finite(tree: PyTree, num_axes: int = 0) -> Array:
+    """Whether all numbers are finite, for each element of the first ``num_axes`` axes."""
+    leaves = [
+        jnp.isfinite(x).all(axis=tuple(range(num_axes, x.ndim))) for x in jax.tree.leaves(tree)
+    ]
+    return jnp.stack(leaves).all(axis=0)
 
 
 def require_trainable(params: PyTree) -> None:

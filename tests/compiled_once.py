@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from purejaxppo.runs import chunks, fit, programs, session
+from purejaxppo.runs import chunks, evaluation, job, programs
 from purejaxppo.sweeps import portions
 
 
@@ -18,32 +18,31 @@ class CompiledOnce:
         self.evaluations = {}
         self.asked = []
         self._compile = programs.compile_programs
-        self._evaluate = programs.make_evaluate
+        self._evaluate = evaluation.make_evaluate
 
-    def compile_programs(
-        self, config, env, agents, swept=(), *, model=None, exchange=None, devices=None, **rest
-    ):
+    def compile_programs(self, job, agents, swept=(), *, devices=None, **rest):
         assert not any(x is not None for x in rest.values())
+        (setup,) = job.trainer_of.args
+        exchange = job.population.args[2:] if job.population else None
         key = (
-            str(config.to_dict()),
-            env.name,
+            str(setup.config.to_dict()),
+            setup.env.name,
             agents,
             tuple(swept),
-            id(model),
+            id(setup.own_model),
             str(exchange),
             str(devices),
         )
         key += (jax.config.jax_enable_x64,)
         self.asked.append(key)
         if key not in self.programs:
-            options = {"model": model, "exchange": exchange, "devices": devices}
-            self.programs[key] = self._compile(config, env, agents, swept, **options)
+            self.programs[key] = self._compile(job, agents, swept, devices=devices)
         return self.programs[key]
 
-    def make_evaluate(self, programs_, *arguments):
+    def make_evaluate(self, setup, programs_, *arguments):
         key = (id(programs_), *arguments)
         if key not in self.evaluations:
-            self.evaluations[key] = Evaluation(self._evaluate(programs_, *arguments))
+            self.evaluations[key] = Evaluation(self._evaluate(setup, programs_, *arguments))
         return self.evaluations[key]
 
 
@@ -67,9 +66,9 @@ def compiled_once():
     """Yields the `CompiledOnce` that replaces both functions in every module."""
     once = CompiledOnce()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fit, portions):
+        for module in (job, portions):
             patch.setattr(module, "compile_programs", once.compile_programs)
-        for module in (session, portions):
+        for module in (evaluation, portions):
             patch.setattr(module, "make_evaluate", once.make_evaluate)
         patch.setattr(chunks, "CHUNK_SECONDS", 0)
         yield once

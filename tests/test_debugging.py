@@ -373,7 +373,7 @@ def test_without_jit_programs_stay_as_they_are_and_use_one_device():
     functions = jax.jit(jnp.sin), jax.jit(jnp.cos)
     with jax.disable_jit():
         assert compilation.compile_all(*((f, (1.0,)) for f in functions)) == list(functions)
-        assert compilation.memory_of(functions[0]) == 0 and compilation.mesh_of(PPO, 64).size == 1
+        assert compilation.memory_of(functions[0]) == 0 and compilation.mesh_of(1, 64).size == 1
 
 
 def test_several_processes_refuse_to_run_without_jit(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ from killed import Killed
 from small_envs import counter, linear_model, mixed_model
 
 from purejaxppo import Config, ConfigError, fit, load_policy, make_train, sweep
-from purejaxppo.runs import chunks, programs, session
-from purejaxppo.runs import fit as fit_module
+from purejaxppo.runs import chunks, evaluation, job, programs
 from purejaxppo.runs.checkpoints import Checkpoints
+from purejaxppo.runs.store import Store
 from purejaxppo.sweeps import portions
 from purejaxppo.types import Reward, Rewards
 
@@ -36,21 +36,25 @@ def compiled_once():
     """Runs and sweeps of two agents share programs, compiled once; every chunk is one iteration."""
     cache = {}
 
-    def compile_once(config, env, agents, *rest, **options):
-        if (config, agents) not in cache:
-            cache[config, agents] = programs.compile_programs(config, env, agents, *rest, **options)
-        return cache[config, agents]
+    make_evaluate = evaluation.make_evaluate
+
+    def compile_once(job_, agents, *rest, **options):
+        (setup,) = job_.trainer_of.args
+        if (setup.config, agents) not in cache:
+            programs_ = programs.compile_programs(job_, agents, *rest, **options)
+            cache[setup.config, agents] = programs_
+        return cache[setup.config, agents]
 
     def make_once(*arguments):
         if "evaluate" not in cache:
-            cache["evaluate"] = programs.make_evaluate(*arguments)
+            cache["evaluate"] = make_evaluate(*arguments)
         return cache["evaluate"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_SECONDS", 0)
-        patch.setattr(fit_module, "compile_programs", compile_once)
+        patch.setattr(job, "compile_programs", compile_once)
         patch.setattr(portions, "compile_programs", compile_once)
-        patch.setattr(session, "make_evaluate", make_once)
+        patch.setattr(evaluation, "make_evaluate", make_once)
         yield
 
 
@@ -129,8 +133,8 @@ def test_a_checkpoint_distinguishes_paths_that_read_the_same(tmp_path):
         "a.b'": jnp.zeros((), jnp.bfloat16),
         "none": [{}, ()],
     }
-    Checkpoints(tmp_path / "checkpoints").save(1, tree, {})
-    assert_same(Checkpoints(tmp_path / "checkpoints").restore(tree).arrays, tree)
+    Checkpoints(Store(tmp_path / "checkpoints")).save(1, tree, {})
+    assert_same(Checkpoints(Store(tmp_path / "checkpoints")).restore(tree).arrays, tree)
 
 
 def test_a_sweep_keeps_structure_and_types_of_its_parameters(uninterrupted, tmp_path, monkeypatch):
@@ -198,7 +202,7 @@ REFUSED = {
     ),
     "a vector as a metric": (
         {"reward_fn": Reward(lambda config: (), vector_metric)},
-        "the metric 'parts' of reward_fn has the shape (3,): it must be one number",
+        "the metric 'parts' has the shape (3,): it must be one number",
     ),
     "a list for trpo": (
         {"model": with_params(lambda x: list(x.values())), "algorithm": "trpo"},

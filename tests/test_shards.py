@@ -19,7 +19,7 @@ from small_envs import counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, make_train, make_trainer
 from purejaxppo.envs.vector import vectorize
-from purejaxppo.normalize import merge, moments_in_shards, moments_of, no_moments, pooled
+from purejaxppo.normalize import merge, moments_of, no_moments, pooled
 from purejaxppo.rollout import in_shards, make_rollout, reset_shards
 from purejaxppo.shards import join_shards, make_mesh, split_shards, state_sharding
 from purejaxppo.updates.minibatches import as_sequences, random_order, shuffled_minibatches
@@ -223,14 +223,16 @@ def test_pooled_moments_equal_merged_moments_and_those_of_all_samples(num_valid)
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [False, True])
-def test_moments_of_returns_in_shards_are_those_of_all_returns(masked):
+def test_moments_over_steps_and_environments(masked):
     rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.normal(5, 2, (4, 6)))
-    valid = jnp.asarray(rng.random((4, 6)) < 0.6) if masked else None
-    one, three = (
-        jax.jit(moments_in_shards, static_argnums=2)(x, valid, shards) for shards in (1, 3)
+    x = rng.normal(5, 2, (4, 6, 3))
+    valid = rng.random((4, 6)) < 0.6 if masked else np.ones((4, 6), bool)
+    moments = jax.jit(lambda x, valid: moments_of(x, valid if masked else None, num_axes=2))(
+        x, valid
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), three, one)
+    assert moments.samples == valid.sum()
+    np.testing.assert_allclose(moments.mean, x[valid].mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, x[valid].var(axis=0), rtol=1e-12)
 
 
 def test_a_sharded_rollout_equals_each_shards_rollout_and_pools_the_moments():

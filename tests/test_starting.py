@@ -19,7 +19,7 @@ from purejaxppo import (
     save_policy,
 )
 from purejaxppo.normalize import Moments, Normalizer, ReturnScale, no_moments
-from purejaxppo.runs.session import Best
+from purejaxppo.runs.evaluation import Best
 from purejaxppo.types import Box, Discrete, Env, Step
 
 TINY = Config(

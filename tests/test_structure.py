@@ -33,6 +33,8 @@ ORDER = (
         "iterations",
         "networks",
         "starting",
+        "setup",
+        "optimizer",
         "rollout",
         "updates",
         "train",

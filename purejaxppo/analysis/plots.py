@@ -1,6 +1,7 @@
 """Figures of training, for the command line and notebooks."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from purejaxppo.analysis.curves import Curve, non_empty, windowed
 from purejaxppo.analysis.statistics import Estimate, estimate
+from purejaxppo.metrics import MetricsDescription
 from purejaxppo.types import Metrics
 
 BLUE = "#1f6fb4"
@@ -48,6 +50,24 @@ def learning_curve(metrics: Metrics, title: str = "", num_windows: int = 60) -> 
         axes.plot(curve.timesteps, curve.returns[0], color=BLUE, linewidth=1.8, label=label)
     style_curve_axes(axes, title)
     axes.legend(frameon=False, loc="best", fontsize="small")
+    return figure
+
+
+def metric_curve(described: MetricsDescription, metrics: Any, title: str = "") -> Figure:
+    """The plotted metric of a trainer against its progress, with a line for each member.
+
+    ``metrics`` are NumPy arrays [members, iterations].
+    """
+    columns = described.columns(metrics)
+    members = len(columns[described.plotted])
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    alpha = max(0.25, 1 / members)
+    for x, y in zip(columns[described.progress], columns[described.plotted], strict=True):
+        axes.plot(x, y, color=BLUE, alpha=alpha, linewidth=1.2)
+    style_axes(axes, described.progress, described.plotted, title)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 

@@ -140,14 +140,12 @@ def train(
     **settings: Any,
 ) -> None:
     """Train, show the progress, and write a run directory; ``settings`` are fields of `Config`."""
-    import purejaxppo.envs as environments
     from purejaxppo.cli import console as show
     from purejaxppo.runs import processes
     from purejaxppo.runs.fit import fingerprint, fit
+    from purejaxppo.setup import set_up
 
-    config = Config.from_dict(
-        settings | {"env_settings": parse_env_settings(settings["env_settings"])}
-    )
+    setup = set_up(settings | {"env_settings": parse_env_settings(settings["env_settings"])})
     num_episodes = integer("eval_episodes", eval_episodes, 0)
     arguments: dict[str, Any] = {
         "seeds": integer("seeds", seeds, 1),
@@ -156,22 +154,20 @@ def train(
     if arguments["eval_every"] and not num_episodes:
         raise ConfigError("eval_every needs eval_episodes of at least 1")
     arguments["eval_episodes"] = num_episodes or 1
-    env = environments.of_config(config)
-    config = config.replace(env=env.name, env_settings=env.settings)
-    if num_episodes and env.max_episode_steps is None:
+    if num_episodes and setup.env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, "
+            f"{setup.env.name} has no bound on the length of an episode, "
             "so its policies cannot be evaluated at the end: "
             "set eval_episodes=0, and give a bound to `purejaxppo evaluate`"
         )
-    directory = run.directory or _directory(config, fingerprint(config, **arguments), run)
+    identity = fingerprint(setup.config, **arguments)
+    directory = run.directory or _directory(setup.config, identity, run)
     screen = show.Screen(console, import_seconds=time.perf_counter() - STARTED)
     with screen.live():
         result = fit(
-            config,
+            setup,
             **arguments,
             key=run.key,
-            env=env,
             directory=directory,
             resume=run.resume,
             checkpoint_seconds=run.checkpoint_seconds,

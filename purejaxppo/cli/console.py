@@ -30,7 +30,7 @@ from purejaxppo.cli import terminal
 from purejaxppo.config import Config
 from purejaxppo.policies.evaluate import EpisodeStatistics, evaluate
 from purejaxppo.policies.policy import Policy
-from purejaxppo.runs import session
+from purejaxppo.runs import agents
 from purejaxppo.runs.run import Run, RunPlan
 from purejaxppo.sweeps.portions import GroupPlan
 from purejaxppo.sweeps.results import SweepResult
@@ -137,13 +137,13 @@ class Screen:
             f"compiled in {group.compile_seconds:.1f} s",
         )
 
-    def on_progress(self, progress: session.Progress | SweepProgress) -> None:
+    def on_progress(self, progress: agents.Progress | SweepProgress) -> None:
         """Update the bar in a terminal; elsewhere print a line at regular intervals."""
         text = f"return {_score(progress.episode_return)}  {_rate(progress.steps_per_second)}"
         assert self.task is not None, "the plan comes before the progress"
         timesteps = progress.timesteps
         completed = timesteps
-        if self.steps_per_iteration and isinstance(progress, session.Progress):
+        if self.steps_per_iteration and isinstance(progress, agents.Progress):
             completed = progress.iterations * self.steps_per_iteration
         self.bar.update(self.task, completed=completed, text=text)
         scaled = completed * NUM_PROGRESS_LINES

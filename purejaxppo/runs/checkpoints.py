@@ -2,11 +2,12 @@
 
 checkpoints/
     iteration_00000128/        the arrays, written by orbax
-    iteration_00000128.json    written last: which files belong to this checkpoint, and their SHA-256
-    rows_00000096_00000128.npz the rows of metrics and evaluations since the checkpoint before
+    iteration_00000128.json    written last: the files of this checkpoint, with their SHA-256
+    rows_00000096_00000128.npz the rows of metrics and evaluations since the previous checkpoint
 
-A checkpoint without its JSON file, or with a file that is not what it says, is passed over for the one before. The
-two newest checkpoints are kept, and all rows. Of several processes the first one writes, and all of them read.
+A checkpoint without its JSON file, or with a file that does not match it, is skipped for the
+previous one. The two newest checkpoints and all rows are kept. The main process writes, and all
+processes read the arrays.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.runs.disk import atomic_write, to_disk
-from purejaxppo.runs.processes import device_put_global, gather_to_host, on_main_process
+from purejaxppo.runs.processes import device_put_global, gather_to_host
+from purejaxppo.runs.store import Store
 from purejaxppo.runs.tables import Table
 from purejaxppo.trees import named_leaves
 from purejaxppo.types import ConfigError, PyTree
@@ -35,60 +37,59 @@ OLD_NAMES = {
 }
 
 FORMAT_VERSION = 3
-# Version 1 had a pool of fresh starts in the state of the environments. Versions 1 and 2 had
-# features in the place of observations, which are the same where an observation is one vector.
+# Version 1 had a pool of fresh starts in the state of the environments. Versions 1 and 2 stored
+# features instead of observations; the two are equal if an observation is one vector.
 READABLE_VERSIONS = (2, 3)
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     iteration: int
     arrays: PyTree
-    tables: Mapping[str, Table]  # all rows up to it, by kind
+    tables: Mapping[str, Table]  # kind -> all rows up to the iteration
 
 
 class Checkpoints:
     """The checkpoints of one run, in the order in which they are saved."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.parts: dict[
-            str, str
-        ] = {}  # files of rows up to the last checkpoint, and their SHA-256
-        self.last = 0  # its iteration
+    def __init__(self, store: Store):
+        self.store = store
+        # The files of rows up to the last checkpoint, with their SHA-256. Of the main process.
+        self.parts: dict[str, str] = {}
+        self.last = 0  # iteration of the last checkpoint
 
     def save(self, iteration: int, arrays: PyTree, rows: Mapping[str, Table]) -> None:
-        """Save the arrays, and the ``rows`` that came since the last checkpoint.
+        """Save the arrays, and the ``rows`` since the last checkpoint.
 
-        What goes wrong raises whatever it is, and leaves the checkpoints that were there as they were.
+        Any error is raised, and leaves the previous checkpoints unchanged.
         """
-        named = _named(arrays)
-        if jax.process_count() > 1:
-            named = {name: np.asarray(gather_to_host(x)) for name, x in named.items()}
-        on_main_process(lambda: self._write(iteration, named, rows))
+        named = {name: np.asarray(x) for name, x in gather_to_host(_named(arrays)).items()}
+        self.store.write(self._write, iteration, named, rows)
 
-    def _write(self, iteration: int, named: dict[str, Any], rows: Mapping[str, Table]) -> None:
+    def _write(
+        self, directory: Path, iteration: int, named: dict[str, Any], rows: Mapping[str, Table]
+    ) -> None:
         import orbax.checkpoint as ocp
 
-        self.directory.mkdir(exist_ok=True)
+        directory.mkdir(exist_ok=True)
         name = f"iteration_{iteration:08d}"
         part = f"rows_{self.last:08d}_{iteration:08d}.npz"
-        self._remove(self.directory / name)  # a damaged one, which the run has gone back from
+        _remove(directory / name)  # a damaged checkpoint that a resume has skipped
         with _checkpointer() as checkpointer:
-            checkpointer.save(self.directory.resolve() / name, args=ocp.args.StandardSave(named))
+            checkpointer.save(directory.resolve() / name, args=ocp.args.StandardSave(named))
         flat = {
             f"{kind}/{column}": x for kind, table in rows.items() for column, x in table.items()
         }
-        written = self.directory / f".{part}"
+        written = directory / f".{part}"
         with written.open("wb") as file:
             np.savez(file, **flat)  # type: ignore[arg-type]
-        written.replace(self.directory / part)
-        files = sorted(path for path in (self.directory / name).rglob("*") if path.is_file())
-        for path in (*files, self.directory / part):
+        written.replace(directory / part)
+        files = sorted(path for path in (directory / name).rglob("*") if path.is_file())
+        for path in (*files, directory / part):
             to_disk(path)
-        parts = self.parts | {part: _sha256(self.directory / part)}
-        of_arrays = {str(path.relative_to(self.directory)): _sha256(path) for path in files}
+        parts = self.parts | {part: _sha256(directory / part)}
+        of_arrays = {str(path.relative_to(directory)): _sha256(path) for path in files}
         manifest = {
             "format_version": FORMAT_VERSION,
             "iteration": iteration,
@@ -96,70 +97,47 @@ class Checkpoints:
             "arrays": of_arrays,
         }
         atomic_write(
-            self.directory / f"{name}.json",
+            directory / f"{name}.json",
             lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"),
         )
-        self._remove_all_but({name, f"iteration_{self.last:08d}"}, set(parts))
+        _remove_all_but(directory, {name, f"iteration_{self.last:08d}"}, set(parts))
         self.parts = parts
         self.last = iteration
 
     def restore(self, like: PyTree) -> Checkpoint | None:
-        """The newest checkpoint that is whole, as a tree like this one and on its devices; None without one.
+        """The newest intact checkpoint, with arrays on the devices of ``like``; None without one.
 
-        A warning names each damaged one that is skipped.
+        A warning names each damaged checkpoint that is skipped.
         """
-        newest = on_main_process(self._newest)
+        newest = self.store.read(self._newest)
         return None if newest is None else self._read(newest, like)
 
-    def _newest(self) -> int | None:
-        """The iteration of the newest checkpoint that is whole."""
-        for iteration in reversed(self._iterations()):
+    def _newest(self, directory: Path) -> int | None:
+        """The iteration of the newest intact checkpoint."""
+        for iteration in reversed(_iterations(directory)):
             name = f"iteration_{iteration:08d}"
             try:
-                self.parts = self._checked(name)
+                self.parts = _verified_rows(directory, name)
                 self.last = iteration
                 return iteration
             except _DamagedError as error:
                 warnings.warn(
-                    f"the checkpoint {self.directory / name} is damaged: {error}", stacklevel=4
+                    f"the checkpoint {directory / name} is damaged: {error}", stacklevel=4
                 )
         return None
-
-    def _checked(self, name: str) -> dict[str, str]:
-        """The files of rows of a checkpoint, and their SHA-256, if all of its files are what was written."""
-        try:
-            manifest = json.loads((self.directory / f"{name}.json").read_text())
-            parts = manifest["rows"]
-            files = manifest["arrays"]
-            version = manifest["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _DamagedError(f"{name}.json cannot be read ({error})") from None
-        if version not in READABLE_VERSIONS:
-            raise ConfigError(
-                f"{self.directory / name} has format version {version}, and this version of purejaxppo reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}: resume it with the version that wrote it"
-            )
-        for file, digest in (files | parts).items():
-            path = self.directory / file
-            if not path.is_file():
-                raise _DamagedError(f"{file} is missing")
-            if _sha256(path) != digest:
-                raise _DamagedError(f"{file} is not what was written")
-        for part in parts:
-            _numbers(self.directory / part)
-        return parts
 
     def _read(self, iteration: int, like: PyTree) -> Checkpoint:
         import orbax.checkpoint as ocp
 
+        directory = self.store.directory
+        assert directory is not None
         name = f"iteration_{iteration:08d}"
-        manifest = json.loads((self.directory / f"{name}.json").read_text())
+        manifest = json.loads((directory / f"{name}.json").read_text())
         parts = manifest["rows"]
-        target = named = _named(like)
-        if jax.process_count() > 1:
-            target = {key: np.zeros(x.shape, x.dtype) for key, x in named.items()}
+        named = _named(like)
+        target = {key: np.zeros(x.shape, x.dtype) for key, x in named.items()}
         with _checkpointer() as checkpointer:
-            stored = dict(checkpointer.metadata(self.directory.resolve() / name).item_metadata)
+            stored = dict(checkpointer.metadata(directory.resolve() / name).item_metadata)
             kinds = [
                 {key: (tuple(x.shape), np.dtype(x.dtype)) for key, x in tree.items()}
                 for tree in (stored, target)
@@ -168,21 +146,21 @@ class Checkpoints:
                 version = manifest["format_version"]
                 if version < FORMAT_VERSION:
                     raise ConfigError(
-                        f"{self.directory / name} has format version {version}, in which "
+                        f"{directory / name} has format version {version}, in which "
                         "observations were stored as features: resume it with the version that "
                         "wrote it"
                     )
                 raise ConfigError(
-                    f"{self.directory / name} was not written by this configuration: its arrays differ"
+                    f"{directory / name} was not written by this configuration: "
+                    "its arrays have other shapes"
                 )
             arrays = checkpointer.restore(
-                self.directory.resolve() / name, args=ocp.args.StandardRestore(target)
+                directory.resolve() / name, args=ocp.args.StandardRestore(target)
             )
-        if jax.process_count() > 1:
-            arrays = {key: device_put_global(x, named[key].sharding) for key, x in arrays.items()}
+        arrays = {key: device_put_global(x, named[key].sharding) for key, x in arrays.items()}
         tables: dict[str, dict[str, list[NDArray[Any]]]] = {}
         for part in parts:
-            for key, x in _numbers(self.directory / part).items():
+            for key, x in _numbers(directory / part).items():
                 kind, column = key.split("/", 1)
                 tables.setdefault(kind, {}).setdefault(column, []).append(x)
         joined = {
@@ -191,38 +169,62 @@ class Checkpoints:
         }
         return Checkpoint(iteration, _in_place(arrays, like), joined)
 
-    def _iterations(self) -> list[int]:
-        numbers = (
-            path.stem.removeprefix("iteration_") for path in self.directory.glob("iteration_*.json")
+
+def _verified_rows(directory: Path, name: str) -> dict[str, str]:
+    """The files of rows of a checkpoint, with their SHA-256, after all of its files were verified."""
+    try:
+        manifest = json.loads((directory / f"{name}.json").read_text())
+        parts = manifest["rows"]
+        files = manifest["arrays"]
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"{name}.json cannot be read ({error})") from None
+    if version not in READABLE_VERSIONS:
+        raise ConfigError(
+            f"{directory / name} has format version {version}, and this version of purejaxppo reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: resume it with the version that wrote it"
         )
-        return sorted(int(number) for number in numbers if number.isdecimal())
+    for file, digest in (files | parts).items():
+        path = directory / file
+        if not path.is_file():
+            raise _DamagedError(f"{file} is missing")
+        if _sha256(path) != digest:
+            raise _DamagedError(f"{file} is not what was written")
+    for part in parts:
+        _numbers(directory / part)
+    return parts
 
-    def _remove_all_but(self, names: set[str], parts: set[str]) -> None:
-        """Older checkpoints, damaged ones, what was begun and not ended, and rows that no checkpoint has."""
-        for path in self.directory.glob("iteration_*"):
-            if path.name.removesuffix(".json") not in names:
-                self._remove(path.with_name(path.name.removesuffix(".json")))
-        for path in self.directory.glob("rows_*.npz"):
-            if path.name not in parts:
-                path.unlink()
 
-    @staticmethod
-    def _remove(path: Path) -> None:
-        path.with_name(f"{path.name}.json").unlink(
-            missing_ok=True
-        )  # first: without it the rest does not count
-        shutil.rmtree(path, ignore_errors=True)
+def _iterations(directory: Path) -> list[int]:
+    numbers = (path.stem.removeprefix("iteration_") for path in directory.glob("iteration_*.json"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _remove_all_but(directory: Path, names: set[str], parts: set[str]) -> None:
+    """Remove all other checkpoints, complete or not, and all other files of rows."""
+    for path in directory.glob("iteration_*"):
+        if path.name.removesuffix(".json") not in names:
+            _remove(path.with_name(path.name.removesuffix(".json")))
+    for path in directory.glob("rows_*.npz"):
+        if path.name not in parts:
+            path.unlink()
+
+
+def _remove(path: Path) -> None:
+    # The JSON file first: without it the checkpoint is ignored.
+    path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpointer() -> Any:
-    """Orbax's; one of several processes waits for no other, since what they do together is agreed here."""
+    """Orbax's checkpointer. With several processes it does not wait for the others."""
     import orbax.checkpoint as ocp
 
-    own = jax.process_index()
+    process = jax.process_index()
     alone = {
-        "primary_host": own,
-        "active_processes": {own},
-        "barrier_sync_key_prefix": f"process_{own}",
+        "primary_host": process,
+        "active_processes": {process},
+        "barrier_sync_key_prefix": f"process_{process}",
     }
     options = ocp.options.MultiprocessingOptions(**alone if jax.process_count() > 1 else {})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
@@ -230,7 +232,7 @@ def _checkpointer() -> Any:
 
 
 class _DamagedError(ValueError):
-    """A checkpoint is not what was written; the one before it may be."""
+    """A checkpoint has changed since it was written."""
 
 
 def _numbers(path: Path) -> dict[str, NDArray[Any]]:
@@ -238,7 +240,7 @@ def _numbers(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except ValueError:  # pickled objects, which are never loaded
-        raise _DamagedError(f"{path.name} holds something else than numbers") from None
+        raise _DamagedError(f"{path.name} does not hold only numbers") from None
 
 
 def _sha256(path: Path) -> str:
@@ -250,15 +252,15 @@ def _sha256(path: Path) -> str:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, without empty ones; random keys as the integers that they hold."""
+    """The leaves by their paths, without empty arrays; random keys as integers."""
     return {name: _plain(x) for name, x in _leaves(tree).items() if x.size}
 
 
 def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
-    """The arrays as the tree that they were named from."""
+    """The inverse of `_named`: a tree with the structure of ``like``."""
 
     def value(name: str, leaf: Any) -> Any:
-        x = arrays.get(name, leaf)  # an empty one has nothing to restore
+        x = arrays.get(name, leaf)  # empty arrays are not stored
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else x
 
     values = [value(name, leaf) for name, leaf in _leaves(like).items()]
@@ -266,7 +268,7 @@ def _in_place(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by the names that they have on disk."""
+    """The leaves by their names on disk."""
     leaves = named_leaves(tree, ".").items()
     return {OLD_NAMES.get(name, name): leaf for name, leaf in leaves}
 

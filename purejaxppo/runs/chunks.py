@@ -8,11 +8,10 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from purejaxppo.config import Config
 from purejaxppo.metrics import with_nan, without_nan
 from purejaxppo.runs.processes import broadcast_from_main, gather_to_host
-from purejaxppo.runs.programs import AgentState, Programs, Swept
-from purejaxppo.types import Metrics
+from purejaxppo.runs.programs import Job, Programs, Swept
+from purejaxppo.types import PyTree
 
 CHUNK_SECONDS = 0.3  # target duration of a chunk
 
@@ -20,18 +19,18 @@ CHUNK_SECONDS = 0.3  # target duration of a chunk
 class Chunk(NamedTuple):
     """The result of a chunk of iterations."""
 
-    state: AgentState  # the next chunk donates it
-    metrics: Metrics  # NumPy [agents, iterations of the chunk], also for a single agent
+    state: PyTree  # the next chunk donates it
+    metrics: PyTree  # NumPy [agents, iterations of the chunk], also for a single agent
     done: int  # iterations so far
-    steps_before: NDArray[Any]  # [agents] environment steps before the chunk
+    progress_before: NDArray[Any]  # [agents] progress before the chunk
     seconds: float
 
 
 def run_chunks(
     programs: Programs,
     swept: Swept,
-    state: AgentState,
-    before: Metrics | None = None,
+    state: PyTree,
+    before: PyTree | None = None,
     every: int | None = None,
 ) -> Iterator[Chunk]:
     """Train to the end in chunks of about `CHUNK_SECONDS`.
@@ -40,50 +39,52 @@ def run_chunks(
     every multiple of ``every`` iterations. The loop stops early if every agent is finished
     (`is_finished`).
     """
-    config = programs.config
-    capacity = programs.buffer.timesteps.shape[-1]
+    job = programs.job
     agent_index = programs.agent_index
     done = 0
     count = 1
-    steps: NDArray[Any] = np.zeros(programs.agents or 1)
+    progress: NDArray[Any] = np.zeros(programs.agents or 1)
     buffer = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), programs.buffer)
-    if before is not None and is_finished(config, before).all():
+    if before is not None and is_finished(job, before).all():
         return
     if before is not None:
-        done = before.timesteps.shape[-1]
-        steps = np.asarray(before.timesteps[:, -1])
-        # Agents that have reached `total_timesteps` repeat the last row of the buffer.
+        progress_so_far = np.asarray(job.metrics.progress_of(before))
+        done = progress_so_far.shape[-1]
+        progress = progress_so_far[:, -1]
+        # The buffer holds the last row, which tells `run_iterations` whether an agent is finished.
         last = jax.tree.map(lambda x: x[:, -1:] if agent_index else x[0, -1:], without_nan(before))
         buffer = jax.tree.map(
             lambda row, x: np.broadcast_to(x, row.shape).astype(row.dtype), buffer, last
         )
     buffer = programs.put(buffer)
-    while done < config.num_iterations:
-        stop = config.num_iterations
+    while done < job.num_iterations:
+        stop = job.num_iterations
         if every is not None:
             stop = min(stop, (done // every + 1) * every)
-        count = min(count, capacity, stop - done)
+        count = min(count, programs.capacity, stop - done)
         started = time.perf_counter()
-        state, buffer = programs.chunk(swept, state, buffer, count)
+        state, buffer, completed = programs.chunk(swept, state, buffer, count)
         # This waits for the chunk. It copies, because the next chunk donates `buffer`.
         new = gather_to_host(jax.tree.map(lambda x, n=count: x[*agent_index, :n], buffer))
         new = with_nan(jax.tree.map(np.array, new))
         seconds = broadcast_from_main(time.perf_counter() - started)
-        if not config.has_fixed_length:  # the agents may finish before `count` iterations
-            completed = int(np.max(gather_to_host(state.iteration))) - done
-            new = jax.tree.map(lambda x, n=completed: x[*agent_index, :n], new)
+        if job.total is not None:  # the agents may finish before `count` iterations
+            most = int(np.max(gather_to_host(completed)))
+            new = jax.tree.map(lambda x, n=most: x[*agent_index, :n], new)
         new = new if agent_index else jax.tree.map(lambda x: x[None], new)
-        done += new.timesteps.shape[-1]
-        yield Chunk(state=state, metrics=new, done=done, steps_before=steps, seconds=seconds)
-        steps = np.asarray(new.timesteps[:, -1])
-        if is_finished(config, new).all():
+        new_progress = np.asarray(job.metrics.progress_of(new))
+        done += new_progress.shape[-1]
+        yield Chunk(state=state, metrics=new, done=done, progress_before=progress, seconds=seconds)
+        progress = new_progress[:, -1]
+        if is_finished(job, new).all():
             return
         count = max(1, int(count * CHUNK_SECONDS / seconds))
 
 
-def is_finished(config: Config, new: Metrics) -> np.ndarray:
-    """[agents] whether an agent has diverged or, with whole episodes, reached the last step."""
-    has_diverged = ~np.isfinite(new.policy_loss + new.grad_norm)[:, -1]
-    if config.has_fixed_length:
+def is_finished(job: Job, new: PyTree) -> np.ndarray:
+    """[agents] whether an agent has diverged or has reached the total progress of the job."""
+    last = jax.tree.map(lambda x: x[:, -1], new)
+    has_diverged = ~np.asarray(job.metrics.is_finite(last))
+    if job.total is None:
         return has_diverged
-    return has_diverged | (new.timesteps[:, -1] >= config.total_timesteps)
+    return has_diverged | (np.asarray(job.metrics.progress_of(last)) >= job.total)

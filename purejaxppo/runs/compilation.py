@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from purejaxppo.config import Config
 from purejaxppo.shards import make_mesh, most_devices
 from purejaxppo.validation import jit_is_disabled
 
@@ -55,7 +54,7 @@ def memory_of(compiled: Any) -> int:
 
 
 def mesh_of(
-    config: Config, agents: int | None, devices: Sequence[jax.Device] | None = None
+    num_shards: int, agents: int | None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """A mesh of the most devices that divide the agents evenly, or the shards of a single agent.
 
@@ -65,7 +64,7 @@ def mesh_of(
     if jit_is_disabled():
         devices = jax.devices()[:1]
     if agents is None:
-        return make_mesh(config.num_shards, devices)
+        return make_mesh(num_shards, devices)
     devices = most_devices("seeds", agents, jax.devices() if devices is None else devices)
     return Mesh(np.array(devices), ("agents",))
 

@@ -1,29 +1,26 @@
 """`fit`: `make_trainer` with progress, evaluations, checkpoints and a run directory."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import purejaxppo.envs as envs
-from purejaxppo.config import Config, validate
-from purejaxppo.keys import random_key
-from purejaxppo.runs import processes, run_directory
-from purejaxppo.runs.checkpoints import Checkpoints
-from purejaxppo.runs.compilation import device_name, mesh_of
-from purejaxppo.runs.loggers.open import checked_names, open_loggers
-from purejaxppo.runs.programs import compile_programs, require_storable
+from purejaxppo.config import Config
+from purejaxppo.runs.agents import Progress, job_of, progress_of, require_storable
+from purejaxppo.runs.compilation import device_name
+from purejaxppo.runs.evaluation import Evaluation, make_evaluator
+from purejaxppo.runs.job import run_job
+from purejaxppo.runs.programs import Programs
 from purejaxppo.runs.run import Run, RunPlan, write
-from purejaxppo.runs.session import CheckpointPolicy, Evaluation, Progress, run_session
+from purejaxppo.runs.session import SessionResult
+from purejaxppo.setup import Setup, set_up
 from purejaxppo.starting import starting_point
 from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
-from purejaxppo.validation import integer, seconds_of
+from purejaxppo.validation import integer
 
 
 def fit(
-    config: Config | Mapping[str, Any],
+    config: Config | Mapping[str, Any] | Setup,
     *,
     seeds: int = 1,
     key: Any = 0,
@@ -51,7 +48,8 @@ def fit(
     `connect` has joined must pass the same arguments, and get the same result.
 
     Main arguments:
-        config: a `Config`, or a mapping with its fields.
+        config: a `Config`, a mapping with its fields, or the `Setup` made of one, an
+            environment, a model and a reward function.
         seeds: the number of agents.
         key: an integer or a random key.
         params: initial parameters of every agent: a trained `Policy` (``run.policy()``) or the
@@ -79,70 +77,59 @@ def fit(
 
     Raises `ConfigError` for arguments that are invalid or do not fit together.
     """
-    config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
-    agents = None if integer("seeds", seeds, 1) == 1 else seeds
+    setup = set_up(config, env, model, reward_fn)
+    config = setup.config
     evaluation = _evaluation(eval_every, eval_episodes, eval_deterministic)
-    checkpoint_seconds = seconds_of("checkpoint_seconds", checkpoint_seconds)
-    key, named_key = random_key(key)
-    env = envs.of_config(config) if env is None else env
-    if evaluation and env.max_episode_steps is None:
+    if evaluation and setup.env.max_episode_steps is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, "
+            f"{setup.env.name} has no bound on the length of an episode, "
             "so its policies cannot be evaluated"
         )
-    config = dataclasses.replace(config, env=env.name, env_settings=env.settings)
-    # All errors in the arguments are raised before the directory is made.
-    require_storable(config, env, model, reward_fn, params, frozen)
+    require_storable(setup, params, frozen)
     params = None if params is None else starting_point(params)
-    mesh_of(config, agents)
-    checked_names(loggers, None if directory is None else Path(directory), seeds)
-    identity = fingerprint(config, seeds, eval_every, eval_episodes, eval_deterministic)
-    with run_directory.open_run_directory(directory, identity, named_key, resume) as home:
-        checkpointing = None
-        if home is not None:
-            names = [f"seed_{seed}" for seed in range(seeds)]
-            open_log = partial(open_loggers, loggers, home, names, identity)
-            checkpointing = CheckpointPolicy(
-                Checkpoints(home / "checkpoints"), checkpoint_seconds, resume, open_log
-            )
-        programs = compile_programs(
-            config, env, agents, model=model, reward_fn=reward_fn, params=params, frozen=frozen
-        )
-        plan = RunPlan(
+
+    def plan_of(programs: Programs) -> RunPlan:
+        return RunPlan(
             config=config,
             seeds=seeds,
             device=device_name(programs.sharding),
             memory_bytes=programs.memory_bytes,
             compile_seconds=programs.compile_seconds,
         )
-        if on_start:
-            on_start(plan)
-        keys = programs.keys(key)
-        result = run_session(
-            programs,
-            keys,
-            {},
-            evaluation=evaluation,
-            checkpointing=checkpointing,
-            on_progress=on_progress,
-        )
-        run = Run(
+
+    def run_of(result: SessionResult) -> Run:
+        return Run(
             config=config,
             seeds=seeds,
-            state=processes.gather_to_host(result.state),
+            state=result.state,
             metrics=result.metrics,
-            plan=plan,
+            plan=plan_of(result.programs),
             train_seconds=result.seconds,
             interrupted=result.interrupted,
-            env=env,
+            env=setup.env,
             model=model,
-            best=processes.gather_to_host(result.best),
+            best=result.best,
             evaluations=result.evaluations,
             resumed_at=result.resumed_at,
         )
-        if home is not None:
-            processes.on_main_process(partial(write, home, run))
-    return run
+
+    result = run_job(
+        job_of(setup),
+        seeds=seeds,
+        key=key,
+        params=params,
+        frozen=frozen,
+        directory=directory,
+        identity=fingerprint(config, seeds, eval_every, eval_episodes, eval_deterministic),
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        loggers=loggers,
+        evaluator_of=partial(make_evaluator, setup, evaluation) if evaluation else None,
+        on_start=(lambda programs: on_start(plan_of(programs))) if on_start else None,
+        on_chunk=(lambda chunk: on_progress(progress_of(chunk))) if on_progress else None,
+        on_end=lambda home, result: write(home, run_of(result)),
+    )
+    return run_of(result)
 
 
 def fingerprint(

@@ -12,9 +12,8 @@ from purejaxppo.config import Config
 from purejaxppo.metrics import finite_so_far
 from purejaxppo.policies.files import load_policy, save_policy
 from purejaxppo.policies.policy import Policy
-from purejaxppo.runs import run_directory
 from purejaxppo.runs.disk import atomic_write
-from purejaxppo.runs.session import Best
+from purejaxppo.runs.evaluation import Best
 from purejaxppo.runs.tables import Table
 from purejaxppo.types import ConfigError, Env, Metrics, Model, TrainState
 
@@ -76,10 +75,7 @@ class Run:
 
 
 def write(directory: Path, run: Run) -> None:
-    """Write the learning curve and the policies of a run, each atomically.
-
-    An interrupted run keeps its checkpoints, so that it can be resumed.
-    """
+    """Write the learning curve and the policies of a run, each atomically."""
     from purejaxppo.analysis.plots import learning_curve
 
     title = f"{run.config.algorithm.upper()} on {run.config.env}"
@@ -94,8 +90,6 @@ def write(directory: Path, run: Run) -> None:
         for seed in seeds[name]:
             path = directory / name / f"seed_{seed}" if run.seeds > 1 else directory / name
             save_policy(path, policy(seed))
-    if not run.interrupted:
-        run_directory.end(directory)
 
 
 def load_policies(directory: str | os.PathLike) -> list[Policy]:

@@ -1,12 +1,12 @@
-"""What a run leaves on disk, and reading it back.
+"""The files of a run, opening its directory, and comparing it with the run to resume.
 
 config.json          the configuration, seeds, key and versions
-metrics.csv          one row per iteration and seed, written as it trains
-evaluations.csv      one row per evaluation during training and seed, where they were asked for
+metrics.csv          one row per iteration and seed, written during training
+evaluations.csv      one row per evaluation during training and seed, if there are evaluations
 learning_curve.png   return against environment steps
-policy/              the trained policy, or one in policy/seed_0, policy/seed_1, … for several seeds
-best_policy/         likewise, those of the highest mean in an evaluation during training
-checkpoints/         while the run is not at its end: what it can be resumed from
+policy/              the final policy; policy/seed_0, policy/seed_1, … for several seeds
+best_policy/         likewise, the policies with the highest mean return in an evaluation
+checkpoints/         the state to resume from, until the run has ended
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from purejaxppo.config import Config
 from purejaxppo.keys import default_prng_impl
 from purejaxppo.runs import processes
 from purejaxppo.runs.disk import atomic_write, locked
+from purejaxppo.runs.store import Store
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import jit_is_disabled
 from purejaxppo.version import __version__
@@ -33,45 +34,46 @@ from purejaxppo.version import __version__
 
 @contextlib.contextmanager
 def open_run_directory(
-    directory: str | os.PathLike | None, asked: dict[str, Any], key: Any, resume: bool
-) -> Iterator[Path | None]:
-    """The directory of a run, which no other run may use meanwhile: a new one, or one to go on with; None without one.
+    directory: str | os.PathLike | None, identity: dict[str, Any], key: Any, resume: bool
+) -> Iterator[Store]:
+    """Make the directory of a run, or open that of the run to resume, and lock it.
 
-    A mistake shows before hours of training: a directory that exists and is not to be resumed, a run that has ended,
-    one of which something else was asked, one that not all processes of the run can see, or another one of whose
-    processes was asked for something else.
+    ``identity`` is the part of ``config.json`` that must be equal for a run to be resumed. Without
+    a directory the `Store` stores nothing. Raises `ConfigError` before any training if the
+    directory exists and is not to be resumed, if the run in it has ended or has another identity,
+    or if the processes do not share the directory or were given other arguments.
     """
     if processes.connected() and jit_is_disabled():
         raise ConfigError(
-            "jax.disable_jit works with one process only: compile, or train in a process by itself"
+            "jax.disable_jit works with one process only: enable jit, or train in a single process"
         )
-    described = _with_key(asked, key)
+    described = _with_key(identity, key)
     processes.require_same({**described, "resume": resume, "directory": directory is not None})
     if directory is None:
         if resume:
-            raise ConfigError("resume needs the directory of what is to go on")
-        yield None
+            raise ConfigError("resume needs the directory of the run to continue")
+        yield Store(None)
         return
-    directory = Path(directory)
+    store = Store(Path(directory))
     with contextlib.ExitStack() as stack:
 
-        def take() -> None:
+        def open_directory(directory: Path) -> None:
             if not (resume and directory.exists()):
                 reserve(directory, described, "checkpoints")
             stack.enter_context(locked(directory))
             if resume:
-                _require_same(directory, described)
+                _require_same_run(directory, described)
 
-        processes.on_main_process(take)
-        if not all(processes.all_gather_objects((directory / "config.json").exists())):
+        store.write(open_directory)
+        if not all(processes.all_gather_objects((Path(directory) / "config.json").exists())):
             raise ConfigError(
-                f"{directory} is not there for all processes: give a directory that all of them share"
+                f"{directory} does not exist for all processes: give a directory that they share"
             )
-        yield directory
+        yield store
 
 
 def reserve(directory: str | os.PathLike, described: dict[str, Any], *inside: str) -> Path:
-    """Make the directory, which must be new, ``config.json`` and directories ``inside`` in it: whole or not at all."""
+    """Make a new directory, atomically, with ``config.json`` and the directories ``inside``."""
     directory = Path(directory)
     description = {
         **described,
@@ -98,9 +100,9 @@ def reserve(directory: str | os.PathLike, described: dict[str, Any], *inside: st
 
 
 def end(directory: Path) -> None:
-    """Mark a run as being at its end: its checkpoints are gone, and with them what it could be resumed from.
+    """Remove the checkpoints of a run that has ended, so that it cannot be resumed.
 
-    They go under another name first: with half of them it would be one that can go on from nothing but its start.
+    They are renamed first: if half of them were removed, the run would be resumed from its start.
     """
     gone = directory / ".checkpoints"
     shutil.rmtree(gone, ignore_errors=True)
@@ -108,56 +110,59 @@ def end(directory: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _require_same(directory: Path, asked: dict[str, Any]) -> None:
-    """A run goes on as what it was begun as."""
+def _require_same_run(directory: Path, described: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless the directory holds an unfinished run with this description."""
     try:
-        begun = json.loads((directory / "config.json").read_text())
+        before = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
         raise ConfigError(
-            f"{directory} is not a run that could go on: it has no config.json of ours"
+            f"{directory} is not a run that can be resumed: it has no valid config.json"
         ) from None
     if not (directory / "checkpoints").is_dir():
-        raise ConfigError(f"the run in {directory} has come to its end: there is nothing to resume")
-    then = _flat(begun)
-    now = _flat(json.loads(json.dumps(asked)))
+        raise ConfigError(f"the run in {directory} has ended: there is nothing to resume")
+    then = _flat(before)
+    now = _flat(json.loads(json.dumps(described)))
     differing = [name for name in now if then.get(name) != now[name]]
     if differing:
         words = ", ".join(
             f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing
         )
-        raise ConfigError(f"the run in {directory} was begun with other settings: {words}")
-    if begun["jax"] != jax.__version__:
-        warnings.warn(
-            f"the run in {directory} was begun with JAX {begun['jax']} and goes on with {jax.__version__}: its numbers "
-            "may differ in their last digits from those of one that had not stopped",
-            stacklevel=4,
+        raise ConfigError(f"the run in {directory} was started with other settings: {words}")
+    if before["jax"] != jax.__version__:
+        message = (
+            f"the run in {directory} was started with JAX {before['jax']} and continues with "
+            f"{jax.__version__}: its numbers may differ in the last digits from those of an "
+            "uninterrupted run"
         )
+        warnings.warn(message, stacklevel=4)
 
 
-def unfinished(root: Path, pattern: str, asked: dict[str, Any], key: Any) -> Path | None:
-    """The newest run in a directory of which this was asked and that has not come to its end."""
-    wanted = _flat(json.loads(json.dumps(_with_key(asked, key))))
+def unfinished(root: Path, pattern: str, identity: dict[str, Any], key: Any) -> Path | None:
+    """The newest unfinished run with this identity in a directory; None if there is none."""
+    wanted = _flat(json.loads(json.dumps(_with_key(identity, key))))
     for directory in sorted(
         root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True
     ):
         with contextlib.suppress(OSError, ValueError):
-            begun = _flat(json.loads((directory / "config.json").read_text()))
-            if (directory / "checkpoints").is_dir() and wanted.items() <= begun.items():
+            found = _flat(json.loads((directory / "config.json").read_text()))
+            if (directory / "checkpoints").is_dir() and wanted.items() <= found.items():
                 return directory
     return None
 
 
-def _with_key(asked: dict[str, Any], key: Any) -> dict[str, Any]:
-    """Where the random numbers come from, beside what was asked for."""
-    return {**asked, "key": key, "prng_impl": default_prng_impl()}
+def _with_key(identity: dict[str, Any], key: Any) -> dict[str, Any]:
+    """The identity with the source of the random numbers."""
+    return {**identity, "key": key, "prng_impl": default_prng_impl()}
 
 
 def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration beside the rest.
+    """A description with the fields of its configuration at the top level.
 
-    A field that an older run does not know has its default. Older runs do not name their
-    implementation of random keys, which was threefry's.
+    Fields that an older version did not have get their defaults. Older versions did not store the
+    implementation of random keys, which was threefry.
     """
     rest = {name: x for name, x in described.items() if name != "config"}
-    fields = Config().to_dict() | described["config"] if "config" in described else {}
+    fields = described.get("config", {})
+    if described.get("kind") in ("fit", "sweep"):
+        fields = Config().to_dict() | fields
     return {"prng_impl": "threefry2x32"} | rest | fields

@@ -1,8 +1,8 @@
 """Metrics and evaluations of several members as columns, and their formats for loggers.
 
-A table maps the name of a column to an array [members, n]: ``iteration``, ``timesteps`` and the
-measurements. If there is a column ``valid``, it marks the rows that exist; after the last row of a
-member that finished early no row is valid.
+A table maps the name of a column to an array [members, n]: ``iteration``, the progress (such as
+``timesteps``) and the measurements. If there is a column ``valid``, it marks the rows that exist;
+after the last row of a member that finished early no row is valid.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,22 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purejaxppo.metrics import PARENT
-from purejaxppo.types import Metrics
+from purejaxppo.metrics import MetricsDescription
+from purejaxppo.types import PyTree
 
 Table = Mapping[str, NDArray[Any]]
 
 BLOCK_ROWS = 2**16  # maximum number of rows held as text
-
-_NOT_MEASUREMENTS = ("iteration", "timesteps", "valid")
-_GROUPS = {
-    **dict.fromkeys(("episode_return", "episode_length", "episodes"), "train"),
-    **dict.fromkeys(("policy_loss", "value_loss", "entropy"), "loss"),
-    **dict.fromkeys(
-        ("approx_kl", "clip_fraction", "explained_variance", "grad_norm", "first_ratio_deviation"),
-        "update",
-    ),
-}
 
 
 def valid_rows(table: Table) -> NDArray[np.bool_]:
@@ -34,12 +24,19 @@ def valid_rows(table: Table) -> NDArray[np.bool_]:
     return np.asarray(table.get("valid", np.ones(table["iteration"].shape)), bool)
 
 
-def columns(table: Table) -> list[str]:
+def measurements(described: MetricsDescription, table: Table) -> list[str]:
+    """The names of the columns with measurements."""
+    return [name for name in table if name not in ("iteration", described.progress, "valid")]
+
+
+def columns(described: MetricsDescription, table: Table) -> list[str]:
     """The names of the columns in files, in order."""
-    return ["iteration", "timesteps", *(name for name in table if name not in _NOT_MEASUREMENTS)]
+    return ["iteration", described.progress, *measurements(described, table)]
 
 
-def lines(table: Table, member_indices: Sequence[int]) -> Iterator[str]:
+def lines(
+    described: MetricsDescription, table: Table, member_indices: Sequence[int]
+) -> Iterator[str]:
     """The valid rows as comma-separated text, in blocks: the index of the member, then `columns`.
 
     Rows are sorted by iteration, then by member. NaN becomes an empty cell. Numbers are read back
@@ -48,7 +45,7 @@ def lines(table: Table, member_indices: Sequence[int]) -> Iterator[str]:
     """
     valid = valid_rows(table)
     member = np.broadcast_to(np.asarray(member_indices)[:, None], valid.shape)
-    data = [member, *(np.asarray(table[name]) for name in columns(table))]
+    data = [member, *(np.asarray(table[name]) for name in columns(described, table))]
     line = ",".join(_cell_format(x.dtype) for x in data) + "\n"
     block_size = max(1, BLOCK_ROWS // len(valid))
     for start in range(0, valid.shape[1], block_size):
@@ -63,17 +60,20 @@ def _cell_format(dtype: np.dtype) -> str:
     return "%.9g" if dtype.itemsize <= 4 else "%r"
 
 
-def points(kind: str, table: Table) -> Iterator[list[tuple[int, dict[str, float]]]]:
-    """The valid rows of each member as (environment steps, {tag: value}), without NaN.
+def points(
+    described: MetricsDescription, kind: str, table: Table
+) -> Iterator[list[tuple[int, dict[str, float]]]]:
+    """The valid rows of each member as (progress, {tag: value}), without NaN.
 
-    For the ``kind`` "metrics" a tag starts with its group (`_GROUPS`), for "evaluation" with that
-    word.
+    For the ``kind`` "metrics" a tag starts with the group of the metric or with "extra", for
+    "evaluation" with that word.
     """
-    names = [name for name in table if name not in _NOT_MEASUREMENTS]
-    tags = [f"{_GROUPS.get(name, 'extra') if kind == 'metrics' else kind}/{name}" for name in names]
+    names = measurements(described, table)
+    groups = described.groups if kind == "metrics" else dict.fromkeys(names, kind)
+    tags = [f"{groups.get(name, 'extra')}/{name}" for name in names]
     values = np.stack([np.asarray(table[name], float) for name in names], axis=-1)
     for rows, steps, valid in zip(
-        values, np.asarray(table["timesteps"]), valid_rows(table), strict=True
+        values, np.asarray(table[described.progress]), valid_rows(table), strict=True
     ):
         yield [
             (int(step), {tag: x for tag, x in zip(tags, row, strict=True) if x == x})
@@ -81,22 +81,22 @@ def points(kind: str, table: Table) -> Iterator[list[tuple[int, dict[str, float]
         ]
 
 
-def averaged(table: Table) -> Table:
-    """One row per member: the mean over its valid rows, at the steps of the last valid row.
+def averaged(described: MetricsDescription, table: Table) -> Table:
+    """One row per member: the mean over its valid rows, at the progress of the last valid row.
 
-    Returns and lengths are averaged over episodes.
+    Means are weighted with the counts of their samples.
     """
     valid = valid_rows(table)
     if not valid.size:
         return table
     last = np.arange(len(valid)), valid.shape[1] - 1 - valid[:, ::-1].argmax(axis=1)
-    result = {name: np.asarray(table[name])[last][:, None] for name in ("iteration", "timesteps")}
-    for name in columns(table)[len(result) :]:
-        if name == PARENT:  # the index of an agent has no mean
-            result[name] = np.asarray(table[name])[last][:, None]
+    names = ("iteration", described.progress, *described.not_averaged)
+    result = {name: np.asarray(table[name])[last][:, None] for name in names if name in table}
+    for name in measurements(described, table):
+        if name in described.not_averaged:
             continue
-        is_episode_mean = name in ("episode_return", "episode_length")
-        weight = np.where(valid, table["episodes"] if is_episode_mean else 1, 0)
+        count = described.counts.get(name)
+        weight = np.where(valid, table[count] if count else 1, 0)
         x = np.asarray(table[name], float)
         weight = np.where(np.isnan(x), 0, weight)
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: there is no measurement
@@ -105,38 +105,34 @@ def averaged(table: Table) -> Table:
     return result | {"valid": valid.any(axis=1, keepdims=True)}
 
 
-def next_steps(before: Mapping[str, Table], num_members: int) -> list[int]:
-    """For each member the environment step after the last one in its rows; 0 without rows."""
+def next_steps(
+    described: MetricsDescription, before: Mapping[str, Table], num_members: int
+) -> list[int]:
+    """For each member the progress after that of its last row, plus one; 0 without rows."""
     last = np.full(num_members, -1.0)
     for table in before.values():
         last = np.maximum(
-            last, np.where(valid_rows(table), table["timesteps"], -1).max(axis=1, initial=-1)
+            last, np.where(valid_rows(table), table[described.progress], -1).max(axis=1, initial=-1)
         )
     return [int(step) + 1 for step in last]
 
 
-def of_metrics(metrics: Metrics, last: int, steps: NDArray[Any]) -> Table:
+def of_metrics(
+    described: MetricsDescription, metrics: PyTree, last: int, progress: NDArray[Any]
+) -> Table:
     """The table of metrics [members, n] of the n iterations up to ``last``.
 
-    ``steps`` [members] are the environment steps before them. Rows of a member that had already
-    reached its last step are not valid.
+    ``progress`` [members] is the progress before them. Rows of a member that had already finished
+    are not valid: they have neither new progress nor new samples.
     """
-    fields = {name: np.asarray(x) for name, x in metrics._asdict().items() if name != "extra"}
-    new_steps = np.diff(fields["timesteps"], axis=1, prepend=steps[:, None])
-    first = last - new_steps.shape[1] + 1
-    iteration = np.broadcast_to(np.arange(first, last + 1), new_steps.shape)
-    valid = (new_steps > 0) | (fields["episodes"] > 0)
-    extra = {name: np.asarray(x) for name, x in metrics.extra.items()}
-    return {"iteration": iteration, **fields, **extra, "valid": valid}
-
-
-def to_metrics(table: Table) -> Metrics:
-    """The inverse of `of_metrics`."""
-    fields: dict[str, Any] = {name: table[name] for name in Metrics._fields if name != "extra"}
-    extra: dict[str, Any] = {
-        name: x for name, x in table.items() if name not in {*fields, "iteration", "valid"}
-    }
-    return Metrics(**fields, extra=extra)
+    columns = {name: np.asarray(x) for name, x in described.columns(metrics).items()}
+    new_progress = np.diff(columns[described.progress], axis=1, prepend=progress[:, None])
+    first = last - new_progress.shape[1] + 1
+    iteration = np.broadcast_to(np.arange(first, last + 1), new_progress.shape)
+    valid = new_progress > 0
+    for count in set(described.counts.values()):
+        valid |= columns[count] > 0
+    return {"iteration": iteration, **columns, "valid": valid}
 
 
 def joined(parts: Sequence[Table]) -> Table:

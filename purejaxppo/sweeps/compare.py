@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-import purejaxppo.envs as environments
 from purejaxppo.analysis.curves import Curve, windowed
 from purejaxppo.analysis.plots import comparison_figure
 from purejaxppo.analysis.statistics import estimate
 from purejaxppo.config import ALGORITHMS, Config, variants_of
 from purejaxppo.policies.evaluate import evaluate
 from purejaxppo.runs import run_directory
+from purejaxppo.runs.agents import Progress
 from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.fit import fit
 from purejaxppo.runs.run import Run, RunPlan
-from purejaxppo.runs.session import Progress
-from purejaxppo.train import make_trainer
+from purejaxppo.setup import set_up
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer
 
@@ -126,13 +125,13 @@ def compare(
     key = integer("key", key, 0)
     eval_episodes = integer("eval_episodes", eval_episodes, 1)
     planned = [plan for env in envs for plan in _plan_runs(env, algorithms, changes or {})]
-    for env, _, config in planned:
-        environment = environments.of_config(config)
-        if environment.max_episode_steps is None:
+    setups = [set_up(config) for _, _, config in planned]
+    for setup in setups:
+        if setup.env.max_episode_steps is None:
             raise ConfigError(
-                f"{env} has no bound on the length of an episode, so its policies cannot be scored"
+                f"{setup.env.name} has no bound on the length of an episode, "
+                "so its policies cannot be scored"
             )
-        make_trainer(config, environment)
     if directory is not None:
         configs = [
             {"asked": f"{name} on {env}", **config.to_dict()} for env, name, config in planned
@@ -143,8 +142,8 @@ def compare(
     entries: list[Entry] = []
     # `fit` handles Ctrl-C in training; here it is handled in compilation and writing.
     with contextlib.suppress(KeyboardInterrupt):
-        for env, name, config in planned:
-            run = fit(config, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
+        for (env, name, _), setup in zip(planned, setups, strict=True):
+            run = fit(setup, seeds=seeds, key=key, on_start=on_start, on_progress=on_progress)
             entries.append(_entry(env, name, run, key, eval_episodes, deterministic))
             if directory is not None:
                 write(directory, entries)

@@ -18,26 +18,29 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-import purejaxppo.envs as envs
 from purejaxppo.analysis.curves import windowed
 from purejaxppo.config import Config
-from purejaxppo.metrics import finite_so_far
+from purejaxppo.metrics import AGENT_METRICS, finite_so_far
 from purejaxppo.normalize import Moments
 from purejaxppo.population import Bounds, Exchange
 from purejaxppo.runs import processes
+from purejaxppo.runs.agents import Progress, job_of, progress_of
 from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.runs.compilation import compile_all, device_name, memory_of
 from purejaxppo.runs.disk import atomic_write
+from purejaxppo.runs.evaluation import EVALUATION, Evaluate, make_evaluate
 from purejaxppo.runs.loggers.base import Logger
 from purejaxppo.runs.loggers.open import open_loggers
-from purejaxppo.runs.programs import Evaluate, Programs, compile_programs, make_evaluate
-from purejaxppo.runs.session import EVALUATION, CheckpointPolicy, Progress, run_session
+from purejaxppo.runs.programs import Programs, compile_programs
+from purejaxppo.runs.session import CheckpointPolicy, run_session
+from purejaxppo.runs.store import Store
 from purejaxppo.runs.tables import Table
-from purejaxppo.sweeps.grid import CompilationGroup, Setting
+from purejaxppo.setup import Setup
+from purejaxppo.sweeps.grid import Setting
 from purejaxppo.sweeps.results import SweepPortion, load_portion, save_portion
 from purejaxppo.sweeps.schedules import schedule_of
-from purejaxppo.train import make_trainer
-from purejaxppo.types import ConfigError, Env, PRNGKey, PyTree
+from purejaxppo.train import build_trainer
+from purejaxppo.types import ConfigError, PRNGKey, PyTree
 
 MEMORY_SHARE = 0.8  # the share of the free memory that a program may use
 
@@ -53,33 +56,37 @@ class GroupPlan(NamedTuple):
     compile_seconds: float
 
 
+class Group(NamedTuple):
+    """A `CompilationGroup` and the `Setup` of its configuration."""
+
+    setup: Setup
+    traced: tuple[str, ...]  # the fields in which the settings may differ
+    settings: tuple[int, ...]  # indices in the list of all settings
+
+
 class SweepSpec(NamedTuple):
     """The options that all groups of a sweep share."""
 
     settings: Sequence[Setting]
     seeds: int
     key: int
-    env: Env | None
-    components: dict[str, Any]  # a custom model, reward function and frozen arrays
+    frozen: PyTree
     eval_episodes: int
     eval_deterministic: bool
     max_parallel: int | None
     memory_limit: int | None
-    directory: Path | None
+    store: Store
     resume: bool
     checkpoint_seconds: float
     loggers: Sequence[str]
     exchange: tuple[Exchange, Bounds] | None  # of a population, whose members all train at once
 
-    def env_of(self, group: CompilationGroup) -> Env:
-        return envs.of_config(group.config) if self.env is None else self.env
-
-    def members_of(self, group: CompilationGroup) -> NDArray[np.integer]:
+    def members_of(self, group: Group) -> NDArray[np.integer]:
         """The indices of the members of a group, ordered by setting and seed."""
         return (np.array(group.settings)[:, None] * self.seeds + np.arange(self.seeds)).ravel()
 
     def inputs(
-        self, group: CompilationGroup, members: NDArray[np.integer]
+        self, group: Group, members: NDArray[np.integer]
     ) -> tuple[PRNGKey, dict[str, NDArray[Any]]]:
         """The keys [members] and the traced hyper-parameters, each [members]."""
         key = jax.random.key(self.key)
@@ -93,7 +100,7 @@ class SweepSpec(NamedTuple):
 
 def run_group(
     spec: SweepSpec,
-    group: CompilationGroup,
+    group: Group,
     on_start: Callable[[GroupPlan], None] | None,
     on_progress: Callable[[int, Progress | None], None],
 ) -> Iterator[tuple[SweepPortion | None, float]]:
@@ -102,19 +109,19 @@ def run_group(
     Yields each portion with its training time in seconds. An interrupted portion is None.
     """
     members = spec.members_of(group)
-    resumed_size, finished = processes.on_main_process(lambda: read_progress(spec, members))
+    resumed_size, finished = spec.store.read(read_progress, members) or (None, [])
     size = resumed_size or len(members)
     programs = None
     evaluate = None
-    shapes = _agent_shapes(spec, group) if finished else (None, None)
+    shapes = _agent_shapes(group) if finished else (None, None)
     if len(finished) < len(_split(members, size)):
         programs, evaluate = _compile_within_memory(spec, group, len(members), resumed_size)
         size = programs.agents or 1
-        processes.on_main_process(lambda: write_portion_size(spec, members, size))
+        spec.store.write(write_portion_size, members, size)
         if on_start:
             on_start(
                 GroupPlan(
-                    config=group.config,
+                    config=group.setup.config,
                     members=len(members),
                     parallel=size,
                     device=device_name(programs.sharding),
@@ -125,7 +132,8 @@ def run_group(
     for portion_members in _split(members, size):
         portion: SweepPortion | None
         if programs is None or portion_members[0] in finished:
-            portion = load_portion(_portion_path(spec, portion_members), *shapes)
+            assert spec.store.directory is not None
+            portion = load_portion(_portion_path(spec.store.directory, portion_members), *shapes)
             seconds = 0.0
         else:
             portion, seconds = _train_portion(
@@ -135,17 +143,14 @@ def run_group(
         yield portion, seconds
 
 
-def _agent_shapes(spec: SweepSpec, group: CompilationGroup) -> tuple[PyTree, Moments | None]:
+def _agent_shapes(group: Group) -> tuple[PyTree, Moments | None]:
     """The shapes of the parameters and the observation moments of one agent."""
-    trainer = make_trainer(
-        group.config, spec.env_of(group), spec.components["model"], spec.components["reward_fn"]
-    )
-    state = jax.eval_shape(trainer.init, jax.random.key(0))
+    state = jax.eval_shape(build_trainer(group.setup).init, jax.random.key(0))
     return state.params, state.normalizer.obs
 
 
 def _compile_within_memory(
-    spec: SweepSpec, group: CompilationGroup, num_members: int, resumed_size: int | None
+    spec: SweepSpec, group: Group, num_members: int, resumed_size: int | None
 ) -> tuple[Programs, Evaluate | None]:
     """The programs for a portion that fits into memory, by the estimate of the compiler.
 
@@ -153,16 +158,15 @@ def _compile_within_memory(
     """
     devices = jax.devices()
     num_processes = jax.process_count()
-    env = spec.env_of(group)
+    job = job_of(group.setup, spec.exchange)
 
     def compile_portion(size: int) -> tuple[Programs, Evaluate | None, int]:
-        components = spec.components | {"devices": devices, "exchange": spec.exchange}
-        programs = compile_programs(group.config, env, size, group.traced, **components)
+        programs = compile_programs(job, size, group.traced, frozen=spec.frozen, devices=devices)
         if not spec.eval_episodes:
             return programs, None, max(processes.all_gather_objects(programs.memory_bytes))
         inputs = spec.inputs(group, pad_members(spec.members_of(group)[:size], size))
         keys, swept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-        jitted = make_evaluate(programs, spec.eval_episodes, spec.eval_deterministic)
+        jitted = make_evaluate(group.setup, programs, spec.eval_episodes, spec.eval_deterministic)
         (evaluate,) = compile_all((jitted, (swept, programs.shapes, keys)))
         needed = max(programs.memory_bytes, memory_of(evaluate))
         return programs, evaluate, max(processes.all_gather_objects(needed))
@@ -197,7 +201,7 @@ def _compile_within_memory(
         )
     elif needed > limit:
         raise ConfigError(
-            f"{size} members of {group.config.env} need {needed:,} bytes on each device, and "
+            f"{size} members of {group.setup.config.env} need {needed:,} bytes on each device, and "
             f"{limit:,} are free: take fewer or smaller environments, or a larger memory_limit"
         )
     return programs, evaluate
@@ -205,7 +209,7 @@ def _compile_within_memory(
 
 def _train_portion(
     spec: SweepSpec,
-    group: CompilationGroup,
+    group: Group,
     members: NDArray[np.integer],
     programs: Programs,
     evaluate: Evaluate | None,
@@ -224,15 +228,14 @@ def _train_portion(
         keys,
         swept,
         checkpointing=_checkpoint_policy(spec, members),
-        on_progress=lambda now: on_progress(0, now),
-        counted=len(members),
+        on_chunk=lambda chunk: on_progress(0, progress_of(chunk, len(members))),
     )
     if session.interrupted:
         return None, session.seconds
     count = len(members)
     metrics = jax.tree.map(lambda x: x[:count], session.metrics)
     finite = finite_so_far(metrics)
-    curve = windowed(metrics, config=group.config)
+    curve = windowed(metrics, config=group.setup.config)
     if evaluate is None:
         # The returns of the last window in which an episode finished.
         windows_after = np.isfinite(curve.returns)[:, ::-1].argmax(axis=1)
@@ -256,22 +259,21 @@ def _train_portion(
         obs_moments=moments,
         schedule=schedule_of(metrics, spec.exchange[0].every) if spec.exchange else None,
     )
-    if spec.directory:
-        processes.on_main_process(lambda: _save(spec, portion))
+    spec.store.write(_save, portion)
     return portion, session.seconds
 
 
-def _save(spec: SweepSpec, portion: SweepPortion) -> None:
+def _save(directory: Path, portion: SweepPortion) -> None:
     """Save a finished portion, and remove its checkpoints."""
-    save_portion(_portion_path(spec, portion.members), portion)
-    shutil.rmtree(_checkpoint_directory(spec, portion.members), ignore_errors=True)
+    save_portion(_portion_path(directory, portion.members), portion)
+    shutil.rmtree(directory / _checkpoint_name(portion.members), ignore_errors=True)
 
 
 def _checkpoint_policy(spec: SweepSpec, members: NDArray[np.integer]) -> CheckpointPolicy | None:
     """The checkpoints and the loggers of a portion. Padding members are not logged."""
-    if spec.directory is None:
+    if spec.store.directory is None:
         return None
-    log_directory = _portion_path(spec, members).with_suffix("")
+    log_directory = _portion_path(spec.store.directory, members).with_suffix("")
     names = [f"member_{member}" for member in members]
     count = len(members)
     settings = {
@@ -291,12 +293,13 @@ def _checkpoint_policy(spec: SweepSpec, members: NDArray[np.integer]) -> Checkpo
             log_directory,
             names,
             {"settings": settings},
+            AGENT_METRICS,
             before_of_members,
             numbered,
         )
         return Logger(lambda kind, table: log.write(kind, _first_agents(table, count)), log.close)
 
-    checkpoints = Checkpoints(_checkpoint_directory(spec, members))
+    checkpoints = Checkpoints(spec.store.subdirectory(_checkpoint_name(members)))
     return CheckpointPolicy(checkpoints, spec.checkpoint_seconds, spec.resume, open_log)
 
 
@@ -338,41 +341,38 @@ def _free_memory() -> int:
     return int(psutil.virtual_memory().available / len(devices) / processes.on_this_machine())
 
 
-def _portion_path(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
-    return (spec.directory or Path()) / "parts" / f"members_{members[0]:06d}_{members[-1]:06d}.npz"
+def _portion_path(directory: Path, members: NDArray[np.integer]) -> Path:
+    return directory / "parts" / f"members_{members[0]:06d}_{members[-1]:06d}.npz"
 
 
-def _checkpoint_directory(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
-    return (
-        (spec.directory or Path()) / "checkpoints" / f"members_{members[0]:06d}_{members[-1]:06d}"
-    )
+def _checkpoint_name(members: NDArray[np.integer]) -> str:
+    return f"checkpoints/members_{members[0]:06d}_{members[-1]:06d}"
 
 
-def read_progress(spec: SweepSpec, members: NDArray[np.integer]) -> tuple[int | None, list[int]]:
+def read_progress(directory: Path, members: NDArray[np.integer]) -> tuple[int | None, list[int]]:
     """The portion size of the sweep to resume, and the first member of each finished portion.
 
     A resumed sweep keeps the size, because with another one the results may differ in the last
     bits.
     """
-    path = _size_path(spec, members)
-    if spec.directory is None or not path.exists():
+    path = _size_path(directory, members)
+    if not path.exists():
         return None, []
     size = json.loads(path.read_text())["at_once"]
     finished = [
         int(portion[0])
         for portion in _split(members, size)
-        if _portion_path(spec, portion).exists()
+        if _portion_path(directory, portion).exists()
     ]
     return size, finished
 
 
-def write_portion_size(spec: SweepSpec, members: NDArray[np.integer], size: int) -> None:
+def write_portion_size(directory: Path, members: NDArray[np.integer], size: int) -> None:
     """Store the number of members that train at once, for `read_progress`."""
-    if spec.directory:
-        path = _size_path(spec, members)
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, lambda path: path.write_text(json.dumps({"at_once": size}) + "\n"))
+    path = _size_path(directory, members)
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, lambda path: path.write_text(json.dumps({"at_once": size}) + "\n"))
 
 
-def _size_path(spec: SweepSpec, members: NDArray[np.integer]) -> Path:
-    return (spec.directory or Path()) / "parts" / f"members_{members[0]:06d}.json"
+def _size_path(directory: Path, members: NDArray[np.integer]) -> Path:
+    return directory / "parts" / f"members_{members[0]:06d}.json"

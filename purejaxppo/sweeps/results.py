@@ -22,7 +22,7 @@ from purejaxppo.config import Config
 from purejaxppo.normalize import Moments, Normalizer
 from purejaxppo.policies.policy import Policy
 from purejaxppo.runs.disk import atomic_write
-from purejaxppo.runs.session import Best
+from purejaxppo.runs.evaluation import Best
 from purejaxppo.sweeps.grid import Setting
 from purejaxppo.sweeps.schedules import Schedule
 from purejaxppo.trees import as_stored, from_named, named_leaves

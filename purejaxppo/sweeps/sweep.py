@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,19 +11,19 @@ import numpy as np
 
 from purejaxppo.config import Config, validate
 from purejaxppo.population import Exchange
-from purejaxppo.runs import processes, run_directory
+from purejaxppo.runs import run_directory
+from purejaxppo.runs.agents import Progress, require_storable
 from purejaxppo.runs.loggers.open import checked_names
-from purejaxppo.runs.programs import require_storable
-from purejaxppo.runs.session import Progress
+from purejaxppo.runs.store import Store
+from purejaxppo.setup import set_up
 from purejaxppo.sweeps.grid import (
     DISTRIBUTIONS,
-    CompilationGroup,
     Setting,
     bounds_of,
     groups_of,
     settings_of,
 )
-from purejaxppo.sweeps.portions import GroupPlan, SweepSpec, run_group
+from purejaxppo.sweeps.portions import Group, GroupPlan, SweepSpec, run_group
 from purejaxppo.sweeps.results import SweepResult, write_figures, write_tables
 from purejaxppo.types import ConfigError, Env, Model, PyTree, Reward
 from purejaxppo.validation import integer, seconds_of
@@ -125,21 +124,23 @@ def sweep(
         settings=settings,
         seeds=seeds,
         key=key,
-        env=env,
-        components={"model": model, "reward_fn": reward_fn, "frozen": frozen},
+        frozen=frozen,
         eval_episodes=integer("eval_episodes", eval_episodes, 0),
         eval_deterministic=eval_deterministic,
         max_parallel=None if at_once is None else integer("at_once", at_once, 1),
         memory_limit=None
         if memory_limit is None
         else integer("memory_limit", memory_limit, 1, bits=62),
-        directory=None,
+        store=Store(None),
         resume=resume,
         checkpoint_seconds=seconds_of("checkpoint_seconds", checkpoint_seconds),
         loggers=loggers,
         exchange=None,
     )
-    groups = groups_of(config, settings)
+    groups = [
+        Group(set_up(group.config, env, model, reward_fn), group.traced, group.settings)
+        for group in groups_of(config, settings)
+    ]
     if exchange is not None:
         spec = spec._replace(exchange=_validated_exchange(exchange, grid, spec, groups))
     for group in groups:
@@ -148,11 +149,12 @@ def sweep(
         config, seeds, grid, samples, eval_episodes, eval_deterministic, at_once, exchange
     )
     checked_names(loggers, None if directory is None else Path(directory), len(settings) * seeds)
-    with run_directory.open_run_directory(directory, identity, key, resume) as home:
-        spec = spec._replace(directory=home)
+    with run_directory.open_run_directory(directory, identity, key, resume) as store:
+        spec = spec._replace(store=store)
         if on_plan:
             timesteps = sum(
-                group.config.actual_timesteps * len(group.settings) * seeds for group in groups
+                group.setup.config.actual_timesteps * len(group.settings) * seeds
+                for group in groups
             )
             on_plan(
                 SweepPlan(
@@ -189,18 +191,12 @@ def sweep(
                     {name: final[name][i] for name in grid} for i in range(len(portion.members))
                 ]
                 result = dataclasses.replace(result, settings=final_settings, seeds=1)
-            if home is not None:
-                processes.on_main_process(partial(write_tables, home, result))
-        if home is not None:
-            processes.on_main_process(partial(_finish_directory, home, result))
+            store.write(write_tables, result)
+        if result.parts:
+            store.write(write_figures, result)
+        if not result.interrupted:
+            store.write(run_directory.end)
     return result
-
-
-def _finish_directory(directory: Path, result: SweepResult) -> None:
-    if result.parts:
-        write_figures(directory, result)
-    if not result.interrupted:
-        run_directory.end(directory)
 
 
 def fingerprint(
@@ -230,13 +226,13 @@ def fingerprint(
 
 
 def _validated_exchange(
-    exchange: Any, grid: Mapping[str, Any], spec: SweepSpec, groups: Sequence[CompilationGroup]
+    exchange: Any, grid: Mapping[str, Any], spec: SweepSpec, groups: Sequence[Group]
 ) -> tuple[Exchange, dict[str, tuple[float, float]]]:
     """The exchange and the bounds of the hyper-parameters.
 
     Raises `ConfigError` if the members cannot form a population.
     """
-    config = groups[0].config
+    config = groups[0].setup.config
     num_members = len(spec.settings) * spec.seeds
     fields = list(spec.settings[0])
     if not isinstance(exchange, Exchange):
@@ -285,9 +281,9 @@ def _validated_exchange(
     return exchange, bounds
 
 
-def _require_runnable(spec: SweepSpec, group: CompilationGroup) -> None:
+def _require_runnable(spec: SweepSpec, group: Group) -> None:
     """Raise `ConfigError` before training if a group cannot run."""
-    env = spec.env_of(group)
+    env = group.setup.env
     if spec.max_parallel is not None and spec.max_parallel < jax.process_count():
         raise ConfigError(
             f"at_once = {spec.max_parallel}: "
@@ -299,7 +295,7 @@ def _require_runnable(spec: SweepSpec, group: CompilationGroup) -> None:
             "so its policies cannot be scored in fresh episodes: "
             "set eval_episodes=0 to score them by their last returns in training"
         )
-    require_storable(group.config, env, **spec.components)
+    require_storable(group.setup, frozen=spec.frozen)
 
 
 def _progress_of_all(

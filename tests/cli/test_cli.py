@@ -459,7 +459,10 @@ def test_sweep_trains_a_grid_and_prints_the_best_settings(tmp_path, monkeypatch)
         (["--grid", "lr=1e-3", "--exchange-every", 2], "nothing to explore"),
         (["--grid", "lr=1e-3,1e-2", "--exchange-every", -1], "exchange_every = -1"),
         (["--grid", "lr=1e-3", "--num-processes", 2], "need the address of the first process"),
-        (["--grid", "lr=1e-3", "--coordinator", "here:1"], "how many there are, and which of them"),
+        (
+            ["--grid", "lr=1e-3", "--coordinator", "here:1"],
+            "the number of processes and the index of this one",
+        ),
         (
             [
                 "--grid",

@@ -14,8 +14,8 @@ from purejaxppo.cli import console as console_module
 from purejaxppo.cli import terminal
 from purejaxppo.cli.commands import main
 from purejaxppo.policies.evaluate import EpisodeStatistics
+from purejaxppo.runs.agents import Progress
 from purejaxppo.runs.fit import RunPlan
-from purejaxppo.runs.session import Progress
 from purejaxppo.sweeps.results import SweepPortion, SweepResult
 from purejaxppo.types import Discrete
 

@@ -30,8 +30,8 @@ from purejaxppo.normalize import Normalizer
 from purejaxppo.policies import render as render_module
 from purejaxppo.runs import fit as fit_module
 from purejaxppo.runs import run_directory
+from purejaxppo.runs.evaluation import Best
 from purejaxppo.runs.fit import fingerprint
-from purejaxppo.runs.session import Best
 from purejaxppo.sweeps import compare as compare_module
 from purejaxppo.sweeps import sweep as sweep_module
 from purejaxppo.sweeps.grid import groups_of, settings_of
@@ -158,9 +158,9 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path):
             lambda other=other: fit(config.replace(**other), directory=directory, resume=True)
         )
         differ = f"env_settings = {{'limit': 3}} there and {there} here"
-        assert message == f"the run in {directory} was begun with other settings: {differ}"
-    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as home:
-        assert home == directory
+        assert message == f"the run in {directory} was started with other settings: {differ}"
+    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as store:
+        assert store.directory == directory
     assert run_directory.unfinished(tmp_path, "*", fingerprint(config, 1), 0) == directory
     assert run_directory.unfinished(tmp_path, "*", fingerprint(TINY, 1), 0) is None
 
@@ -171,8 +171,8 @@ def test_a_run_begun_before_env_settings_existed_can_be_resumed(tmp_path):
     description = json.loads((directory / "config.json").read_text())
     del description["config"]["env_settings"]
     (directory / "config.json").write_text(json.dumps(description))
-    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as home:
-        assert home == directory
+    with run_directory.open_run_directory(directory, fingerprint(config, 1), 0, True) as store:
+        assert store.directory == directory
     assert run_directory.unfinished(tmp_path, "*", fingerprint(config, 1), 0) == directory
     message = sentence_of(
         lambda: fit(config.replace(env_settings={"limit": 4}), directory=directory, resume=True)
@@ -233,8 +233,8 @@ def test_a_sweep_over_an_unknown_setting_is_refused_before_it_trains():
 def test_a_comparison_trains_in_the_settings(tmp_path, monkeypatch):
     found = []
 
-    def stop(config, **options):
-        found.append(config.env_settings)
+    def stop(setup, **options):
+        found.append(setup.config.env_settings)
         raise StopError
 
     monkeypatch.setattr(compare_module, "fit", stop)
@@ -329,7 +329,7 @@ def test_the_options_of_train_sweep_and_compare(monkeypatch, words, expected):
             commands.main([*command, *(["--env-settings", *words] if words else [])])
     (train, _), (swept, _), (_, compared) = found
     pairs = Config(env_settings=expected).env_settings
-    assert train[0].env_settings == pairs and swept[0].env_settings == pairs
+    assert train[0].config.env_settings == pairs and swept[0].env_settings == pairs
     assert Config(env_settings=compared["changes"].get("env_settings", {})).env_settings == pairs
 
 

@@ -15,8 +15,8 @@ from purejaxppo import Config, ConfigError, fit, load_policy, make_train
 from purejaxppo.analysis.curves import windowed
 from purejaxppo.metrics import with_nan
 from purejaxppo.runs import chunks, compilation
+from purejaxppo.runs.agents import Progress
 from purejaxppo.runs.run import load_policies
-from purejaxppo.runs.session import Progress
 from purejaxppo.types import Metrics
 
 TINY = Config(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from purejaxppo import ConfigError
+from purejaxppo.metrics import AGENT_METRICS
 from purejaxppo.runs import tables
 from purejaxppo.runs.loggers.base import Logger
 from purejaxppo.runs.loggers.open import LOGGERS, open_loggers
@@ -56,7 +57,7 @@ def rows_of(path):
 
 
 def write(directory, *written, names=(), before=None, members=MEMBERS, description=None):
-    logger = open_loggers(names, directory, members, description or {}, before)
+    logger = open_loggers(names, directory, members, description or {}, AGENT_METRICS, before)
     for kind, table in written:
         logger.write(kind, table)
     logger.close()
@@ -103,7 +104,7 @@ def test_any_float32_is_read_back_exactly():
         [x[np.isfinite(x)], np.float32([0, -0.0, 1e-45, 3.4028235e38, 0.1, 16777217])]
     )[None]
     row = np.arange(x.size)[None]
-    text = "".join(tables.lines({"iteration": row, "timesteps": row, "x": x}, [0]))
+    text = "".join(tables.lines(AGENT_METRICS, {"iteration": row, "timesteps": row, "x": x}, [0]))
     back = (
         np.array([line.split(",")[-1] for line in text.splitlines()])
         .astype(float)
@@ -143,7 +144,7 @@ def test_the_file_does_not_depend_on_the_chunks_that_were_appended(tmp_path, mon
 
 
 def test_written_rows_can_be_read_immediately(tmp_path):
-    logger = open_loggers((), tmp_path, MEMBERS, {})
+    logger = open_loggers((), tmp_path, MEMBERS, {}, AGENT_METRICS)
     for stop in (1, 2):
         logger.write("metrics", part(make_table(), stop - 1, stop))
         assert len(rows_of(tmp_path / "metrics.csv")) == 3 * stop
@@ -330,7 +331,7 @@ def test_tensorboard_takes_at_most_a_hundred_agents(tmp_path):
     streams = streams_of(tmp_path)
     assert len(streams) == 100 and list(streams["seed_99"]["loss/policy_loss"]) == [107]
     message = sentence_of(
-        lambda: open_loggers(["tensorboard"], tmp_path, [*members, "one more"], {})
+        lambda: open_loggers(["tensorboard"], tmp_path, [*members, "one more"], {}, AGENT_METRICS)
     )
     assert message.startswith(
         "logger 'tensorboard' opens a stream for each agent, 100 at most, and there are 101: use"
@@ -344,7 +345,7 @@ def test_a_full_disk_stops_tensorboard_and_not_the_run(tmp_path, monkeypatch):
     def full(writer, data):
         raise OSError(28, "No space left on device")
 
-    logger = open_loggers(["tensorboard"], tmp_path, MEMBERS, {})
+    logger = open_loggers(["tensorboard"], tmp_path, MEMBERS, {}, AGENT_METRICS)
     monkeypatch.setattr(RecordWriter, "write", full)
     with pytest.warns(UserWarning, match="logger 'tensorboard' failed .* No space left on device"):
         logger.write("metrics", part(make_table(), 0, 1))
@@ -493,7 +494,7 @@ def test_open_wandb_runs_are_finished_when_another_cannot_be_opened(wandb, tmp_p
 @pytest.mark.usefixtures("wandb")
 def test_wandb_refuses_thousands_of_agents(tmp_path):
     message = sentence_of(
-        lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {})
+        lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {}, AGENT_METRICS)
     )
     assert message.startswith(
         "logger 'wandb' opens a stream for each agent, 100 at most, and there are 2048: use"
@@ -559,10 +560,12 @@ def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
 def test_wrong_names_give_one_sentence(tmp_path):
     for directory in (tmp_path, None):
         message = sentence_of(
-            lambda directory=directory: open_loggers(["tensorbord"], directory, MEMBERS, {})
+            lambda directory=directory: open_loggers(
+                ["tensorbord"], directory, MEMBERS, {}, AGENT_METRICS
+            )
         )
         assert message == "logger 'tensorbord' is not known; did you mean 'tensorboard'?"
-    message = sentence_of(lambda: open_loggers(["xyzzy"], tmp_path, MEMBERS, {}))
+    message = sentence_of(lambda: open_loggers(["xyzzy"], tmp_path, MEMBERS, {}, AGENT_METRICS))
     assert message == "logger 'xyzzy' is not known; there are csv, tensorboard, wandb"
     assert list(tmp_path.iterdir()) == []
 
@@ -570,7 +573,7 @@ def test_wrong_names_give_one_sentence(tmp_path):
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_gives_one_sentence(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    message = sentence_of(lambda: open_loggers([name], tmp_path, MEMBERS, {}))
+    message = sentence_of(lambda: open_loggers([name], tmp_path, MEMBERS, {}, AGENT_METRICS))
     expected = f"logger {name!r} needs the package {package}: pip install 'purejaxppo[{name}]'"
     assert message == expected
     assert list(tmp_path.iterdir()) == []
@@ -580,7 +583,7 @@ def test_the_error_for_a_broken_package_has_its_cause(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text("import purejaxppo_has_no_such_module")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    message = sentence_of(lambda: open_loggers(["wandb"], tmp_path, MEMBERS, {}))
+    message = sentence_of(lambda: open_loggers(["wandb"], tmp_path, MEMBERS, {}, AGENT_METRICS))
     assert message.startswith(
         "logger 'wandb' cannot import the package wandb: "
         "ModuleNotFoundError: No module named 'purej"
@@ -592,7 +595,9 @@ def test_without_a_directory_nothing_is_written_and_loggers_are_refused(tmp_path
     write(None, ("metrics", make_table()))
     assert list(tmp_path.iterdir()) == []
     for name in LOGGERS:
-        message = sentence_of(lambda name=name: open_loggers([name], None, MEMBERS, {}))
+        message = sentence_of(
+            lambda name=name: open_loggers([name], None, MEMBERS, {}, AGENT_METRICS)
+        )
         assert message == f"logger {name!r} needs a place to write to: give the run a directory"
 
 

@@ -109,7 +109,7 @@ def test_when_one_process_dies_the_other_ends_with_an_error(runs):
     code, killed_code = survivor["codes"]
     assert killed_code == -signal.SIGKILL and code not in (0, -signal.SIGKILL)
     assert survivor["seconds"] < 60
-    message = "ConnectionError: the processes of this run do not work together any more"
+    message = "ConnectionError: the processes of this run are no longer connected"
     assert message in survivor["output"]
 
 
@@ -177,7 +177,7 @@ def test_every_process_contributes_the_same_number_of_devices(own, parts, used):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"coordinator": "here:1"}, "a coordinator needs how many there are"),
+        ({"coordinator": "here:1"}, "needs the number of processes"),
         ({"coordinator": "here:1", "num_processes": 2, "process_index": 2}, "process_index = 2"),
         (
             {"coordinator": "here", "num_processes": 2, "process_index": 0},
@@ -187,7 +187,7 @@ def test_every_process_contributes_the_same_number_of_devices(own, parts, used):
             {"coordinator": ":80", "num_processes": 2, "process_index": 0},
             "must be HOST:PORT, or auto",
         ),
-        ({"num_processes": 2}, "need the coordinator's address"),
+        ({"num_processes": 2}, "need the address of the first process"),
         ({}, "the processes were not connected"),
     ],
 )

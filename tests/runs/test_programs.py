@@ -10,6 +10,8 @@ from small_envs import counter, linear_model
 from purejaxppo import Config
 from purejaxppo.networks.actor_critic import feed_forward
 from purejaxppo.runs import programs
+from purejaxppo.runs.agents import job_of
+from purejaxppo.setup import set_up
 
 CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=16)
 LARGE = 50 * 2**20 // 4  # float32 elements in 50 MiB
@@ -44,15 +46,8 @@ def test_params_and_frozen_of_50_megabytes_are_arguments_of_the_programs(monkeyp
 
     started = time.perf_counter()
     for agents in (None, 2):
-        compiled = programs.compile_programs(
-            CONFIG,
-            counter(),
-            agents,
-            model=model,
-            reward_fn=reward_fn,
-            params=params,
-            frozen=params,
-        )
+        job = job_of(set_up(CONFIG, counter(), model, reward_fn))
+        compiled = programs.compile_programs(job, agents, params=params, frozen=params)
         state = compiled.init(compiled.keys(jax.random.key(1)), {})
         table = np.asarray(state.params["value"]["table"])
         np.testing.assert_array_equal(table, np.ones(table.shape))

@@ -24,6 +24,7 @@ from purejaxppo.population import Population
 from purejaxppo.runs.checkpoints import Checkpoints, _leaves
 from purejaxppo.runs.disk import locked
 from purejaxppo.runs.run_directory import reserve
+from purejaxppo.runs.store import Store
 
 CONFIG = Config(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=96)
 CONFIG = CONFIG.replace(normalize_obs=True, normalize_reward=True)
@@ -303,9 +304,9 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(copy):
 
 
 def test_resuming_a_complete_run_or_another_directory_is_refused(uninterrupted, tmp_path):
-    assert "has come to its end" in sentence(uninterrupted[1])
+    assert "has ended" in sentence(uninterrupted[1])
     (tmp_path / "mine").mkdir()
-    assert "is not a run that could go on" in sentence(tmp_path / "mine")
+    assert "is not a run that can be resumed" in sentence(tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
     assert "needs the directory" in sentence(None)
 
@@ -360,15 +361,17 @@ def test_whole_episodes_interrupted_after_the_last_one(tmp_path):
 def test_a_state_with_an_empty_array_is_saved_too(tmp_path):
     """Environments of other suites may have an empty array in their state."""
     state = {"empty": jnp.zeros((0, 3)), "full": jnp.arange(3.0)}
-    Checkpoints(tmp_path / "checkpoints").save(1, state, {})
-    saved = Checkpoints(tmp_path / "checkpoints").restore(jax.tree.map(jnp.zeros_like, state))
+    Checkpoints(Store(tmp_path / "checkpoints")).save(1, state, {})
+    saved = Checkpoints(Store(tmp_path / "checkpoints")).restore(
+        jax.tree.map(jnp.zeros_like, state)
+    )
     assert saved.arrays["empty"].shape == (0, 3) and saved.arrays["full"].tolist() == [0, 1, 2]
 
 
 def test_arrays_of_another_precision_are_refused(tmp_path):
-    Checkpoints(tmp_path / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
+    Checkpoints(Store(tmp_path / "checkpoints")).save(1, {"x": jnp.arange(3.0)}, {})
     with pytest.raises(ConfigError, match="was not written by this configuration"):
-        Checkpoints(tmp_path / "checkpoints").restore({"x": np.arange(3.0)})
+        Checkpoints(Store(tmp_path / "checkpoints")).restore({"x": np.arange(3.0)})
 
 
 def test_renamed_fields_keep_their_names_on_disk():
@@ -386,21 +389,21 @@ def test_renamed_fields_keep_their_names_on_disk():
 def test_other_formats_are_read_or_their_version_is_named(version, tmp_path):
     """Format 2 had the observations [B, 10, 10, 4] of images as features [B, 400]."""
     directory = tmp_path / "checkpoints"
-    Checkpoints(directory).save(7, {"obs": jnp.zeros((2, 4))}, {})
+    Checkpoints(Store(directory)).save(7, {"obs": jnp.zeros((2, 4))}, {})
     manifest = directory / "iteration_00000007.json"
     text = manifest.read_text()
     assert '"format_version": 3' in text
     manifest.write_text(text.replace('"format_version": 3', f'"format_version": {version}'))
 
     def restore(shape):
-        return Checkpoints(directory).restore({"obs": jnp.zeros(shape)})
+        return Checkpoints(Store(directory)).restore({"obs": jnp.zeros(shape)})
 
     if version in (1, 4):
         with pytest.raises(ConfigError, match=rf"has format version {version}, .* reads 2 and 3"):
             restore((2, 4))
         return
     assert restore((2, 4)).iteration == 7
-    said = "has format version 2, in which observations" if version == 2 else "arrays differ"
+    said = "has format version 2, in which observations" if version == 2 else "have other shapes"
     with pytest.raises(ConfigError, match=said):
         restore((2, 2, 2))
 

@@ -1,6 +1,7 @@
 """Population-based training: who copies whom, what is copied, and that nothing else changes."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from killed import Killed
 from small_envs import LINEAR, counter
 
-from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, make_trainer, sweep
+from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, sweep
 from purejaxppo.population import choose_parents, make_population
+from purejaxppo.setup import set_up
 from purejaxppo.sweeps.schedules import Schedule
+from purejaxppo.train import build_trainer
 
 ENV = counter(limit=9, longest=12)
 CONFIG = Config(num_envs=2, num_steps=16, num_minibatches=1, num_epochs=2, total_timesteps=32 * 8)
@@ -88,9 +91,8 @@ def steps():
 
     def functions_of(every):
         exchange = Exchange(every, share=0.5, factors=(0.5, 3.0))
-        functions = make_population(
-            CONFIG, lambda config: make_trainer(config, ENV, LINEAR), exchange, BOUNDS
-        )
+        trainer_of = partial(build_trainer, set_up(CONFIG, ENV, LINEAR))
+        functions = make_population(trainer_of, CONFIG.num_iterations, exchange, BOUNDS)
         return functions[0], jax.jit(functions[1])
 
     begin, with_exchange = functions_of(2)
@@ -283,10 +285,12 @@ def test_an_adaptive_coefficient_is_refused():
         sweep(config, 4, {"kl_coef": [0.1, 1.0]}, env=ENV, model=LINEAR, exchange=Exchange(2))
 
 
-def test_whole_episodes_are_refused():
+@pytest.mark.parametrize("total", [{}, {"total_episodes": 12}])
+def test_whole_episodes_are_refused(total):
     config = CONFIG.replace(algorithm="reinforce", num_steps=9, num_epochs=1, anneal_lr=False)
+    grid = {"lr": [1e-3, 1e-2]}
     with pytest.raises(ConfigError, match="trains on whole episodes"):
-        sweep(config, 4, {"lr": [1e-3, 1e-2]}, env=ENV, model=LINEAR, exchange=Exchange(2))
+        sweep(config.replace(**total), 4, grid, env=ENV, model=LINEAR, exchange=Exchange(2))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from small_envs import LINEAR, counter
 
 from purejaxppo import Config, ConfigError, Exchange, LogUniform, Uniform, fit, load_policy, sweep
 from purejaxppo.analysis import statistics
+from purejaxppo.runs.agents import job_of
+from purejaxppo.setup import set_up
 from purejaxppo.sweeps.grid import groups_of, settings_of
 from purejaxppo.sweeps.portions import portion_size
 
@@ -215,11 +217,10 @@ def test_exactly_the_announced_compilations_happen(whole, announced, compiled):
 
 
 def test_memory_grows_with_the_parallel_members_only(compiled):
-    config = CONFIG.replace(env=ENV.name)
-    options = {"swept": ("lr", "gamma"), "model": LINEAR, "devices": jax.devices()}
+    job = job_of(set_up(CONFIG, ENV, LINEAR))
+    options = {"swept": ("lr", "gamma"), "devices": jax.devices()}
     needed = [
-        compiled.compile_programs(config, ENV, agents, **options).memory_bytes
-        for agents in (20, 60, 140)
+        compiled.compile_programs(job, agents, **options).memory_bytes for agents in (20, 60, 140)
     ]
     of_40_agents = needed[1] - needed[0]
     of_80_agents = needed[2] - needed[1]
@@ -430,7 +431,7 @@ def test_a_killed_sweep_resumes_to_the_same_results(whole, tmp_path):
         ({"seeds": 0}, "seeds = 0"),
         ({"at_once": 0}, "at_once = 0"),
         ({"memory_limit": -1}, "memory_limit = -1"),
-        ({"resume": True}, "resume needs the directory of what is to go on"),
+        ({"resume": True}, "resume needs the directory of the run to continue"),
     ],
 )
 def test_wrong_input_gives_one_sentence_before_anything_is_compiled(

@@ -12,7 +12,7 @@ from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, memory_model
 
 from purejaxppo import Config, ConfigError, make_train
 from purejaxppo.config import ALGORITHMS, BASELINES, OBJECTIVES
-from purejaxppo.train import make_optimizer
+from purejaxppo.optimizer import make_optimizer
 from purejaxppo.types import Update
 from purejaxppo.updates import UPDATES
 

@@ -24,7 +24,7 @@ from small_envs import counter, linear_model
 
 from purejaxppo import Config, ConfigError, make_train, make_trainer
 from purejaxppo.config import OBJECTIVES
-from purejaxppo.train import make_optimizer
+from purejaxppo.optimizer import make_optimizer
 from purejaxppo.types import Box, Env, Step
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.ppo import adapt_kl_coef

@@ -24,7 +24,7 @@ from small_envs import BOX, DISCRETE, MULTI, counter, linear_model
 
 from purejaxppo import Config, make_train
 from purejaxppo.networks.actor_critic import mlp_actor_critic
-from purejaxppo.train import annealed_lr, make_optimizer
+from purejaxppo.optimizer import annealed_lr, make_optimizer
 from purejaxppo.types import Box
 from purejaxppo.updates import UPDATES
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches

@@ -14,7 +14,7 @@ from purejaxppo import Config, ConfigError, fit, make_train, make_trainer
 from purejaxppo.advantages import estimate_returns, returns
 from purejaxppo.config import BASELINES
 from purejaxppo.envs.vector import vectorize
-from purejaxppo.metrics import with_nan
+from purejaxppo.metrics import AGENT_METRICS, with_nan
 from purejaxppo.rollout import make_rollout
 from purejaxppo.runs import chunks
 from purejaxppo.runs.tables import of_metrics
@@ -325,7 +325,7 @@ def test_a_run_ends_with_the_iteration_that_completes_its_timesteps(monkeypatch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: close(a, b[:, : max(iterations)]), run.metrics, metrics)
     jax.tree.map(close, run.state.params, state.params)
-    table = of_metrics(run.metrics, max(iterations), np.zeros(seeds))
+    table = of_metrics(AGENT_METRICS, run.metrics, max(iterations), np.zeros(seeds))
     assert table["valid"].sum(axis=1).tolist() == iterations  # a row for each iteration run
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from purejaxppo.metrics import MetricsDescription
 from purejaxppo.runs import tables
 from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.base import Before, Logger
@@ -18,7 +19,8 @@ FILES = {"metrics": "metrics.csv", "evaluation": "evaluations.csv"}
 def open_csv(
     directory: Path,
     members: Sequence[str],
-    description: dict[str, Any],
+    config: dict[str, Any],
+    described: MetricsDescription,
     before: Before,
     numbered: tuple[str, Sequence[int]],
 ) -> Logger:
@@ -31,14 +33,14 @@ def open_csv(
     columns: dict[str, list[str]] = {}
 
     def begin(kind: str, path: Path, table: Table, mode: str) -> IO[str]:
-        columns[kind] = tables.columns(table)
+        columns[kind] = tables.columns(described, table)
         file = path.open(mode, encoding="utf-8", newline="")
         csv.writer(file, lineterminator="\n").writerow([index_column, *columns[kind]])
         return file
 
     def rewrite(kind: str, table: Table, path: Path) -> None:
         with begin(kind, path, table, "w") as file:
-            file.writelines(tables.lines(table, member_indices))
+            file.writelines(tables.lines(described, table, member_indices))
 
     for kind, name in FILES.items() if before is not None else ():
         table = (before or {}).get(kind)
@@ -52,12 +54,12 @@ def open_csv(
         if kind not in files:
             # Mode "x", because a run never overwrites.
             files[kind] = begin(kind, directory / FILES[kind], table, "x")
-        if tables.columns(table) != columns[kind]:
+        if tables.columns(described, table) != columns[kind]:
             raise ValueError(
                 f"{FILES[kind]} has the columns {columns[kind]}, "
-                f"but now {tables.columns(table)} came"
+                f"but now {tables.columns(described, table)} came"
             )
-        files[kind].writelines(tables.lines(table, member_indices))
+        files[kind].writelines(tables.lines(described, table, member_indices))
         files[kind].flush()
 
     def close() -> None:

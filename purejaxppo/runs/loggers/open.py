@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from purejaxppo.metrics import MetricsDescription
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.loggers.csv import open_csv
 from purejaxppo.runs.loggers.tensorboard import MOST_STREAMS, open_tensorboard
@@ -33,14 +34,16 @@ def open_loggers(
     names: Sequence[str],
     directory: Path | None,
     members: Sequence[str],
-    description: dict[str, Any],
+    config: dict[str, Any],
+    described: MetricsDescription,
     before: Before = None,
     numbered: tuple[str, Sequence[int]] | None = None,
 ) -> Logger:
     """Open the loggers with these names as one; with a directory ``csv`` is always among them.
 
-    ``before`` holds the rows before the checkpoint that the run resumes from: rows that the killed
-    run logged after it are discarded. It is empty if the run resumes without a checkpoint.
+    ``config`` is shown by W&B, and ``described`` describes the metrics. ``before`` holds the rows
+    before the checkpoint that the run resumes from: rows that the killed run logged after it are
+    discarded. It is empty if the run resumes without a checkpoint.
     ``numbered`` is the name of the column that identifies members in CSV files, and its values; the
     default is ``seed``, 0, 1, …. If a logger fails, one warning is issued and the run and the other
     loggers continue. Raises `ConfigError` for invalid names (`checked_names`).
@@ -63,7 +66,7 @@ def open_loggers(
     numbered = numbered or ("seed", range(len(members)))
     openers = LOGGERS | {"csv": partial(LOGGERS["csv"], numbered=numbered)}
     loggers = {
-        name: attempt(name, openers[name], directory, members, description, before)
+        name: attempt(name, openers[name], directory, members, config, described, before)
         for name in names
     }
 

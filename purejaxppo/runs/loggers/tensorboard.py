@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from purejaxppo.metrics import MetricsDescription
 from purejaxppo.runs import tables
 from purejaxppo.runs.loggers.base import Before, Logger
 from purejaxppo.runs.tables import Table
@@ -14,9 +15,13 @@ MOST_STREAMS = 100  # each of them keeps a file open
 
 
 def open_tensorboard(
-    directory: Path, members: Sequence[str], description: dict[str, Any], before: Before
+    directory: Path,
+    members: Sequence[str],
+    config: dict[str, Any],
+    described: MetricsDescription,
+    before: Before,
 ) -> Logger:
-    """Open one stream per member, ``tensorboard/MEMBER``; the step is the environment step.
+    """Open one stream per member, ``tensorboard/MEMBER``; the step is the progress.
 
     `tensorboardX.SummaryWriter` writes in a thread. After that thread has met a full disk, its
     queue blocks forever, and training with it. The underlying `EventsWriter` writes immediately and
@@ -29,7 +34,7 @@ def open_tensorboard(
     writers = []
     with ExitStack() as stack:
         for member, step in zip(
-            members, tables.next_steps(before or {}, len(members)), strict=True
+            members, tables.next_steps(described, before or {}, len(members)), strict=True
         ):
             folder = directory / "tensorboard" / member
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,7 @@ def open_tensorboard(
 
     def write(kind: str, table: Table) -> None:
         now = time.time()
-        for writer, points in zip(writers, tables.points(kind, table), strict=True):
+        for writer, points in zip(writers, tables.points(described, kind, table), strict=True):
             for step, values in points:
                 summary = Summary(
                     value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from purejaxppo.metrics import MetricsDescription
 from purejaxppo.runs import tables
 from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.base import Before, Logger
@@ -18,7 +19,11 @@ MOST_RUNS = 100
 
 
 def open_wandb(
-    directory: Path, members: Sequence[str], description: dict[str, Any], before: Before
+    directory: Path,
+    members: Sequence[str],
+    config: dict[str, Any],
+    described: MetricsDescription,
+    before: Before,
 ) -> Logger:
     """Open one W&B run per member, all in one group.
 
@@ -45,7 +50,7 @@ def open_wandb(
                 id=f"{shared_id}-{index}",
                 name=f"{directory.name}-{member}",
                 group=f"{directory.name}-{shared_id}",
-                config=description,
+                config=config,
                 resume="allow",
                 reinit="create_new",
                 settings={"console": "off", "quiet": True, **quiet},
@@ -57,8 +62,10 @@ def open_wandb(
     starts = [run.starting_step for run in runs]
 
     def write(kind: str, table: Table) -> None:
-        table = tables.averaged(table) if kind == "metrics" else table
-        for run, start, points in zip(runs, starts, tables.points(kind, table), strict=True):
+        table = tables.averaged(described, table) if kind == "metrics" else table
+        for run, start, points in zip(
+            runs, starts, tables.points(described, kind, table), strict=True
+        ):
             for step, values in points:
                 if step >= start:
                     run.log(values, step=step)
