@@ -10,19 +10,19 @@ from jaxtyping import Array, Bool, Float, Shaped
 from purejaxppo.types import ACTION_MASK, Box, Dict, ObservationSpace, PyTree
 
 EPSILON = 1e-8  # added to the variance
-LIMIT = 10.0  # normalised values are clipped to ± this many standard deviations
+LIMIT = 10.0  # normalised values are clipped to ±LIMIT
 
 
 class Moments(NamedTuple):
-    """Number, mean and sum of squared deviations of what was seen so far."""
+    """Number, mean and sum of squared deviations of samples."""
 
-    samples: Float[Array, ""]  # how many
+    samples: Float[Array, ""]
     mean: Float[Array, "..."]
     m2: Float[Array, "..."]
 
     @property
     def variance(self) -> Float[Array, "..."]:
-        """The population variance; 1 before anything was seen, which leaves what it normalises alone."""
+        """The population variance; 1 without samples, so that nothing is scaled."""
         return jnp.where(self.samples > 0, self.m2 / jnp.maximum(self.samples, 1), 1.0)
 
 
@@ -30,14 +30,14 @@ ObsMoments = Moments | dict[str, Moments]  # of a Box; of the parts of other obs
 
 
 class ReturnScale(NamedTuple):
-    """What the reward normaliser remembers."""
+    """The state of the reward normaliser."""
 
-    discounted_return: Float[Array, "B"]  # of the running episode: R ← γ R + r
-    moments: Moments  # of every R so far
+    discounted_return: Float[Array, "B"]  # of the current episode: R ← γ R + r
+    moments: Moments  # of all R so far
 
 
 class Normalizer(NamedTuple):
-    """The normalisers of one agent; None where the config asks for none."""
+    """The normalisers of one agent. None: no normalisation."""
 
     obs: ObsMoments | None
     reward: ReturnScale | None
@@ -46,7 +46,7 @@ class Normalizer(NamedTuple):
 def init_normalizer(
     obs: PyTree, space: ObservationSpace, observations: bool, rewards: bool
 ) -> Normalizer:
-    """The normalisers before anything was seen; ``obs`` [B, ...] are observations of ``space``."""
+    """The normalisers without samples; ``obs`` [B, ...] are observations in ``space``."""
     num_envs = jax.tree.leaves(obs)[0].shape[0]
     running = jnp.zeros(num_envs, jnp.result_type(float))
     return Normalizer(
@@ -56,7 +56,7 @@ def init_normalizer(
 
 
 def init_obs_moments(space: ObservationSpace) -> ObsMoments:
-    """The moments of no observations: of a `Box`, or of those parts of a `Dict` that are boxes.
+    """The moments without samples, of a `Box` or of the boxes among the parts of a `Dict`.
 
     Elements of finite sets and action masks are not normalised.
     """
@@ -67,7 +67,7 @@ def init_obs_moments(space: ObservationSpace) -> ObsMoments:
 
 
 def no_moments(shape: tuple[int, ...]) -> Moments:
-    """The moments of nothing yet."""
+    """The moments without samples, for samples of this shape."""
     dtype = jnp.result_type(float)
     return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -95,19 +95,19 @@ def moments_of(
 
 
 def obs_moments_of(like: ObsMoments, obs: PyTree, valid: Bool[Array, "n"] | None) -> ObsMoments:
-    """The moments of n observations, or of those that are valid, in the parts that ``like`` has."""
+    """The moments of n observations, or of the valid ones, in the parts that ``like`` has."""
     if isinstance(like, dict):
         return {name: moments_of(obs[name], valid) for name in like}
     return moments_of(obs, valid)
 
 
 def merge_obs(a: ObsMoments, b: ObsMoments) -> ObsMoments:
-    """`merge`, part by part."""
+    """`merge` for each part of the observations."""
     return jax.tree.map(merge, a, b, is_leaf=lambda x: isinstance(x, Moments))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both samples together (Chan, Golub and LeVeque 1979): exact, whatever the split."""
+    """The moments of the union of two samples (Chan, Golub & LeVeque 1979), exact for any split."""
     samples = a.samples + b.samples
     share = b.samples / jnp.maximum(samples, 1)
     delta = b.mean - a.mean
@@ -115,9 +115,9 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def pooled(parts: Moments) -> Moments:
-    """The moments of all samples together, where ``parts`` has those of each of S parts along its first axis.
+    """The moments of the union of S samples, whose moments are along the first axis of ``parts``.
 
-    What `merge` gives one after the other, in two sums over the parts.
+    This equals `merge` applied S − 1 times.
     """
     samples = parts.samples.sum()
     weight = parts.samples.reshape((-1,) + (1,) * (parts.mean.ndim - 1))
@@ -126,12 +126,12 @@ def pooled(parts: Moments) -> Moments:
 
 
 def pooled_obs(parts: ObsMoments) -> ObsMoments:
-    """`pooled`, part by part of the observations."""
+    """`pooled` for each part of the observations."""
     return jax.tree.map(pooled, parts, is_leaf=lambda x: isinstance(x, Moments))
 
 
 def normalize_obs(moments: ObsMoments | None, obs: PyTree) -> PyTree:
-    """(obs − mean) / deviation, clipped to ± 10, in the parts that have moments."""
+    """(obs − mean) / deviation, clipped to ±10, in the parts that have moments."""
     if moments is None:
         return obs
     if isinstance(moments, dict):
@@ -149,12 +149,16 @@ def normalize_reward(
     gamma: Float[Array, ""] | float,
     valid: Bool[Array, "T B"] | None = None,
 ) -> tuple[Float[Array, "T B"], ReturnScale | None]:
-    """Rewards divided by the deviation of the discounted return R_t = γ R_{t−1} + r_t, cut at ± 10.
+    """Rewards divided by the standard deviation of the discounted return, clipped to ±10.
 
-    The last reward of an episode counts in its return, which is forgotten where the next one begins: ``reset[t]`` says
-    that step t is the first of its episode. Returns of steps that are not ``valid`` do not count. This rollout's
-    returns count in the scale that it is divided by: a scale from before the first rollout would be a guess, and
-    rewards, unlike observations, enter nothing before the advantages do.
+        R_t = γ R_{t−1} + r_t,     R_{t−1} = 0 where ``reset[t]``: a new episode begins
+
+    So the return includes the last reward of an episode, and no reward of the previous one. Only
+    the returns of ``valid`` steps count. The deviation includes the returns of this rollout:
+    without them, the first rollout would have no scale. This adds no inconsistency, because rewards
+    are used only after the rollout.
+
+    Returns the scaled rewards and the new scale.
     """
     if scale is None:
         return reward, None

@@ -94,7 +94,8 @@ def choose_parents(
 ) -> Int[Array, "n"]:
     """For each of n agents the index of the agent whose state it continues from.
 
-    An agent is ranked if it ``has_not_diverged`` and its score is finite. Let k = max(1, ⌊share · n⌋). The
+    An agent is ranked if it ``has_not_diverged`` and its score is finite.
+    Let k = max(1, ⌊share · n⌋). The
     best k ranked agents are parents. All agents that are not finite are replaced, then the worst
     ranked agents, up to k in total. A parent must have a higher score than the agent that it
     replaces; otherwise the agent keeps its own index.

@@ -1,9 +1,11 @@
 """Policy × environments → transitions."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from purejaxppo.envs.vector import where_rows
 from purejaxppo.keys import scan_keys
@@ -32,6 +34,18 @@ Rollout = Callable[
 ]
 
 
+class RolloutState(NamedTuple):
+    """The state of a rollout between two steps."""
+
+    env: VectorState
+    carry: PyTree  # [B, ...] of the model
+    # Carry and final observation [B, ...] of the last truncated episode of each environment; () if
+    # they are not needed.
+    truncated_successor: PyTree
+    moments: ObsMoments | None  # of the raw observations so far
+    first_episode_done: Bool[Array, "B"]  # false without whole episodes
+
+
 def make_rollout(
     env: Env, vector_env: VectorEnv, model: Model, num_steps: int, whole_episodes: bool = False
 ) -> Rollout:
@@ -40,18 +54,19 @@ def make_rollout(
         rollout(key, params, obs_moments, env_state, carry)
             -> (transitions, env_state, carry, rollout_moments)
 
-    Observations are normalised with ``obs_moments``, which do not change. ``rollout_moments`` are the
-    moments of the raw observations of the rollout; the caller merges them after the update.
+    Observations are normalised with ``obs_moments``, which do not change. ``rollout_moments`` are
+    the moments of the raw observations of the rollout; the caller merges them after the update.
 
     ``next_value[t]`` is the value of the true successor of step t. It equals value[t + 1], except
     where the episode was truncated. Truncations are ``max_episode_steps`` apart, so a rollout that
     is no longer than that has at most one per environment: its carry and final observation are
-    stored and evaluated once. In a longer rollout, or without a bound, every successor is evaluated.
+    stored and evaluated once. In a longer rollout, or without a bound, every successor is
+    evaluated.
 
-    With ``whole_episodes`` every environment is reset first, and only its first episode counts: later
-    steps are played, but they are neither ``valid`` nor in the ``mask``, and no statistic includes
-    them. The episodes that happen to end within a window are mostly short, and an average over them
-    would be biased. After the last step the model is evaluated only at a truncation.
+    With ``whole_episodes`` every environment is reset first, and only its first episode counts.
+    Later steps are played, but they are neither ``valid`` nor in the ``mask``, and no statistic
+    includes them. The episodes that happen to end within a window are mostly short, and an average
+    over them would be biased. After the last step the model is evaluated only at a truncation.
     """
     bound = env.max_episode_steps
     at_most_one_truncation = (
@@ -74,77 +89,83 @@ def make_rollout(
             env_state = vector_env.begin_rollout(env_state)
         no_reset = jnp.zeros_like(env_state.reset)
 
-        def step(loop: tuple, keys: PRNGKey) -> tuple[tuple, Transition]:
-            env_state, carry, truncated_successor, rollout_moments, first_episode_done = loop
-            valid = ~first_episode_done
+        def step(state: RolloutState, keys: PRNGKey) -> tuple[RolloutState, Transition]:
             key_action, key_env = keys
-            obs = normalize_obs(obs_moments, env_state.obs)
-            carry, distribution, value = model.step(params, carry, obs, env_state.reset)
+            valid = ~state.first_episode_done
+            obs = normalize_obs(obs_moments, state.env.obs)
+            carry, distribution, value = model.step(params, state.carry, obs, state.env.reset)
             action = distribution.sample(key_action)
-            next_env_state, timestep = vector_env.step(key_env, env_state, action)
+            env_state, timestep = vector_env.step(key_env, state.env, action)
 
             truncated = timestep.truncated & ~timestep.terminated
-            next_value = jnp.zeros_like(value)
             successor = (carry, normalize_obs(obs_moments, timestep.obs))
-            if bootstrap_every_step:
-                _, _, next_value = model.step(params, *successor, no_reset)
-            if at_most_one_truncation:
-                truncated_successor = where_rows(truncated & valid, successor, truncated_successor)
-            if rollout_moments is not None:
-                counted = valid if whole_episodes else None
-                met = obs_moments_of(rollout_moments, env_state.obs, counted)
-                rollout_moments = merge_obs(rollout_moments, met)
-            if whole_episodes:
-                first_episode_done |= timestep.terminated | truncated
-
             transition = Transition(
                 obs=obs,
                 action=action,
                 log_prob=distribution.log_prob(action),
                 value=value,
-                next_value=next_value,
+                next_value=value_of(*successor) if bootstrap_every_step else jnp.zeros_like(value),
                 reward=timestep.reward,
                 terminated=timestep.terminated,
                 truncated=truncated,
-                reset=env_state.reset,
+                reset=state.env.reset,
                 mask=jnp.asarray(timestep.mask) & valid,
                 valid=valid,
             )
-            return (
-                next_env_state,
-                carry,
-                truncated_successor,
-                rollout_moments,
-                first_episode_done,
+            first_episode_done = state.first_episode_done
+            if whole_episodes:
+                first_episode_done |= timestep.terminated | truncated
+            return RolloutState(
+                env=env_state,
+                carry=carry,
+                truncated_successor=where_rows(
+                    truncated & valid, successor, state.truncated_successor
+                )
+                if at_most_one_truncation
+                else (),
+                moments=merged(state.moments, state.env.obs, valid),
+                first_episode_done=first_episode_done,
             ), transition
 
-        truncated_successor = (
-            (carry, normalize_obs(obs_moments, env_state.obs)) if at_most_one_truncation else ()
+        def value_of(carry: PyTree, obs: PyTree) -> Array:
+            """The value of the successor of a step; the carry that follows it is not needed."""
+            return model.step(params, carry, obs, no_reset)[2]
+
+        def merged(moments: ObsMoments | None, obs: PyTree, valid: Array) -> ObsMoments | None:
+            if moments is None:
+                return None
+            valid_rows = valid if whole_episodes else None
+            return merge_obs(moments, obs_moments_of(moments, obs, valid_rows))
+
+        def next_values(transitions: Transition, end: RolloutState) -> Array:
+            """The values of the successors of all steps."""
+            if whole_episodes:
+                # The last step ended its episode or is not valid: its successor has no value.
+                last_value = jnp.zeros_like(transitions.value[-1])
+            else:
+                last_obs = normalize_obs(obs_moments, end.env.obs)
+                _, _, last_value = model.step(params, end.carry, last_obs, end.env.reset)
+            next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
+            if not at_most_one_truncation:
+                return next_value
+            truncated_value = value_of(*end.truncated_successor)
+            return jnp.where(transitions.truncated, truncated_value[None], next_value)
+
+        first_obs = normalize_obs(obs_moments, env_state.obs)
+        start = RolloutState(
+            env=env_state,
+            carry=carry,
+            truncated_successor=(carry, first_obs) if at_most_one_truncation else (),
+            moments=None if obs_moments is None else jax.tree.map(jnp.zeros_like, obs_moments),
+            first_episode_done=no_reset,
         )
-        keys = jax.random.split(key_steps, (num_steps, 2))
-        rollout_moments = None if obs_moments is None else jax.tree.map(jnp.zeros_like, obs_moments)
-        start = (env_state, carry, truncated_successor, rollout_moments, no_reset)
-        (env_state, carry, truncated_successor, rollout_moments, _), transitions = scan_keys(
-            step, start, keys
-        )
+        end, transitions = scan_keys(step, start, jax.random.split(key_steps, (num_steps, 2)))
+        if not bootstrap_every_step:
+            transitions = transitions._replace(next_value=next_values(transitions, end))
+        env_state = end.env
         if whole_episodes:
             env_state = env_state._replace(finished=_first_episodes(transitions))
-        if bootstrap_every_step:
-            return transitions, env_state, carry, rollout_moments
-
-        # These two evaluations return a carry too, which is dropped: the next rollout continues
-        # from `carry`.
-        if whole_episodes:
-            # The last step ended its episode or is not valid, so its successor has no value.
-            last_value = jnp.zeros_like(transitions.value[-1])
-        else:
-            last_obs = normalize_obs(obs_moments, env_state.obs)
-            _, _, last_value = model.step(params, carry, last_obs, env_state.reset)
-        next_value = jnp.concatenate([transitions.value[1:], last_value[None]])
-        if at_most_one_truncation:
-            _, _, truncated_value = model.step(params, *truncated_successor, no_reset)
-            next_value = jnp.where(transitions.truncated, truncated_value[None], next_value)
-        return transitions._replace(next_value=next_value), env_state, carry, rollout_moments
+        return transitions, env_state, end.carry, end.moments
 
     return rollout
 
@@ -152,7 +173,7 @@ def make_rollout(
 def reset_shards(
     vector_env: VectorEnv, key: PRNGKey, num_shards: int
 ) -> tuple[VectorState, PyTree]:
-    """The environments of all shards at their first observations, and these as [B, ...]."""
+    """The initial state of the environments of all shards, and their observations [B, ...]."""
     if num_shards == 1:
         state = vector_env.reset(key)
         return state, state.obs
@@ -161,10 +182,11 @@ def reset_shards(
 
 
 def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
-    """The same rollout in each of S shards, as if it were one of B environments.
+    """``rollout`` in each of S shards, with the signature of one rollout of B environments.
 
-    Environments and keys have S in front, the model's memory and the transitions do not: there the shards stand one
-    after the other along B. No shard needs anything from another one before the statistics are pooled at the end.
+    The states of the environments have a first axis S. The carry and the transitions have no such
+    axis: there the shards are concatenated along B. The shards do not communicate before their
+    moments are pooled at the end.
     """
     if num_shards == 1:
         return rollout
@@ -191,7 +213,7 @@ def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
 
 
 def _first_episodes(transitions: Transition) -> EpisodeSums:
-    """The sums over the first episode of every row: no valid step comes after its end."""
+    """The sums over the first episode of every environment, which has all of its valid steps."""
     done = (transitions.terminated | transitions.truncated) & transitions.valid
     played = transitions.valid & done.any(axis=0)[None]
     returns = jnp.where(played, transitions.reward, 0).sum()

@@ -74,7 +74,7 @@ def set_up(
 
 
 def _reward(reward_fn: Callable | Reward | None) -> Reward:
-    """A plain function, or none, as a `Reward` without memory."""
+    """The `Reward` of a plain function, or of None: the rewards of the environment."""
     if isinstance(reward_fn, Reward):
         return reward_fn
 
@@ -93,7 +93,8 @@ def _require_supported_env(config: Config, env: Env) -> None:
     if config.critic_obs and config.critic_obs not in parts:
         known = f"one of {', '.join(parts)}" if parts else "empty: they have no named parts"
         raise ConfigError(
-            f"critic_obs = {config.critic_obs!r}: for the observations of {env.name} it must be {known}"
+            f"critic_obs = {config.critic_obs!r}: "
+            f"for the observations of {env.name} it must be {known}"
         )
     if config.whole_episodes:
         _require_whole_episodes(config, env)
@@ -109,13 +110,15 @@ def _require_enough_sequences(config: Config, env: Env, model: Model) -> None:
     sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
     if sequences % config.num_minibatches:
         raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} does not divide num_envs = {config.num_envs}"
-            f"{_each_shard(config)}: a model with memory learns from whole sequences"
+            f"num_minibatches = {config.num_minibatches} does not divide "
+            f"num_envs = {config.num_envs}{_each_shard(config)}: "
+            "a model with memory learns from whole sequences"
         )
     if config.fisher_subsample > sequences:
-        of_each = " in each shard" if config.num_shards > 1 else ""
+        in_each = " in each shard" if config.num_shards > 1 else ""
         raise ConfigError(
-            f"fisher_subsample = {config.fisher_subsample}: there are only {sequences} samples{of_each}"
+            f"fisher_subsample = {config.fisher_subsample}: "
+            f"there are only {sequences} samples{in_each}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Shards: blocks of environments that need nothing from one another until the update, and where they live.
+"""Shards: blocks of environments that are independent until the update, and their devices.
 
-``num_shards`` = S decides the numbers of a run, because each shard has its own random keys and fresh starts and gives
-an equal part of every minibatch. The devices do not: S shards on one device or on any number that divides S are the
-same program, in which the compiler places the reductions over the devices (`jax.sharding`).
+The results of a run depend on ``num_shards`` = S, because each shard has its own random keys and
+fresh starts, and contributes equally to every minibatch. They do not depend on the devices: one
+device, or any number that divides S, runs the same program, and the compiler inserts the reductions
+over devices (`jax.sharding`).
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,10 @@ def join_shards(arrays: PyTree, axis: int = 0) -> PyTree:
 
 
 def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of these devices, each of which gets equally many shards; by default of as many as can be used."""
+    """A mesh of these devices, each with the same number of shards.
+
+    By default it has as many devices as possible.
+    """
     if devices is None:
         devices = most_devices("num_shards", num_shards, jax.devices())
     if num_shards % len(devices):
@@ -40,45 +44,51 @@ def make_mesh(num_shards: int, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def most_devices(name: str, parts: int, devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """As many of these devices as divide so many parts evenly; of each process equally many, and one at least."""
-    own: dict[int, list[jax.Device]] = {}
+    """The most devices that divide ``parts`` evenly, equally many of each process.
+
+    Raises `ConfigError` if not even one device of each process does; ``name`` names the parts.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
     for device in devices:
-        own.setdefault(device.process_index, []).append(device)
-    count = evenly(name, parts, [len(of_process) for of_process in own.values()])
-    return [device for of_process in own.values() for device in of_process[:count]]
+        by_process.setdefault(device.process_index, []).append(device)
+    count = devices_per_process(name, parts, [len(own) for own in by_process.values()])
+    return [device for own in by_process.values() for device in own[:count]]
 
 
-def evenly(name: str, parts: int, devices: Sequence[int]) -> int:
-    """How many devices of each process share the parts evenly, of so many that the processes have."""
-    for count in range(min(devices), 0, -1):
-        if parts % (count * len(devices)) == 0:
+def devices_per_process(name: str, parts: int, num_devices: Sequence[int]) -> int:
+    """The largest number of devices that each process can use so that all get equal parts.
+
+    ``num_devices`` has the number of devices of each process.
+    """
+    num_processes = len(num_devices)
+    for count in range(min(num_devices), 0, -1):
+        if parts % (count * num_processes) == 0:
             return count
-    many = len(devices)
     raise ConfigError(
-        f"{name} = {parts} cannot be divided among {many} processes: take a multiple of {many}"
+        f"{name} = {parts} cannot be divided among {num_processes} processes: "
+        f"take a multiple of {num_processes}"
     )
 
 
 def state_sharding(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
-    """The state, or its shapes, with a `NamedSharding` in the place of every leaf.
+    """A tree with the `NamedSharding` of every leaf of the state.
 
-    What belongs to single environments is divided among the devices: their states, the model's memory and the running
-    discounted returns. Every device has all the rest: parameters, optimiser, statistics, keys and counts.
+    Leaves with an axis of environments are divided among the devices: the states of the
+    environments, the carry of the model and the discounted returns. All others are replicated.
     """
-    everywhere = replicated(mesh)
-    divided = NamedSharding(mesh, PartitionSpec(AXIS))
+    on_all = jax.tree.map(lambda _: replicated(mesh), state)
     if mesh.size == 1:
-        return jax.tree.map(lambda _: everywhere, state)
-    where = jax.tree.map(lambda _: everywhere, state)
+        return on_all
+    divided = NamedSharding(mesh, PartitionSpec(AXIS))
     env, carry = (jax.tree.map(lambda _: divided, x) for x in (state.env, state.carry))
-    normalizer = where.normalizer
+    normalizer = on_all.normalizer
     if normalizer.reward is not None:
         normalizer = normalizer._replace(
             reward=normalizer.reward._replace(discounted_return=divided)
         )
-    return where._replace(env=env, carry=carry, normalizer=normalizer)
+    return on_all._replace(env=env, carry=carry, normalizer=normalizer)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Where keys, hyper-parameters and metrics are: on every device."""
+    """A copy on every device, as for keys, hyper-parameters and metrics."""
     return NamedSharding(mesh, PartitionSpec())

@@ -47,13 +47,13 @@ def make_train(
 ) -> Callable[..., Result]:
     """``train(key, params=None, frozen=None) -> Result(state, metrics)``: pure, for jit and vmap.
 
-    ``config`` is a `Config` or a mapping, whose keys may be PureJaxRL's upper-case ones. ``env`` and
-    ``model`` replace those that the config names. ``reward_fn`` computes the rewards (see
+    ``config`` is a `Config` or a mapping, whose keys may be PureJaxRL's upper-case ones. ``env``
+    and ``model`` replace those that the config names. ``reward_fn`` computes the rewards (see
     `make_trainer`) and receives ``frozen``, such as a reference model. Raises `ConfigError` for an
     invalid or unsupported configuration.
 
-    ``params`` is the starting point of the run: a `Policy` or a `TrainState` with its normaliser, or
-    parameters alone, for which normalisation starts empty.
+    ``params`` is the starting point of the run: a `Policy` or a `TrainState` with its normaliser,
+    or parameters alone, with which normalisation starts anew.
 
     The run is a scan over ``num_iterations`` iterations, which can be differentiated in both modes.
     With whole episodes and without ``total_episodes`` it stops after ``total_timesteps`` valid
@@ -137,7 +137,7 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
             key_rollout, state.params, state.normalizer.obs, state.env, state.carry
         )
         rewards = reward.step(state.reward, transitions, config, frozen)
-        scaled_reward, reward_scale = _normalized(config, state, transitions, rewards.reward)
+        scaled_reward, reward_scale = _normalized_reward(config, state, transitions, rewards.reward)
 
         # Compute advantage estimates Â_1, …, Â_T.
         advantage, target = estimate_advantages(config, transitions, scaled_reward)
@@ -150,7 +150,9 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
         state = TrainState(
             params=params,
             update=update_state,
-            normalizer=Normalizer(_merged(state.normalizer.obs, rollout_moments), reward_scale),
+            normalizer=Normalizer(
+                _merged_moments(state.normalizer.obs, rollout_moments), reward_scale
+            ),
             env=env_state,
             carry=carry,
             reward=rewards.state,
@@ -188,19 +190,19 @@ def _vectorize(env: Env, config: Config) -> VectorEnv:
     return vectorize(env, num_envs, at_once, config.group_size)
 
 
-def _normalized(
+def _normalized_reward(
     config: Config, state: TrainState, transitions: Transition, reward: Array
 ) -> tuple[Array, Any]:
-    """The rewards as the config has them normalised, and the new scale."""
+    """The rewards, normalised if the config says so, and the new scale."""
     valid = transitions.valid if config.whole_episodes else None
     scale = state.normalizer.reward
     return normalize_reward(scale, reward, transitions.reset, config.gamma, valid)
 
 
-def _merged(moments: Any, rollout_moments: Any) -> Any:
-    """The moments with which the next rollout normalises.
+def _merged_moments(moments: Any, rollout_moments: Any) -> Any:
+    """The moments for the next rollout.
 
-    This rollout's are merged after its update only, or the ratios of the update would not begin at 1.
+    The update uses the old moments, like the rollout, so that its probability ratios start at 1.
     """
     return None if rollout_moments is None else merge_obs(moments, rollout_moments)
 
@@ -211,14 +213,14 @@ def finished_in_all_shards(env_state: VectorState) -> EpisodeSums:
 
 
 def _printed(config: Config, metrics: Metrics) -> Metrics:
-    """The metrics; with ``debug`` a line of them is printed from inside the compiled program."""
+    """The metrics. With ``debug``, the compiled program prints a line of them."""
     if config.debug:
         jax.debug.callback(_print_line, metrics)
     return metrics
 
 
 def _print_line(metrics: Metrics) -> None:
-    metrics = jax.tree.map(np.asarray, metrics)  # no operation of JAX within a callback
+    metrics = jax.tree.map(np.asarray, metrics)  # a callback must not call JAX
     print(f"timesteps {metrics.timesteps}: episode return {metrics.episode_return}", flush=True)
 
 
@@ -235,10 +237,10 @@ def _batch(
 
 
 def _with_batch_axes_of(state: TrainState, sources: PyTree) -> TrainState:
-    """The same state, each leaf of which depends on every source, so that `vmap` batches them all.
+    """The state with a dependence of every leaf on every source, so that `vmap` batches all leaves.
 
-    Otherwise a leaf such as Adam's count is unbatched in the one-shot program and batched between chunks, XLA makes
-    two different programs of one step, and chunks no longer equal the one-shot run bit for bit.
+    Otherwise a leaf such as Adam's count would be batched in chunks, not in the one-shot run. XLA
+    would compile a step differently, and chunks would not equal the one-shot run bit for bit.
     """
     always = jnp.asarray(True)
     for leaf in jax.tree.leaves(sources):

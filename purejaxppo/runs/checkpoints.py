@@ -171,7 +171,7 @@ class Checkpoints:
 
 
 def _verified_rows(directory: Path, name: str) -> dict[str, str]:
-    """The files of rows of a checkpoint, with their SHA-256, after all of its files were verified."""
+    """Verify all files of a checkpoint. Returns its files of rows, with their SHA-256."""
     try:
         manifest = json.loads((directory / f"{name}.json").read_text())
         parts = manifest["rows"]
@@ -181,8 +181,9 @@ def _verified_rows(directory: Path, name: str) -> dict[str, str]:
         raise _DamagedError(f"{name}.json cannot be read ({error})") from None
     if version not in READABLE_VERSIONS:
         raise ConfigError(
-            f"{directory / name} has format version {version}, and this version of purejaxppo reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: resume it with the version that wrote it"
+            f"{directory / name} has format version {version}, and this version of purejaxppo "
+            f"reads {' and '.join(map(str, READABLE_VERSIONS))}: "
+            "resume it with the version that wrote it"
         )
     for file, digest in (files | parts).items():
         path = directory / file

@@ -58,8 +58,8 @@ def connect(
     else:
         if num_processes is None or process_index is None or not 0 <= process_index < num_processes:
             raise ConfigError(
-                f"num_processes = {num_processes} and process_index = {process_index}: a coordinator "
-                "needs the number of processes and the index of this one, 0, 1, …"
+                f"num_processes = {num_processes} and process_index = {process_index}: "
+                "a coordinator needs the number of processes and the index of this one, 0, 1, …"
             )
         if not coordinator.rpartition(":")[2].isdecimal() or coordinator.startswith(":"):
             raise ConfigError(f"coordinator = {coordinator!r}: it must be HOST:PORT, or auto")

@@ -26,10 +26,10 @@ class RunningMean(NamedTuple):
 
 
 class ReinforceState(NamedTuple):
-    """What REINFORCE remembers between iterations."""
+    """The state of REINFORCE between iterations."""
 
     optimizer: PyTree
-    running_mean: RunningMean | None  # where the baseline is the running mean
+    running_mean: RunningMean | None  # None unless it is the baseline
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
@@ -37,20 +37,20 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         ∇J ≈ 1/B Σ_i Σ_t ∇log π(a_t | s_t) (G_t − b_t)
 
-    The sum over a batch is divided by the number of episodes, which is constant. The number of steps
-    depends on the actions, and dividing by it would add bias. None of the baselines adds bias,
-    because none depends on the action (Greensmith et al. 2004):
+    The sum over a batch is divided by the number of episodes, which is constant. The number of
+    steps depends on the actions, and dividing by it would add bias. None of the baselines adds
+    bias, because none depends on the action (Greensmith et al. 2004):
 
         none           b = 0
-        leave_one_out  the mean of G_t over the other episodes that are still running at step t, or 0
+        leave_one_out  the mean of G_t over the other episodes that last until step t, or 0
         running_mean   the mean of G over all steps of earlier batches, each iteration with
                        ``baseline_decay`` times the weight of the next one; 0 at first
         value          V(s_t), fitted to G_t in the same step with the coefficient ``vf_coef``
 
     With γ < 1, G_t is discounted, and the factor γ^t of the discounted objective is omitted, as is
     usual (Nota & Thomas 2020). These options make the estimator biased: ``normalize_advantage``
-    standardises G − b over the batch; ``normalize_reward`` scales the rewards with statistics of the
-    same batch; with ``shared_trunk`` the value loss moves the policy; and ``advantage="gae"``
+    standardises G − b over the batch; ``normalize_reward`` scales the rewards with statistics of
+    the same batch; with ``shared_trunk`` the value loss moves the policy; and ``advantage="gae"``
     bootstraps from V, so that a window may cut episodes. ``ent_coef`` is the coefficient of the sum
     of the entropies, which is divided by B too.
     """
@@ -114,10 +114,10 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def sample_of_batch(batch: Batch, num_episodes: int, num_shards: int) -> Batch:
     """Every k-th sequence of a batch, on which the change of the policy is measured.
 
-    The gradient needs one pass of the model over the batch. The KL divergence from the old policy to
-    the new one needs another, because only after the step is the new policy known. It is an average,
-    so a part of the batch suffices: k ≤ 8 is the largest with at least 4,096 steps. The sequences are
-    independent of one another, so the estimate has no bias.
+    The gradient needs one pass of the model over the batch. The KL divergence between the old and
+    the new policy needs another, because the new policy is known only after the step. It is an
+    average, so a part of the batch suffices: k ≤ 8 is the largest k that leaves 4,096 steps. Which
+    sequences are chosen does not depend on them, so the estimate is unbiased.
     """
     num_sequences = batch.mask.shape[1] // num_shards
     k = min(MOST_SKIPPED, batch.mask.size // LEAST_MEASURED, num_episodes // num_shards)

@@ -15,7 +15,7 @@ from quick import FAST_FLAGS
 
 from purejaxppo import ConfigError
 from purejaxppo.runs import processes
-from purejaxppo.shards import evenly
+from purejaxppo.shards import devices_per_process
 
 SCRIPT = Path(__file__).with_name("runs_on_processes.py")
 
@@ -171,7 +171,7 @@ def test_both_processes_warn_of_a_full_disk_and_continue(runs):
     ],
 )
 def test_every_process_contributes_the_same_number_of_devices(own, parts, used):
-    assert evenly("agents", parts, own) == used
+    assert devices_per_process("agents", parts, own) == used
 
 
 @pytest.mark.parametrize(
