@@ -52,7 +52,7 @@ def make(name: str, /, **settings: Any) -> Env:
             obs = env.get_obs(state, params)
         reward = jnp.asarray(reward, jnp.result_type(float))  # some are integers
         truncated = env.is_truncated(state, params) & ~terminated
-        return Step(state, obs, reward, terminated, truncated)
+        return Step(state=state, obs=obs, reward=reward, terminated=terminated, truncated=truncated)
 
     return Env(
         name=name,

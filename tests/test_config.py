@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from purejaxrl import PPO, PPO_CONTINUOUS
+from sentences import sentence_of
 
 from purejaxppo import Config, ConfigError, envs, make_train
 from purejaxppo.config import (
@@ -74,15 +75,6 @@ SIZES = {
     "num_shards",
 }
 SIZES |= {"cg_iterations", "fisher_subsample", "line_search_steps", "group_size"}
-
-
-def sentence_of(make):
-    """The message of the `ConfigError` that ``make()`` raises; it must be one line."""
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------- derived numbers

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 from small_envs import masked_corridor
 
 from purejaxppo import (
     Config,
-    ConfigError,
     Policy,
     evaluate,
     fit,
@@ -36,14 +36,6 @@ TINY = Config(
     hidden_sizes=(8,),
     normalize_obs=True,
 )
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------------------------------- masks

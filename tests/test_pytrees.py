@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from killed import Killed
+from sentences import sentence_of
 from small_envs import counter, linear_model, mixed_model
 
-from purejaxppo import Config, ConfigError, fit, load_policy, make_train, sweep
+from purejaxppo import Config, fit, load_policy, make_train, sweep
 from purejaxppo.runs import chunks, evaluation, job, programs
 from purejaxppo.runs.checkpoints import Checkpoints
 from purejaxppo.runs.store import Store
@@ -227,14 +228,6 @@ STARTS = {
         "params do not fit the model: it has no 'more'",
     ),
 }
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", REFUSED)

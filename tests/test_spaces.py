@@ -7,19 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 
 from purejaxppo.policies.files import _space_from_json, _space_to_json
-from purejaxppo.types import Box, ConfigError, Discrete, MultiDiscrete
+from purejaxppo.types import Box, Discrete, MultiDiscrete
 
 INF = float("inf")
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 SAME = [

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 from small_envs import MULTI, counter, linear_model
 
 from purejaxppo import (
     Config,
-    ConfigError,
     Policy,
     fit,
     load_policy,
@@ -97,14 +97,6 @@ def state_of(config, policy, reward=None):
     state = jax.eval_shape(make_trainer(config, ENV, MODEL).init, KEY)
     normalizer = Normalizer(policy.obs_moments, reward)
     return state._replace(params=policy.params, normalizer=normalizer, iteration=jnp.int32(7))
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 def assert_equal(got, expected):

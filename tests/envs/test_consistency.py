@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from sentences import sentence_of
 from small_envs import BOX, MULTI, clock, counter, linear_model
 
-from purejaxppo import Config, ConfigError, Policy, evaluate, fit, make_train, sweep
+from purejaxppo import Config, Policy, evaluate, fit, make_train, sweep
 from purejaxppo.envs.consistency import require_consistent
 from purejaxppo.envs.vector import fresh_starts
 from purejaxppo.types import Box, Discrete, MultiDiscrete
@@ -15,14 +16,6 @@ from purejaxppo.types import Box, Discrete, MultiDiscrete
 CONFIG = Config(
     num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, total_timesteps=16, hidden_sizes=(4,)
 )
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 def same(x):

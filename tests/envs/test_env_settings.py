@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from sentences import sentence_of
 from small_envs import counter
 
 from purejaxppo import (
     Config,
-    ConfigError,
     Policy,
     compare,
     envs,
@@ -78,14 +78,6 @@ def call(*arguments):
         except SystemExit as exit:
             code = exit.code or 0
         return code, console.export_text()
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------ a run and its files

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from sentences import sentence_of
 
-from purejaxppo import ConfigError, envs
+from purejaxppo import envs
 from purejaxppo.envs.suites import SUITES, suite_of
 from purejaxppo.types import Discrete
 
@@ -45,12 +46,6 @@ def module(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     return add
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 from small_envs import BOX, DISCRETE, MULTI, counter, linear_model, mixed_model
 
-from purejaxppo import Config, ConfigError, Policy, load_policy, make_trainer, save_policy
+from purejaxppo import Config, Policy, load_policy, make_trainer, save_policy
 from purejaxppo.normalize import Moments
 from purejaxppo.trees import named_leaves
 from purejaxppo.types import Box, Discrete, Env, Step
@@ -98,14 +99,6 @@ def policies():
 
 KINDS = ["discrete", "multi-discrete", "continuous", "squashed", "normalised"]
 KINDS += ["custom model", "custom containers", "no hidden layers", "one of three"]
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 def assert_same(got, expected):

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 from small_envs import DISCRETE, counter
 
-from purejaxppo import Config, ConfigError, fit, load_policy, make_train
+from purejaxppo import Config, fit, load_policy, make_train
 from purejaxppo.analysis.curves import windowed
 from purejaxppo.metrics import with_nan
 from purejaxppo.runs import chunks, compilation
@@ -82,14 +83,6 @@ def diverged(tmp_path_factory):
 
 def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------ equal to make_train

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentences import sentence_of
 
-from purejaxppo import ConfigError
 from purejaxppo.metrics import AGENT_METRICS
 from purejaxppo.runs import tables
 from purejaxppo.runs.loggers.base import Logger
@@ -61,12 +61,6 @@ def write(directory, *written, names=(), before=None, members=MEMBERS, descripti
     for kind, table in written:
         logger.write(kind, table)
     logger.close()
-
-
-def sentence_of(make):
-    with pytest.raises(ConfigError) as error:
-        make()
-    return str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------- csv
