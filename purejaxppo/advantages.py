@@ -22,11 +22,12 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), correct at episode ends.
 
         δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
-        Â_t = δ_t + γ λ (1 − terminated_t) (1 − truncated_t) Â_{t+1},     Â_T = 0
+        Â_t = δ_t + γ λ (1 − terminated_t) (1 − truncated_t) Â_{t+1}
         target_t = Â_t + V(s_t)
 
-    ``next_value[t]`` is the value of s'_t, the true successor of step t. Where an episode is
-    truncated it is the value of the final observation, never of the first one of the next episode.
+    for t = T − 1, …, 0, with 0 in place of Â_{t+1} after the last step. ``next_value[t]`` is the
+    value of s'_t, the true successor of step t; at a termination it is not used. At a truncation it
+    is the value of the final observation, never of the first one of the next episode.
     Only termination removes the bootstrap; termination and truncation both cut the λ-sum. Pardo et
     al. 2018 show the cost of treating a time limit as a termination. With λ = 0 the advantage is
     the TD error. With λ = 1 it is the Monte-Carlo return, bootstrapped at the end of the data,
@@ -59,19 +60,20 @@ def returns(
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
     """Returns-to-go of whole episodes, without bootstrapping.
 
-        G_t = r_t + γ (1 − end_t) G_{t+1},     G_T = 0,     end = terminated or truncated
+        G_t = r_t + γ (1 − done_t) G_{t+1},     done = terminated or truncated
         Â_t = G_t − V(s_t)
 
     Source: Williams 1992; Sutton & Barto 2018, section 13.3. The objective is the return up to the
     end of the episode, so a time limit ends it like a termination. Nothing is bootstrapped, so the
-    estimate is unbiased. ``next_value`` and ``gae_lambda`` are not used. Every row must contain the
-    end of its episode, which ``whole_episodes`` ensures.
+    estimate is unbiased. ``next_value`` and ``gae_lambda`` are not used. Every episode must end
+    within the data, which ``whole_episodes`` ensures.
 
     Returns the advantages and G, both [T, B].
     """
-    end = terminated | truncated
+    done = terminated | truncated
     zero = jnp.zeros_like(value)
-    _, G = gae(reward, zero, zero, end, jnp.zeros_like(end), gamma, 1.0)
+    # With V = 0 and λ = 1, the advantage and the target are both G.
+    _, G = gae(reward, zero, zero, done, jnp.zeros_like(done), gamma, 1.0)
     return G - value, G
 
 

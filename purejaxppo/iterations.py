@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from purejaxppo.config import Config
@@ -44,9 +45,10 @@ def run_iterations(
     """Up to ``count`` iterations: the state, their metrics, and the number of iterations.
 
     The metrics of iteration i go to row i of ``buffer``. Without ``total`` all iterations run.
-    Otherwise the loop ends once the progress reaches ``total`` or training has diverged. Further
-    rows then repeat the last one, with a count of zero for every mean. Both conditions also hold
-    for the last row of the previous call, which ``buffer`` contains.
+    Otherwise the loop ends once the progress reaches ``total`` or training has diverged, and the
+    other rows repeat the last one (see `mark_padding`). The loop does not begin if the last row of
+    ``buffer``, from the previous call, fulfils a condition; before the first call its progress is
+    0.
     """
 
     def is_done(row: PyTree) -> Array:
@@ -67,22 +69,31 @@ def run_iterations(
 
     done = jnp.asarray(False)
     if total is not None:
-        done = is_done(jax.tree.map(lambda x: x[-1], buffer))
+        last = jax.tree.map(lambda x: x[-1], buffer)
+        done = (described.progress_of(last) > 0) & is_done(last)
     start = (state, buffer, jnp.zeros((), jnp.int32), done)
     state, buffer, completed, _ = jax.lax.while_loop(not_done, iteration, start)
     if total is not None:
-        buffer = _padded(buffer, completed, described)
+        row = jnp.arange(jax.tree.leaves(buffer)[0].shape[0])
+        # If this call did nothing, row −1 is the last row of the previous call.
+        last = jnp.where(row < completed, row, completed - 1)
+        buffer = jax.tree.map(lambda x: x[last], buffer)
     return state, buffer, completed
 
 
-def _padded(buffer: PyTree, completed: Array, described: MetricsDescription) -> PyTree:
-    """The buffer with the last row repeated after ``completed`` rows."""
-    row = jnp.arange(jax.tree.leaves(buffer)[0].shape[0])
-    # Row −1 is the last row of the previous call, if this call did nothing: it repeated that row.
-    buffer = jax.tree.map(lambda x: x[jnp.where(row < completed, row, completed - 1)], buffer)
+def mark_padding(described: MetricsDescription, metrics: PyTree, completed: Any) -> PyTree:
+    """The metrics [..., n] with counts of 0 and undefined means after ``completed`` [...] rows.
+
+    Works for arrays of JAX and of NumPy.
+    """
+    columns = described.columns(metrics)
+    xp: Any = jnp if isinstance(columns[described.progress], jax.Array) else np
+    is_row = xp.arange(columns[described.progress].shape[-1]) < xp.expand_dims(completed, -1)
     padding = dict.fromkeys(described.counts.values(), 0) | dict.fromkeys(
         described.counts, undefined()
     )
-    columns = described.columns(buffer)
-    padded = {name: jnp.where(row < completed, columns[name], x) for name, x in padding.items()}
-    return described.from_columns(columns | padded, buffer)
+    padded = {
+        name: xp.where(is_row, columns[name], xp.asarray(x, columns[name].dtype))
+        for name, x in padding.items()
+    }
+    return described.from_columns(columns | padded, metrics)

@@ -38,10 +38,10 @@ def log_ratio(
 
 
 def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """r = π(a|s) / π_old(a|s) = exp(log r) (Schulman et al. 2017, section 3), clipped to e^±20.
+    """r = π(a|s) / π_old(a|s) = exp(log r) (Schulman et al. 2017, section 3), within e^±20.
 
-    In float32 exp overflows from 89 on, and the gradient of a clipped entry, 0 · ∞, would be NaN.
-    Where the bound of e^±20 is active, the gradient is 0.
+    Without the bound, exp overflows in float32 for log r > 88. Where L_CLIP then has gradient 0,
+    the chain rule would give 0 · ∞ = NaN. Outside the bound the gradient is 0.
     """
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -74,7 +74,10 @@ def clipped_surrogate(
 def value_loss(
     value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]
 ) -> Scalar:
-    """L_VF = ½ E[(V − target)²]. Eq. 9 of the PPO paper has no ½: c1 = 0.5 there is c1 = 1 here."""
+    """L_VF = ½ E[(V − target)²].
+
+    The L_VF of the PPO paper (eq. 9) has no ½: its c1 = 0.5 corresponds to ``vf_coef = 1``.
+    """
     return 0.5 * masked_mean(jnp.where(valid, value - target, 0) ** 2, valid)
 
 
@@ -92,6 +95,7 @@ def clipped_value_loss(
     """
     change = jnp.where(valid, value - old_value, 0)
     error = jnp.where(valid, value - target, 0)
+    # error − change = V_old − target
     clipped_error = error - change + jnp.clip(change, -clip_eps, clip_eps)
     return 0.5 * masked_mean(jnp.maximum(error**2, clipped_error**2), valid)
 
@@ -99,8 +103,8 @@ def clipped_value_loss(
 def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
     """E[r − 1 − log r], a non-negative estimate of KL(π_old ‖ π), in nats.
 
-    This is k3 of Schulman 2020, 'Approximating KL divergence'. It is exact up to log r = 20, beyond
-    which r is bounded as in `probability_ratio`.
+    This is the estimator k3 of Schulman 2020, 'Approximating KL divergence'. For log r > 20, r is
+    bounded as in `probability_ratio`.
     """
     log_ratio = jnp.where(mask, log_ratio, 0)
     return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)

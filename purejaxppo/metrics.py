@@ -90,7 +90,8 @@ class MetricsDescription(NamedTuple):
 
     progress: str  # metric that counts the progress of training, such as environment steps
     plotted: str  # metric of the learning curve
-    # metrics -> whether training has not diverged; of the shape of the metrics
+    # metrics -> whether training has not diverged, of the shape of the metrics. It gets traced
+    # scalars and NumPy arrays [members, n], in which NaN stands for undefined values.
     is_finite: Callable[[Any], Array]
     # {metric that is a mean: metric that counts its samples}, for means over several iterations
     counts: Mapping[str, str] = MappingProxyType({})

@@ -57,16 +57,18 @@ def make_rollout(
     Observations are normalised with ``obs_moments``, which do not change. ``rollout_moments`` are
     the moments of the raw observations of the rollout; the caller merges them after the update.
 
-    ``next_value[t]`` is the value of the true successor of step t. It equals value[t + 1], except
-    where the episode was truncated. Truncations are ``max_episode_steps`` apart, so a rollout that
-    is no longer than that has at most one per environment: its carry and final observation are
-    stored and evaluated once. In a longer rollout, or without a bound, every successor is
-    evaluated.
+    ``next_value[t]`` is the value of the true successor of step t. It equals value[t + 1] inside an
+    episode; at a truncation it is the value of the final observation. At a termination it is
+    arbitrary, and estimators must not use it. Two truncations of an environment are at least
+    ``max_episode_steps`` steps apart, so a rollout of at most that length has at most one for each
+    environment. The carry and the final observation there are stored, and evaluated once after the
+    loop. In a longer rollout, or without a bound, every successor is evaluated.
 
     With ``whole_episodes`` every environment is reset first, and only its first episode counts.
     Later steps are played, but they are neither ``valid`` nor in the ``mask``, and no statistic
-    includes them. The episodes that happen to end within a window are mostly short, and an average
-    over them would be biased. After the last step the model is evaluated only at a truncation.
+    includes them. Averages over the episodes that end within a fixed number of steps would
+    over-represent short ones. There is no bootstrap at the end of the rollout, because every first
+    episode has ended; the model is evaluated only at the final observation of truncated episodes.
     """
     bound = env.max_episode_steps
     at_most_one_truncation = (
@@ -115,14 +117,13 @@ def make_rollout(
             first_episode_done = state.first_episode_done
             if whole_episodes:
                 first_episode_done |= timestep.terminated | truncated
+            truncated_successor = state.truncated_successor
+            if at_most_one_truncation:
+                truncated_successor = where_rows(truncated & valid, successor, truncated_successor)
             return RolloutState(
                 env=env_state,
                 carry=carry,
-                truncated_successor=where_rows(
-                    truncated & valid, successor, state.truncated_successor
-                )
-                if at_most_one_truncation
-                else (),
+                truncated_successor=truncated_successor,
                 moments=merged(state.moments, state.env.obs, valid),
                 first_episode_done=first_episode_done,
             ), transition
@@ -213,8 +214,10 @@ def in_shards(rollout: Rollout, num_shards: int) -> Rollout:
 
 
 def _first_episodes(transitions: Transition) -> EpisodeSums:
-    """The sums over the first episode of every environment, which has all of its valid steps."""
+    """The sums over the first episodes, to which all valid steps belong."""
     done = (transitions.terminated | transitions.truncated) & transitions.valid
-    played = transitions.valid & done.any(axis=0)[None]
-    returns = jnp.where(played, transitions.reward, 0).sum()
-    return EpisodeSums(returns, played.sum(dtype=returns.dtype), done.sum(dtype=jnp.int32))
+    in_finished_episode = transitions.valid & done.any(axis=0)[None]
+    returns = jnp.where(in_finished_episode, transitions.reward, 0).sum()
+    return EpisodeSums(
+        returns, in_finished_episode.sum(dtype=returns.dtype), done.sum(dtype=jnp.int32)
+    )

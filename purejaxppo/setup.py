@@ -26,11 +26,11 @@ from purejaxppo.types import (
 class Setup(NamedTuple):
     """A validated configuration with the environment, the model and the rewards of its run."""
 
-    config: Config  # ``env`` and ``env_settings`` are those of the environment
+    config: Config  # validated; ``env`` and ``env_settings`` are those of the environment
     env: Env
     model: Model
     reward: Reward
-    has_own_model: bool  # the model was given, and is not the one that the config names
+    has_own_model: bool  # the model was given by the caller, not made from the config
     has_own_reward: bool
 
     @property
@@ -47,10 +47,13 @@ def set_up(
 ) -> Setup:
     """Validate a configuration, and make or check the parts of its run.
 
-    The arguments and errors are those of `make_trainer`. A `Setup` is returned unchanged. Later
-    steps of a run use the result, so that nothing is validated or looked up twice.
+    The arguments and errors are those of `make_trainer`. A `Setup` is returned unchanged, and
+    contains the other arguments already. Later steps of a run use the result, so that nothing is
+    validated or looked up twice.
     """
     if isinstance(config, Setup):
+        if not (env is model is reward_fn is None):
+            raise ConfigError("env, model and reward_fn are arguments of set_up: pass them there")
         return config
     config = validate(config) if isinstance(config, Config) else Config.from_dict(config)
     require_scalars(config)
@@ -106,9 +109,9 @@ def _require_enough_sequences(config: Config, env: Env, model: Model) -> None:
     A model with memory learns from ``num_envs`` sequences, one without memory from single steps.
     """
     config = limit_num_steps_to_episode(config, env)
-    has_memory = jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs)))
+    has_memory = bool(jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs))))
     sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
-    if sequences % config.num_minibatches:
+    if sequences % config.num_minibatches:  # without memory this was checked before
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide "
             f"num_envs = {config.num_envs}{_each_shard(config)}: "
@@ -123,7 +126,7 @@ def _require_enough_sequences(config: Config, env: Env, model: Model) -> None:
 
 
 def limit_num_steps_to_episode(config: Config, env: Env) -> Config:
-    """With whole episodes ``num_steps`` is the bound of an episode: later steps are not valid."""
+    """With whole episodes ``num_steps`` becomes ``env.max_episode_steps``; no episode is longer."""
     return config.replace(num_steps=env.max_episode_steps) if config.whole_episodes else config
 
 
@@ -132,7 +135,8 @@ def _require_whole_episodes(config: Config, env: Env) -> None:
     bound = env.max_episode_steps
     if bound is None:
         raise ConfigError(
-            f"{env.name} has no bound on the length of an episode, so no rollout holds whole ones"
+            f"{env.name} has no bound on the length of an episode, "
+            "so a rollout may not contain whole episodes"
         )
     if config.num_steps < bound:
         instead = (
@@ -149,7 +153,7 @@ def _require_whole_episodes(config: Config, env: Env) -> None:
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide "
             f"num_envs * {bound}{_each_shard(config)}: "
-            f"of whole episodes of {env.name} no more than {bound} steps are played"
+            f"with whole episodes, num_steps is the maximum length of an episode of {env.name}"
         )
 
 

@@ -12,7 +12,13 @@ from purejaxppo.advantages import ADVANTAGES
 from purejaxppo.config import Config
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.envs.wrappers import bound_actions
-from purejaxppo.iterations import metrics_buffer, run_iterations, timesteps_after, zero_timesteps
+from purejaxppo.iterations import (
+    mark_padding,
+    metrics_buffer,
+    run_iterations,
+    timesteps_after,
+    zero_timesteps,
+)
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import AGENT_METRICS, iteration_metrics
 from purejaxppo.normalize import Normalizer, init_normalizer, merge_obs, normalize_reward
@@ -34,7 +40,6 @@ from purejaxppo.types import (
     TrainState,
     Transition,
     VectorEnv,
-    VectorState,
 )
 from purejaxppo.updates import UPDATES
 
@@ -53,13 +58,14 @@ def make_train(
     invalid or unsupported configuration.
 
     ``params`` is the starting point of the run: a `Policy` or a `TrainState` with its normaliser,
-    or parameters alone, with which normalisation starts anew.
+    or parameters alone, and then normalisation starts without samples.
 
     The run is a scan over ``num_iterations`` iterations, which can be differentiated in both modes.
-    With whole episodes and without ``total_episodes`` it stops after ``total_timesteps`` valid
-    steps instead. Metrics are then padded to ⌈total_timesteps / num_envs⌉ iterations, padding rows
-    report zero episodes, and there is no reverse-mode derivative. TRPO has none either, because its
-    line search is a loop of unknown length.
+    With whole episodes and without ``total_episodes`` it stops once ``total_timesteps`` steps in
+    the mask (chosen actions of first episodes) are counted. Metrics are then padded to
+    ⌈total_timesteps / num_envs⌉ iterations, padding rows report zero episodes, and there is no
+    reverse-mode derivative. TRPO has none either, because its line search is a loop of unknown
+    length.
     """
     setup = set_up(config, env, model, reward_fn)
     trainer = build_trainer(setup)
@@ -73,10 +79,10 @@ def make_train(
         if config.has_fixed_length:
             return Result(*jax.lax.scan(step, state, None, config.num_iterations))
         buffer = metrics_buffer(jax.eval_shape(step, state)[1], config.num_iterations)
-        state, metrics, _ = run_iterations(
+        state, metrics, completed = run_iterations(
             step, state, buffer, config.num_iterations, AGENT_METRICS, config.total_timesteps
         )
-        return Result(state, metrics)
+        return Result(state, mark_padding(AGENT_METRICS, metrics, completed))
 
     return train
 
@@ -91,16 +97,17 @@ def make_trainer(
 
     ``step`` returns ``(state, metrics)`` of one iteration of Algorithm 1 of the PPO paper. A
     ``reward_fn`` is a function ``(transitions, config, frozen) -> rewards [T, B]`` or a `Reward`;
-    episode returns stay those of the environment. Jit ``init`` too, or no state can be donated.
+    episode returns stay those of the environment. To donate the state to a jitted ``step``, jit
+    ``init`` too: outside jit, several leaves may share one buffer.
     """
     return build_trainer(set_up(config, env, model, reward_fn))
 
 
 def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
     """The trainer of `make_trainer`; ``hyperparameters``, which may be traced, replace fields."""
-    env = bound_actions(setup.env, setup.config.squash_actions)
+    env = bound_actions(setup.env, setup.config.squash_actions)  # accepts any real vector
     model = setup.model
-    reward = setup.reward
+    reward_fn = setup.reward
     config = limit_num_steps_to_episode(setup.config.replace(**hyperparameters), env)
     vector_env = _vectorize(env, config)
     rollout = _rollout_in_shards(config, env, vector_env, model)
@@ -122,7 +129,7 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
             normalizer=start.normalizer,
             env=env_state,
             carry=model.initial_carry(config.num_envs),
-            reward=reward.init(config),
+            reward=reward_fn.init(config),
             key=key_run,
             iteration=jnp.zeros((), jnp.int32),
             timesteps=zero_timesteps(config),
@@ -132,37 +139,40 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
     def step(state: TrainState, frozen: PyTree = None) -> tuple[TrainState, Metrics]:
         key_rollout, key_update, key_next = jax.random.split(state.key, 3)
 
-        # Run policy π_old in the environments for T steps.
+        # Run policy π_old in B environments for T steps.
         transitions, env_state, carry, rollout_moments = rollout(
             key_rollout, state.params, state.normalizer.obs, state.env, state.carry
         )
-        rewards = reward.step(state.reward, transitions, config, frozen)
-        scaled_reward, reward_scale = _normalized_reward(config, state, transitions, rewards.reward)
+        shaped = reward_fn.step(state.reward, transitions, config, frozen)
+        reward, return_scale = _normalized_reward(config, state, transitions, shaped.reward)
 
         # Compute advantage estimates Â_1, …, Â_T.
-        advantage, target = estimate_advantages(config, transitions, scaled_reward)
+        advantage, target = estimate_advantages(config, transitions, reward)
 
-        # Optimise the surrogate with respect to θ, for K epochs of minibatches.
-        batch = _batch(transitions, advantage, target, rewards.extras, state.carry)
+        # Optimise the surrogate with respect to θ (PPO: for K epochs of minibatches).
+        batch = _batch(transitions, advantage, target, shaped.extras, state.carry)
         update_state = with_learning_rate(config, state.update, state.timesteps)
         params, update_state, measured = update.step(key_update, state.params, update_state, batch)
 
-        state = TrainState(
-            params=params,
+        iteration = state.iteration + 1
+        next_state = TrainState(
+            params=params,  # θ_old ← θ
             update=update_state,
             normalizer=Normalizer(
-                _merged_moments(state.normalizer.obs, rollout_moments), reward_scale
+                _merged_moments(state.normalizer.obs, rollout_moments), return_scale
             ),
             env=env_state,
             carry=carry,
-            reward=rewards.state,
+            reward=shaped.state,
             key=key_next,
-            iteration=state.iteration + 1,
-            timesteps=timesteps_after(config, state.iteration + 1, state.timesteps, batch.mask),
+            iteration=iteration,
+            timesteps=timesteps_after(config, iteration, state.timesteps, batch.mask),
         )
-        finished = finished_in_all_shards(env_state)
-        metrics = iteration_metrics(state.timesteps, finished, batch, measured | rewards.metrics)
-        return state, _printed(config, metrics)
+        finished = _sum_over_shards(env_state.finished)
+        metrics = iteration_metrics(
+            next_state.timesteps, finished, batch, measured | shaped.metrics
+        )
+        return next_state, _printed(config, metrics)
 
     return Trainer(init, step)
 
@@ -183,11 +193,12 @@ def _normalizer(config: Config, env: Env, obs: PyTree) -> Normalizer:
 def _vectorize(env: Env, config: Config) -> VectorEnv:
     """The environments of one shard.
 
-    Several shards restart without a loop, because they would have to agree on its end.
+    With several shards, an initial state is drawn for every environment at every step. Drawing only
+    the needed ones takes a while loop, whose exit condition would synchronise the shards.
     """
     num_envs = config.num_envs // config.num_shards
-    at_once = None if config.num_shards == 1 else num_envs
-    return vectorize(env, num_envs, at_once, config.group_size)
+    resets_per_pass = None if config.num_shards == 1 else num_envs
+    return vectorize(env, num_envs, resets_per_pass, config.group_size)
 
 
 def _normalized_reward(
@@ -202,14 +213,15 @@ def _normalized_reward(
 def _merged_moments(moments: Any, rollout_moments: Any) -> Any:
     """The moments for the next rollout.
 
-    The update uses the old moments, like the rollout, so that its probability ratios start at 1.
+    They are merged only after the update, so that rollout and update see the same normalised
+    observations and the probability ratios start at 1.
     """
     return None if rollout_moments is None else merge_obs(moments, rollout_moments)
 
 
-def finished_in_all_shards(env_state: VectorState) -> EpisodeSums:
-    """The sums over the episodes that finished in the rollout."""
-    return jax.tree.map(lambda x: x.sum(dtype=x.dtype), env_state.finished)
+def _sum_over_shards(finished: EpisodeSums) -> EpisodeSums:
+    """The sums over the episodes that finished in any shard."""
+    return jax.tree.map(lambda x: x.sum(dtype=x.dtype), finished)
 
 
 def _printed(config: Config, metrics: Metrics) -> Metrics:
@@ -231,20 +243,22 @@ def _batch(
     extras: dict[str, PyTree],
     carry: PyTree,
 ) -> Batch:
+    # ``carry`` is that before step 0; with whole episodes ``reset[0]`` clears it.
     names = set(Batch._fields) & set(Transition._fields)
     shared = {name: getattr(transitions, name) for name in names}
     return Batch(**shared, advantage=advantage, target=target, carry=carry, extras=extras)
 
 
 def _with_batch_axes_of(state: TrainState, sources: PyTree) -> TrainState:
-    """The state with a dependence of every leaf on every source, so that `vmap` batches all leaves.
+    """The state, unchanged, but under `vmap` every leaf has the batch axes of ``sources``.
 
-    Otherwise a leaf such as Adam's count would be batched in chunks, not in the one-shot run. XLA
-    would compile a step differently, and chunks would not equal the one-shot run bit for bit.
+    Otherwise constants such as Adam's step count would have no batch axis if `init` and all steps
+    are traced together (`make_train`), and would have one if the state passes from one jitted call
+    to the next (`fit`). XLA would compile the two differently, with other bits.
     """
-    always = jnp.asarray(True)
+    condition = jnp.asarray(True)  # its value does not matter: both branches are the same
     for leaf in jax.tree.leaves(sources):
         leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_typed(leaf) else leaf
         first = jnp.ravel(leaf)[0]
-        always &= first == first
-    return jax.tree.map(lambda x: select(always, x, x), jax.tree.map(jnp.asarray, state))
+        condition &= first == first
+    return jax.tree.map(lambda x: select(condition, x, x), jax.tree.map(jnp.asarray, state))

@@ -283,7 +283,7 @@ class Env(NamedTuple):
 
 
 class EpisodeSums(NamedTuple):
-    """Sums over the episodes finished in one rollout. A mean over no episodes is NaN, not 0."""
+    """Sums over the episodes finished in one rollout. Without episodes, means are undefined."""
 
     returns: Float[Array, ""]
     lengths: Float[Array, ""]
@@ -291,7 +291,7 @@ class EpisodeSums(NamedTuple):
 
 
 class VectorState(NamedTuple):
-    """State of B environments between two steps. With S shards, S is every field's first axis."""
+    """State of B environments between two steps. S shards add a first axis S to all fields."""
 
     env: PyTree  # [B, ...] environment states
     obs: PyTree  # [B, ...] observations for the next action
@@ -307,7 +307,7 @@ class VectorEnv(NamedTuple):
     reset: Callable[[PRNGKey], VectorState]
     # Sets the sums over finished episodes to zero.
     begin_rollout: Callable[[VectorState], VectorState]
-    # key, state, action -> state after the auto-reset, Step of [B, ...] before it
+    # key, state, action -> state after the resets of ended episodes, Step [B, ...] before them
     step: Callable[[PRNGKey, VectorState, Array], tuple[VectorState, Step]]
 
 
@@ -350,13 +350,13 @@ class Model(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """A rollout of the behaviour policy π_old."""
+    """Transitions of a rollout under the behaviour policy π_old; inside its loop, of one step."""
 
     obs: PyTree  # [T, B, ...] input of the model, normalised if the config says so
     action: Array  # [T, B, ...] as sampled, before any clipping
     log_prob: Float[Array, "T B"]  # log π_old(action[t] | obs[t]), in nats
     value: Float[Array, "T B"]  # V(obs[t])
-    # V of the true successor of step t, also where the episode was truncated
+    # V of the true successor of step t, also at a truncation; arbitrary at a termination
     next_value: Float[Array, "T B"]
     reward: Float[Array, "T B"]
     terminated: Bool[Array, "T B"]
@@ -419,7 +419,8 @@ class Estimator(Protocol):
         """The advantages and the targets of the value function, both [T, B].
 
         ``reward`` replaces ``transitions.reward``: it is the output of the reward function after
-        normalisation. With ``group_size`` G, environments G·i … G·i + G − 1 have the same start.
+        normalisation. With ``group_size`` G, environments G·i … G·i + G − 1 have the same initial
+        state, so an estimator can use the mean return of a group as a baseline.
         """
 
 

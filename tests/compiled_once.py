@@ -20,7 +20,7 @@ class CompiledOnce:
         self._compile = programs.compile_programs
         self._evaluate = evaluation.make_evaluate
 
-    def compile_programs(self, job, agents, swept=(), *, devices=None, **rest):
+    def compile_programs(self, job, agents, swept=(), *, devices=None, shapes=None, **rest):
         assert not any(x is not None for x in rest.values())
         (setup,) = job.trainer_of.args
         exchange = job.population.args[2:] if job.population else None

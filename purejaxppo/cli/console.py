@@ -35,6 +35,7 @@ from purejaxppo.runs.run import Run, RunPlan
 from purejaxppo.sweeps.portions import GroupPlan
 from purejaxppo.sweeps.results import SweepResult
 from purejaxppo.sweeps.sweep import SweepPlan, SweepProgress
+from purejaxppo.trees import all_finite
 
 NUM_PROGRESS_LINES = 10  # per run, if the output is not a terminal
 
@@ -298,7 +299,7 @@ def show_evaluation(
         ]
         scores.append([float(result.returns.mean()) for result in results])
         name = "policy" if len(policies) == 1 else f"seed {seed}"
-        if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params)):
+        if not all_finite(policy.params):
             name += " (diverged: its parameters are not finite)"
         length = f"{float(results[0].lengths.mean()):.0f}"
         add_row(console, table, name, *map(_spread, results), length)

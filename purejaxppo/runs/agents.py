@@ -9,7 +9,7 @@ import numpy as np
 from purejaxppo.metrics import AGENT_METRICS
 from purejaxppo.population import Bounds, Exchange, make_population
 from purejaxppo.runs.chunks import Chunk
-from purejaxppo.runs.programs import Job, first_metrics, require_scalar_metrics
+from purejaxppo.runs.programs import Job, first_metrics, require_valid_metrics
 from purejaxppo.setup import Setup
 from purejaxppo.shards import state_sharding
 from purejaxppo.starting import starting_point
@@ -61,7 +61,7 @@ def require_storable(setup: Setup, params: PyTree = None, frozen: PyTree = None)
         require_trainable(starting_point(params).params)
     if setup.has_own_model or setup.has_own_reward:
         row = jax.eval_shape(lambda key: first_metrics(trainer, key, params, frozen), key)
-        require_scalar_metrics(job_of(setup), row)
+        require_valid_metrics(job_of(setup), row)
 
 
 def progress_of(chunk: Chunk, num_agents: int | None = None) -> Progress:

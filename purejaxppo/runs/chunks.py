@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from purejaxppo.iterations import mark_padding
 from purejaxppo.metrics import with_nan, without_nan
 from purejaxppo.runs.processes import broadcast_from_main, gather_to_host
 from purejaxppo.runs.programs import Job, Programs, Swept
@@ -22,6 +23,7 @@ class Chunk(NamedTuple):
     state: PyTree  # the next chunk donates it
     metrics: PyTree  # NumPy [agents, iterations of the chunk], also for a single agent
     done: int  # iterations so far
+    completed: NDArray[Any]  # [agents] iterations in the chunk; later metrics are padding
     progress_before: NDArray[Any]  # [agents] progress before the chunk
     seconds: float
 
@@ -63,18 +65,27 @@ def run_chunks(
             stop = min(stop, (done // every + 1) * every)
         count = min(count, programs.capacity, stop - done)
         started = time.perf_counter()
-        state, buffer, completed = programs.chunk(swept, state, buffer, count)
+        state, buffer, completed_of_each = programs.chunk(swept, state, buffer, count)
         # This waits for the chunk. It copies, because the next chunk donates `buffer`.
         new = gather_to_host(jax.tree.map(lambda x, n=count: x[*agent_index, :n], buffer))
-        new = with_nan(jax.tree.map(np.array, new))
+        new = jax.tree.map(np.array, new)
         seconds = broadcast_from_main(time.perf_counter() - started)
+        completed = np.atleast_1d(np.asarray(gather_to_host(completed_of_each)))
         if job.total is not None:  # the agents may finish before `count` iterations
-            most = int(np.max(gather_to_host(completed)))
+            most = int(completed.max())
             new = jax.tree.map(lambda x, n=most: x[*agent_index, :n], new)
         new = new if agent_index else jax.tree.map(lambda x: x[None], new)
+        new = with_nan(mark_padding(job.metrics, new, completed))
         new_progress = np.asarray(job.metrics.progress_of(new))
         done += new_progress.shape[-1]
-        yield Chunk(state=state, metrics=new, done=done, progress_before=progress, seconds=seconds)
+        yield Chunk(
+            state=state,
+            metrics=new,
+            done=done,
+            completed=completed,
+            progress_before=progress,
+            seconds=seconds,
+        )
         progress = new_progress[:, -1]
         if is_finished(job, new).all():
             return

@@ -48,8 +48,8 @@ def fit(
     `connect` has joined must pass the same arguments, and get the same result.
 
     Main arguments:
-        config: a `Config`, a mapping with its fields, or the `Setup` made of one, an
-            environment, a model and a reward function.
+        config: a `Config`, a mapping with its fields, or a `Setup` (`set_up`), which contains
+            ``env``, ``model`` and ``reward_fn``.
         seeds: the number of agents.
         key: an integer or a random key.
         params: initial parameters of every agent: a trained `Policy` (``run.policy()``) or the
@@ -107,7 +107,7 @@ def fit(
             train_seconds=result.seconds,
             interrupted=result.interrupted,
             env=setup.env,
-            model=model,
+            model=setup.own_model,
             best=result.best,
             evaluations=result.evaluations,
             resumed_at=result.resumed_at,

@@ -13,9 +13,9 @@ from purejaxppo.runs.chunks import Chunk
 from purejaxppo.runs.compilation import mesh_of
 from purejaxppo.runs.disk import atomic_write
 from purejaxppo.runs.loggers.open import checked_names, open_loggers
-from purejaxppo.runs.programs import Job, Programs, compile_programs
+from purejaxppo.runs.programs import Job, Programs, compile_programs, shapes_of
 from purejaxppo.runs.session import CheckpointPolicy, Evaluator, SessionResult, run_session
-from purejaxppo.types import PRNGKey, PyTree
+from purejaxppo.types import ConfigError, PRNGKey, PyTree
 from purejaxppo.validation import integer, seconds_of
 
 
@@ -38,17 +38,19 @@ def run_job(
 ) -> SessionResult:
     """Compile and run a job; `fit` is the job that trains agents.
 
-    Training runs in chunks. Ctrl-C and SIGTERM stop it after a chunk. The state and the metrics
-    have a leading axis of seeds if there are several.
+    Training runs in chunks. Ctrl-C and SIGTERM stop it after a chunk. The metrics of the result are
+    [seeds, iterations]; its state has an axis of seeds if there are several.
 
     Main arguments:
         job: the training loop.
         seeds: the number of members, which train in parallel.
         key: an integer or a random key.
-        params, frozen: arrays passed to ``Trainer.init`` and ``Trainer.step``.
+        params, frozen: arrays passed to ``Trainer.init`` and ``Trainer.step``. They are not stored:
+            pass the same ones again to resume.
         directory: a new directory, for ``metrics.csv``, checkpoints and other logs.
         identity: a description of the job, stored in ``config.json``, that JSON can represent. A
-            run can be resumed by a job with the same identity.
+            run is resumed only by a job with the same identity and, unless the identity has a
+            ``kind``, the same numbers of seeds and iterations and the same total.
         resume: continue the killed or interrupted run in ``directory`` from its newest checkpoint.
 
     Other arguments:
@@ -65,9 +67,15 @@ def run_job(
     agents = None if integer("seeds", seeds, 1) == 1 else seeds
     checkpoint_seconds = seconds_of("checkpoint_seconds", checkpoint_seconds)
     key, named_key = random_key(key)
+    if identity is None and directory is not None:
+        raise ConfigError("a run with a directory needs an identity, which a resume compares")
     identity = identity or {}
+    if "kind" not in identity:
+        length = {"num_iterations": job.num_iterations, "total": job.total}
+        identity = {"kind": "job", "seeds": seeds, **length, **identity}
     # All errors in the arguments are raised before the directory is made.
     mesh_of(job.num_shards, agents)
+    shapes = shapes_of(job, agents, params=params, frozen=frozen)
     checked_names(loggers, None if directory is None else Path(directory), seeds)
     with run_directory.open_run_directory(directory, identity, named_key, resume) as store:
         checkpointing = None
@@ -79,7 +87,7 @@ def run_job(
                 resume,
                 partial(open_loggers, loggers, store.directory, names, identity, job.metrics),
             )
-        programs = compile_programs(job, agents, params=params, frozen=frozen)
+        programs = compile_programs(job, agents, params=params, frozen=frozen, shapes=shapes)
         if on_start:
             on_start(programs)
         keys = programs.keys(key)

@@ -2,8 +2,8 @@
 
 All of them call the same functions with the same arguments. Decisions that depend on time, files or
 signals are made by process 0, the main process, and broadcast, so that all processes run the same
-collectives. The main process also reads and writes the files (see `Store`). With one process these
-functions do nothing.
+collectives. The main process also writes the files (see `Store`). With one process these functions
+do nothing.
 """
 
 import contextlib

@@ -17,6 +17,8 @@ from purejaxppo.runs.processes import broadcast_from_main, device_put_global
 from purejaxppo.shards import replicated
 from purejaxppo.types import ConfigError, PRNGKey, PyTree, Trainer
 
+RESERVED_NAMES = ("iteration", "valid", "seed", "member")  # columns of tables and CSV files
+
 CHUNK_ITERATIONS = 512  # maximum iterations in a chunk: the size of the metrics buffer
 
 Swept = Mapping[str, Array]  # swept hyper-parameters, each [agents]
@@ -31,9 +33,10 @@ class Job(NamedTuple):
 
     # (**hyperparameters) -> Trainer; hyperparameters are those of a sweep, and may be traced
     trainer_of: Callable[..., Trainer]
-    num_iterations: int  # with ``total`` the largest number
+    num_iterations: int  # with ``total`` an upper bound
     metrics: MetricsDescription
-    # The progress after which training ends; None: after ``num_iterations``.
+    # The progress after which training ends, at least 1; None: after ``num_iterations``. It is
+    # not used in a population.
     total: int | None = None
     # A single agent is divided into shards, which can be placed on several devices by
     # ``state_sharding(mesh, state)``.
@@ -41,6 +44,10 @@ class Job(NamedTuple):
     state_sharding: Callable[[Mesh, PyTree], PyTree] | None = None
     # (mesh axis or None) -> init(keys, swept, params), step(state, frozen) of all agents together
     population: Callable[[str | None], tuple[Callable, Callable]] | None = None
+
+
+# ((keys, hyper-parameters), buffer of metrics), as shapes
+JobShapes = tuple[tuple[PyTree, PyTree], PyTree]
 
 
 class Programs(NamedTuple):
@@ -91,12 +98,13 @@ def compile_programs(
     params: PyTree = None,
     frozen: PyTree = None,
     devices: Sequence[jax.Device] | None = None,
+    shapes: JobShapes | None = None,
 ) -> Programs:
     """Compile the training of agents that differ in their keys and ``swept`` hyper-parameters.
 
     Agents are spread evenly over the largest possible number of devices of all processes. Each
-    device runs its agents without communication, except in a population. A single agent with
-    ``num_shards`` spreads its environments in the same way.
+    device runs its agents without communication, except in a population. The shards of a single
+    agent are spread in the same way.
 
     Main arguments:
         job: the training loop of every agent.
@@ -107,25 +115,26 @@ def compile_programs(
         params: initial parameters of every agent, passed to ``Trainer.init``.
         frozen: arrays passed to ``Trainer.step``.
         devices: the devices to choose from; by default those of all processes.
+        shapes: the result of `shapes_of` for the same arguments, if it is known.
 
     Raises `ConfigError` for an invalid or unsupported configuration.
     """
     started = time.perf_counter()
     mesh = mesh_of(job.num_shards, agents, devices)
     init, chunk = _functions(job, agents, "agents" if mesh.size > 1 else None)
-    inputs, buffer = _shapes(job, agents, swept, params, frozen)
+    inputs, buffer = shapes or shapes_of(job, agents, swept, params, frozen)
     if agents is not None and mesh.size > 1:
         unsharded = PartitionSpec()
         sharded = partial(jax.shard_map, mesh=mesh, out_specs=AGENTS, check_vma=False)
         init = sharded(init, in_specs=(unsharded, AGENTS, AGENTS))
         chunk = sharded(chunk, in_specs=(unsharded, AGENTS, AGENTS, AGENTS, unsharded))
-    shapes = jax.eval_shape(init, params, *inputs)
+    state_shapes = jax.eval_shape(init, params, *inputs)
     sharding = None
     sharding_of_state = None
     init_shardings: dict[str, Any] = {}
     chunk_shardings: dict[str, Any] = {}
     if mesh.size > 1:
-        sharding, sharding_of_state = _shardings(job, mesh, agents, shapes)
+        sharding, sharding_of_state = _shardings(job, mesh, agents, state_shapes)
         on_all = replicated(mesh)
         params = device_put_global(params, on_all)
         frozen = device_put_global(frozen, on_all)
@@ -141,7 +150,7 @@ def compile_programs(
     jitted_chunk = jax.jit(chunk, donate_argnums=(2, 3), **chunk_shardings)
     compiled_init, compiled_chunk = compile_all(
         (jitted_init, (params, *inputs)),
-        (jitted_chunk, (frozen, inputs[1], shapes, buffer, 1)),
+        (jitted_chunk, (frozen, inputs[1], state_shapes, buffer, 1)),
     )
     # The first collective times out after half a minute, so all processes must be ready for it.
     broadcast_from_main(None)
@@ -152,7 +161,7 @@ def compile_programs(
         state_sharding=sharding_of_state,
         init=partial(compiled_init, params),
         chunk=partial(telling_nan(compiled_chunk), frozen),
-        shapes=shapes,
+        shapes=state_shapes,
         buffer=buffer,
         memory_bytes=memory_of(compiled_chunk),
         compile_seconds=time.perf_counter() - started,
@@ -207,10 +216,17 @@ def _population_functions(
     return init, chunk
 
 
-def _shapes(
-    job: Job, agents: int | None, swept: Sequence[str], params: PyTree, frozen: PyTree
-) -> tuple[tuple[PyTree, PyTree], PyTree]:
-    """The shapes of (keys, hyper-parameters) and of the metrics buffer of a chunk."""
+def shapes_of(
+    job: Job,
+    agents: int | None,
+    swept: Sequence[str] = (),
+    params: PyTree = None,
+    frozen: PyTree = None,
+) -> JobShapes:
+    """The shapes of (keys, hyper-parameters) and of the metrics buffer of a chunk.
+
+    Raises `ConfigError` if the metrics do not fit their description (`require_valid_metrics`).
+    """
     inputs = jax.eval_shape(lambda: jax.random.key(0)), dict.fromkeys(swept, jnp.zeros(()))
     of_agents = () if agents is None else (agents,)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*of_agents, *x.shape), x.dtype), inputs)
@@ -227,7 +243,7 @@ def _shapes(
         row = jax.eval_shape(
             lambda key, swept: first_metrics(job.trainer_of(**swept), key, params, frozen), *one
         )
-    require_scalar_metrics(job, row)
+    require_valid_metrics(job, row)
     capacity = min(CHUNK_ITERATIONS, job.num_iterations)
     return inputs, jax.eval_shape(lambda: metrics_buffer(row, *of_agents, capacity))
 
@@ -237,17 +253,39 @@ def first_metrics(trainer: Trainer, key: PRNGKey, params: PyTree, frozen: PyTree
     return trainer.step(trainer.init(key, params), frozen)[1]
 
 
-def require_scalar_metrics(job: Job, row: PyTree) -> None:
-    """Raise `ConfigError` if a metric of an iteration is not one number."""
-    for name, x in job.metrics.columns(row).items():
+def require_valid_metrics(job: Job, row: PyTree) -> None:
+    """Raise `ConfigError` if the metrics of an iteration do not fit their description.
+
+    Every metric must be one number with a name of its own, and the description may only name
+    existing metrics.
+    """
+    described = job.metrics
+    columns = described.columns(row)
+    if len(columns) < len(jax.tree.leaves(row)):
+        raise ConfigError("two metrics have the same name: rename one")
+    for name, x in columns.items():
+        if name in RESERVED_NAMES:
+            raise ConfigError(f"the metric {name!r} has the name of a column of files: rename it")
         if x.shape:
             raise ConfigError(f"the metric {name!r} has the shape {x.shape}: it must be one number")
+    counts = described.counts
+    for name in (described.progress, described.plotted, *counts, *counts.values()):
+        if name not in columns:
+            raise ConfigError(
+                f"the description of the metrics names {name!r}, "
+                f"and the trainer has only {', '.join(columns)}"
+            )
+    if described.progress in counts.values():
+        raise ConfigError(f"{described.progress!r} cannot be both the progress and a count")
+    if job.total is not None and job.total < 1:
+        raise ConfigError(f"total = {job.total}: the progress at the end must be at least 1")
 
 
 def _shardings(
     job: Job, mesh: Mesh, agents: int | None, shapes: PyTree
 ) -> tuple[NamedSharding, PyTree]:
     """The sharding of keys, hyper-parameters and metrics, and that of the state."""
-    if agents is None and job.state_sharding is not None:
-        return replicated(mesh), job.state_sharding(mesh, shapes)
+    if agents is None:
+        on_all = replicated(mesh)
+        return on_all, job.state_sharding(mesh, shapes) if job.state_sharding else on_all
     return NamedSharding(mesh, AGENTS), NamedSharding(mesh, AGENTS)

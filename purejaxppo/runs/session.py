@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from purejaxppo.runs import processes, tables
@@ -18,7 +19,11 @@ from purejaxppo.types import PRNGKey, PyTree
 
 
 class Evaluator(NamedTuple):
-    """Evaluations between chunks. Their results so far, ``best``, are stored in checkpoints."""
+    """Evaluations between chunks.
+
+    Their results so far, ``best``, are a pytree of JAX arrays, which is stored in checkpoints. With
+    several processes, the state and ``best`` may be divided among them.
+    """
 
     every: int  # iterations
     init: Callable[[PyTree], PyTree]  # state -> best before the first evaluation
@@ -89,9 +94,7 @@ def run_session(
     if saved:
         state, best = saved.arrays
     saved_tables = saved.tables if saved else {}
-    log = None
-    if checkpointing and processes.is_main_process():
-        log = checkpointing.open_log(saved_tables if checkpointing.resume else None)
+    log = _open_log(checkpointing, saved_tables) if checkpointing else None
     table_log = TableLog(saved_tables, log)
     before = described.from_columns(saved_tables["metrics"], programs.buffer) if saved else None
     stop = False
@@ -104,7 +107,7 @@ def run_session(
         every = evaluator.every if evaluator else None
         for chunk in run_chunks(programs, swept, state, before, every):
             state = chunk.state
-            rows = tables.of_metrics(described, chunk.metrics, chunk.done, chunk.progress_before)
+            rows = tables.of_metrics(described, chunk.metrics, chunk.done, chunk.completed)
             table_log.add("metrics", rows)
             if evaluator and chunk.done % evaluator.every == 0:
                 best, rows = evaluator.step(best, chunk)
@@ -137,11 +140,24 @@ def run_session(
     )
 
 
+def _open_log(checkpointing: CheckpointPolicy, saved_tables: Mapping[str, Table]) -> Logger | None:
+    """The logger of the main process; None in the others."""
+    opened: list[Logger] = []
+
+    def open_log(directory: Path) -> None:
+        opened.append(checkpointing.open_log(saved_tables if checkpointing.resume else None))
+
+    checkpointing.checkpoints.store.write(open_log)
+    return opened[0] if opened else None
+
+
 def _save(checkpoints: Checkpoints, done: int, arrays: PyTree, table_log: TableLog) -> None:
     """Save a checkpoint, or warn: a full disk should not end a run, and the next save may work."""
     try:
         pending = {kind: tables.joined(parts) for kind, parts in table_log.pending.items()}
         checkpoints.save(done, arrays, pending)
+    except ConnectionError:  # another process has ended
+        raise
     except Exception as error:
         message = (
             f"no checkpoint was saved after iteration {done}, training goes on: "

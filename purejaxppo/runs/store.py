@@ -8,10 +8,11 @@ from purejaxppo.runs import processes
 
 
 class Store(NamedTuple):
-    """A directory that the processes of a run share; only the main process reads and writes it.
+    """A directory that the processes of a run share; only the main process writes it.
 
     All processes call the same methods. An error of the main process is raised in all of them.
-    Without a directory nothing is stored.
+    Without a directory nothing is stored. (Arrays of checkpoints and finished portions of sweeps
+    are read by every process itself.)
     """
 
     directory: Path | None
@@ -29,15 +30,6 @@ class Store(NamedTuple):
         if self.directory is None:
             return None
         return processes.on_main_process(lambda: action(self.directory, *arguments))
-
-    def open(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of ``action(directory, *arguments)``, such as an open file.
-
-        None in other processes, and without a directory.
-        """
-        if self.directory is None or not processes.is_main_process():
-            return None
-        return action(self.directory, *arguments)
 
     def subdirectory(self, name: str) -> "Store":
         """The store of a directory in this one, which ``write`` may have to make."""

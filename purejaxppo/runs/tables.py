@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.metrics import MetricsDescription
+from purejaxppo.trees import as_stored
 from purejaxppo.types import PyTree
 
 Table = Mapping[str, NDArray[Any]]
@@ -108,7 +109,7 @@ def averaged(described: MetricsDescription, table: Table) -> Table:
 def next_steps(
     described: MetricsDescription, before: Mapping[str, Table], num_members: int
 ) -> list[int]:
-    """For each member the progress after that of its last row, plus one; 0 without rows."""
+    """For each member the progress of its last valid row plus one; 0 without rows."""
     last = np.full(num_members, -1.0)
     for table in before.values():
         last = np.maximum(
@@ -118,21 +119,17 @@ def next_steps(
 
 
 def of_metrics(
-    described: MetricsDescription, metrics: PyTree, last: int, progress: NDArray[Any]
+    described: MetricsDescription, metrics: PyTree, last: int, completed: NDArray[Any]
 ) -> Table:
     """The table of metrics [members, n] of the n iterations up to ``last``.
 
-    ``progress`` [members] is the progress before them. Rows of a member that had already finished
-    are not valid: they have neither new progress nor new samples.
+    The first ``completed`` [members] rows of each member are valid; the others are padding.
     """
-    columns = {name: np.asarray(x) for name, x in described.columns(metrics).items()}
-    new_progress = np.diff(columns[described.progress], axis=1, prepend=progress[:, None])
-    first = last - new_progress.shape[1] + 1
-    iteration = np.broadcast_to(np.arange(first, last + 1), new_progress.shape)
-    valid = new_progress > 0
-    for count in set(described.counts.values()):
-        valid |= columns[count] > 0
-    return {"iteration": iteration, **columns, "valid": valid}
+    columns = {name: as_stored(x) for name, x in described.columns(metrics).items()}
+    shape = columns[described.progress].shape
+    row = np.broadcast_to(np.arange(shape[1]), shape)
+    iteration = row + last - shape[1] + 1
+    return {"iteration": iteration, **columns, "valid": row < completed[:, None]}
 
 
 def joined(parts: Sequence[Table]) -> Table:

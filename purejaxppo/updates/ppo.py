@@ -17,6 +17,8 @@ from purejaxppo.keys import scan_keys
 from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
+OLD_POLICY = "old_policy"  # reserved name among the extras of a batch
+
 
 class PPOState(NamedTuple):
     """State of PPO between iterations."""
@@ -30,7 +32,7 @@ class LoopState(NamedTuple):
 
     params: PyTree
     optimizer: PyTree  # state of the optimiser
-    continues: Array  # [] bool, false from the minibatch at which early stopping ended the updates
+    is_active: Array  # [] bool, false once early stopping has triggered
 
 
 def make_update(config: Config, model: Model, optimizer: optax.GradientTransformation) -> Update:
@@ -38,7 +40,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 
         maximise   L − c1 · L_VF + c2 · S
 
-    with c1 = ``vf_coef`` and c2 = ``ent_coef``. ``objective`` chooses L:
+    with c1 = ``vf_coef`` and c2 = ``ent_coef``. (Our L_VF has a factor ½ that eq. 9 does not have.)
+    ``objective`` chooses L:
 
     - ``clip``: L_CLIP (eq. 7).
     - ``unclipped``: L_CPI (eq. 6).
@@ -50,9 +53,10 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
     iteration. Its step and the later steps are computed and measured but not applied, so that the
     update can be vmapped.
 
-    Metrics are means over all minibatches, with three exceptions. ``first_ratio_deviation`` is
-    measured on the first minibatch, before any step. ``largest_ratio_deviation`` is the maximum.
-    ``kl``, of ``adaptive_kl``, is the exact KL on the whole batch after the last step.
+    Metrics are means over all minibatches, except these: ``first_ratio_deviation`` is measured on
+    the first minibatch, before any step, and ``largest_ratio_deviation`` is the maximum. With
+    ``adaptive_kl``, ``kl`` is the exact KL on the whole batch after the last step, and ``kl_coef``
+    is the β of this iteration.
     """
     is_penalised = config.objective in ("fixed_kl", "adaptive_kl")
     is_adaptive = config.objective == "adaptive_kl"
@@ -74,22 +78,23 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
             return model.unroll(params, sequences.carry, sequences.obs, sequences.reset)[0]
 
         if is_penalised:
-            extras = sequences.extras | {"old_policy": policy(params)}
+            extras = sequences.extras | {OLD_POLICY: policy(params)}
             sequences = sequences._replace(extras=extras)
 
         def minibatch_step(loop: LoopState, minibatch: Batch) -> tuple[LoopState, dict[str, Array]]:
             gradient, metrics = jax.grad(loss, has_aux=True)(loop.params, minibatch, kl_coef)
-            updates, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
+            deltas, opt_state = optimizer.update(gradient, loop.optimizer, loop.params)
             metrics["grad_norm"] = optax.tree.norm(gradient)
             next_loop = LoopState(
-                optax.apply_updates(loop.params, updates), opt_state, loop.continues
+                optax.apply_updates(loop.params, deltas), opt_state, loop.is_active
             )
             if config.early_stop_kl is not None:
-                continues = loop.continues & (metrics["approx_kl"] <= config.early_stop_kl)
-                next_loop = where_except_schedules(continues, next_loop, loop)._replace(
-                    continues=continues
+                is_active = loop.is_active & (metrics["approx_kl"] <= config.early_stop_kl)
+                next_loop = where_except_schedules(is_active, next_loop, loop)._replace(
+                    is_active=is_active
                 )
-                metrics["steps_taken"] = continues.astype(metrics["approx_kl"].dtype)
+                # Its mean is the fraction of the steps that were applied.
+                metrics["steps_taken"] = is_active.astype(metrics["approx_kl"].dtype)
             return next_loop, metrics
 
         def epoch(loop: LoopState, key: PRNGKey) -> tuple[LoopState, dict[str, Array]]:
@@ -111,7 +116,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         if not is_adaptive:
             return loop.params, PPOState(loop.optimizer, ()), mean_metrics
         kl = losses.masked_mean(
-            sequences.extras["old_policy"].kl(policy(loop.params)), sequences.mask
+            sequences.extras[OLD_POLICY].kl(policy(loop.params)), sequences.mask
         )
         state = PPOState(loop.optimizer, adapt_kl_coef(kl_coef, kl, config.kl_target))
         return loop.params, state, mean_metrics | {"kl": kl, "kl_coef": kl_coef}
@@ -122,7 +127,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """``(params, batch, kl_coef) -> (loss, metrics)`` of one minibatch.
 
-    With a KL penalty, the extra ``old_policy`` of the batch is π_old.
+    With a KL penalty, the extra `OLD_POLICY` of the batch is π_old.
     """
 
     def loss(
@@ -141,8 +146,8 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
             surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
         else:
             surrogate = losses.surrogate(ratio, advantage, batch.mask)
-        if "old_policy" in batch.extras:
-            old = batch.extras["old_policy"]
+        if config.objective in ("fixed_kl", "adaptive_kl"):
+            old = batch.extras[OLD_POLICY]
             surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
         if config.clip_value:
             value_loss = losses.clipped_value_loss(

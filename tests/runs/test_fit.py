@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sentences import sentence_of
-from small_envs import DISCRETE, counter
+from small_envs import DISCRETE, LINEAR, counter
 
 from purejaxppo import Config, fit, load_policy, make_train
 from purejaxppo.analysis.curves import windowed
@@ -18,6 +18,7 @@ from purejaxppo.metrics import with_nan
 from purejaxppo.runs import chunks, compilation
 from purejaxppo.runs.agents import Progress
 from purejaxppo.runs.run import load_policies
+from purejaxppo.setup import set_up
 from purejaxppo.types import Metrics
 
 TINY = Config(
@@ -83,6 +84,20 @@ def diverged(tmp_path_factory):
 
 def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# ------------------------------------------------------------------------------ from a `Setup`
+
+
+def test_a_set_up_contains_the_model(tmp_path):
+    setup = set_up(TINY, counter(), LINEAR)
+    run = fit(setup, directory=tmp_path / "run")
+    assert run.model is LINEAR
+    policy = load_policy(tmp_path / "run" / "policy", env=counter(), model=LINEAR)
+    obs = np.ones(3, np.float32)
+    assert run.policy().act(obs) == policy.act(obs)
+    for other in ({"env": counter()}, {"model": LINEAR}, {"reward_fn": lambda *_: 0.0}):
+        assert "pass them there" in sentence_of(lambda other=other: fit(setup, **other))
 
 
 # ------------------------------------------------------------------------------ equal to make_train

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 from killed import Killed
+from sentences import sentence_of
 
 from purejaxppo.metrics import MetricsDescription
 from purejaxppo.runs import chunks
+from purejaxppo.runs import job as job_module
 from purejaxppo.runs.job import run_job
 from purejaxppo.runs.programs import Job
 from purejaxppo.runs.session import Evaluator
@@ -190,6 +192,74 @@ def test_a_job_ends_at_its_total_progress():
     assert result.metrics["examples"].tolist() == [[32, 64, 96, 128, 160]] * 2
 
 
+def uneven(offset=0):
+    """A trainer whose members make different progress, 1 … 3 per iteration, from ``offset``."""
+    trainer = regression()
+
+    def step(state, frozen=None):
+        rate = 1 + jax.random.key_data(state.key)[-1] % 3
+        before = state.examples
+        state, metrics = trainer.step(state, frozen)
+        examples = before + rate.astype(jnp.int32)
+        state = state._replace(examples=examples, key=jax.random.key(rate - 1))
+        return state, metrics | {"examples": examples + offset, "batches": jnp.int32(1)}
+
+    return Trainer(trainer.init, step)
+
+
+COUNTED = METRICS._replace(counts={"loss": "batches"})
+
+
+@pytest.mark.parametrize("seconds", [0, 100])
+def test_members_that_end_early_are_padded(tmp_path, monkeypatch, seconds):
+    """In chunks of one iteration, and in chunks that no member fills."""
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", seconds)
+    job = Job(uneven, ITERATIONS, COUNTED, total=6)
+    result = run_job(job, seeds=8, key=1, directory=tmp_path / "run", identity={})
+    examples = result.metrics["examples"]
+    iterations = 1 + (examples < 6).sum(axis=1)
+    assert len(set(iterations)) > 1 and examples.shape == (8, max(iterations))
+    for member, count in enumerate(iterations):
+        rows = {name: x[member] for name, x in result.metrics.items()}
+        assert rows["examples"][count - 1] >= 6 and (rows["examples"][count:] >= 6).all()
+        assert rows["batches"].tolist() == [1] * count + [0] * (max(iterations) - count)
+        assert np.isnan(rows["loss"][count:]).all() and np.isfinite(rows["loss"][:count]).all()
+    table = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    logged = [sum(row["seed"] == str(member) for row in table) for member in range(8)]
+    assert logged == iterations.tolist()
+
+
+def test_every_iteration_is_logged_whatever_its_progress(tmp_path):
+    """The progress begins at 0, and need not grow."""
+    job = Job(lambda: uneven(offset=-1), 4, METRICS)
+    run_job(job, directory=tmp_path / "run", identity={})
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_metrics_in_bfloat16_are_logged_and_resumed(tmp_path):
+    def trainer_of():
+        trainer = regression()
+
+        def step(state, frozen=None):
+            state, metrics = trainer.step(state, frozen)
+            return state, metrics | {"loss": metrics["loss"].astype(jnp.bfloat16)}
+
+        return Trainer(trainer.init, step)
+
+    job = Job(trainer_of, 6, METRICS)
+    options = {"directory": tmp_path / "run", "identity": {}, "checkpoint_seconds": 0.0}
+
+    def kill(chunk):
+        if chunk.done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_job(job, on_chunk=kill, **options)
+    resumed = run_job(job, resume=True, **options)
+    np.testing.assert_array_equal(resumed.metrics["loss"], run_job(job).metrics["loss"])
+    assert resumed.resumed_at == 3
+
+
 def test_a_job_that_diverges_ends():
     job = JOB._replace(trainer_of=lambda: regression(lr=jnp.inf))
     result = run_job(job)
@@ -197,15 +267,60 @@ def test_a_job_that_diverges_ends():
     assert result.metrics["loss"].shape[1] == 2
 
 
-def test_a_metric_that_is_no_number_is_refused(tmp_path):
+def with_metric(name, value=1.0):
     def trainer_of():
         trainer = regression()
 
         def step(state, frozen=None):
             state, metrics = trainer.step(state, frozen)
-            return state, metrics | {"weights": state.weights}
+            return state, metrics | {name: value}
 
         return Trainer(trainer.init, step)
 
-    with pytest.raises(ConfigError, match=r"metric 'weights' has the shape \(3,\)"):
-        run_job(JOB._replace(trainer_of=trainer_of))
+    return trainer_of
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trainer_of": with_metric("weights", jnp.ones(3))}, "'weights' has the shape (3,)"),
+        ({"trainer_of": with_metric("iteration")}, "the name of a column of files"),
+        ({"trainer_of": with_metric("seed")}, "the name of a column of files"),
+        ({"trainer_of": with_metric("extra", {"loss": jnp.ones(())})}, "the same name"),
+        ({"metrics": METRICS._replace(plotted="los")}, "names 'los', and the trainer has only"),
+        ({"metrics": METRICS._replace(progress="steps")}, "names 'steps'"),
+        ({"metrics": METRICS._replace(counts={"loss": "number"})}, "names 'number'"),
+        ({"metrics": METRICS._replace(counts={"loss": "examples"})}, "both the progress and"),
+        ({"total": 0}, "must be at least 1"),
+    ],
+)
+def test_jobs_that_cannot_be_logged_are_refused_before_a_directory_exists(
+    changes, sentence, tmp_path
+):
+    job = JOB._replace(**changes)
+    directory = tmp_path / "run"
+    message = sentence_of(lambda: run_job(job, directory=directory, identity={}))
+    assert sentence in message and not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "name"),
+    [({"num_iterations": 20}, 1, "num_iterations"), ({"total": 99}, 1, "total"), ({}, 2, "seeds")],
+)
+def test_a_job_resumes_only_with_its_length(changes, seeds, name, tmp_path):
+    train(tmp_path / "run", stop=3)
+    options = {"directory": tmp_path / "run", "identity": {"task": "regression", "lr": 0.1}}
+    message = sentence_of(
+        lambda: run_job(JOB._replace(**changes), seeds=seeds, key=4, resume=True, **options)
+    )
+    assert f"started with other settings: {name} = " in message
+    assert "needs an identity" in sentence_of(lambda: run_job(JOB, directory=tmp_path / "new"))
+
+
+def test_a_log_that_cannot_be_opened_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr(job_module, "open_loggers", fail)
+    with pytest.raises(OSError, match="no space"):
+        run_job(JOB, directory=tmp_path / "run", identity={})

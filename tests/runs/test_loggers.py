@@ -328,7 +328,7 @@ def test_tensorboard_takes_at_most_a_hundred_agents(tmp_path):
         lambda: open_loggers(["tensorboard"], tmp_path, [*members, "one more"], {}, AGENT_METRICS)
     )
     assert message.startswith(
-        "logger 'tensorboard' opens a stream for each agent, 100 at most, and there are 101: use"
+        "logger 'tensorboard' opens a stream for each member, 100 at most, and there are 101: use"
     )
 
 
@@ -491,7 +491,7 @@ def test_wandb_refuses_thousands_of_agents(tmp_path):
         lambda: open_loggers(["wandb"], tmp_path, [str(i) for i in range(2048)], {}, AGENT_METRICS)
     )
     assert message.startswith(
-        "logger 'wandb' opens a stream for each agent, 100 at most, and there are 2048: use"
+        "logger 'wandb' opens a stream for each member, 100 at most, and there are 2048: use"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -325,7 +325,7 @@ def test_a_run_ends_with_the_iteration_that_completes_its_timesteps(monkeypatch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: close(a, b[:, : max(iterations)]), run.metrics, metrics)
     jax.tree.map(close, run.state.params, state.params)
-    table = of_metrics(AGENT_METRICS, run.metrics, max(iterations), np.zeros(seeds))
+    table = of_metrics(AGENT_METRICS, run.metrics, max(iterations), np.array(iterations))
     assert table["valid"].sum(axis=1).tolist() == iterations  # a row for each iteration run
 
 

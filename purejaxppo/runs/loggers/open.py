@@ -104,7 +104,7 @@ def checked_names(
         most = MOST_MEMBERS.get(name, num_members)
         if num_members > most:
             raise ConfigError(
-                f"logger {name!r} opens a stream for each agent, {most} at most, "
+                f"logger {name!r} opens a stream for each member, {most} at most, "
                 f"and there are {num_members}: use metrics.csv in the directory of the run"
             )
     return () if directory is None else tuple(dict.fromkeys(["csv", *names]))
