@@ -117,6 +117,14 @@ def run_population(directory):
     return {"arrays": jax.tree.leaves(result.policy(5).params), "tables": tables}
 
 
+def whole_episodes(directory):
+    """Four agents, which need different numbers of iterations for their steps."""
+    config = SMALL.replace(algorithm="reinforce", num_epochs=1, anneal_lr=True, total_timesteps=200)
+    run = fit(config, seeds=4, directory=directory / "whole_episodes", **RUN)
+    assert len(set(run.state.iteration.tolist())) > 1
+    return results_of(run)
+
+
 def refused(directory):
     """The errors for wrong input, which are the same in all processes."""
     taken = directory / "taken"
@@ -141,6 +149,7 @@ RUNS = {
     "whole": lambda directory: train(directory / "whole"),
     "sweep": run_sweep,
     "population": run_population,
+    "episodes": whole_episodes,
     "refused": refused,
     "full": full_disk,
     "stopped": lambda directory: train(directory / "run", (signal.SIGTERM, 2)),

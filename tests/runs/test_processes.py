@@ -54,16 +54,15 @@ def wait_for(directory, started):
 def runs(tmp_path_factory):
     """The results {(directory, run, process): …}, the directory of two processes, the survivor."""
     root = tmp_path_factory.mktemp("runs")
-    two = start(
-        root / "two", 2, "whole", "sweep", "population", "refused", "full", "stopped", "killed"
-    )
+    same = ("whole", "sweep", "population", "episodes")
+    two = start(root / "two", 2, *same, "refused", "full", "stopped", "killed")
     two[1].wait(timeout=400)
     died = time.monotonic()
     codes, outputs = wait_for(root / "two", two)
     seconds = time.monotonic() - died
     survivor = {"codes": codes, "output": outputs[0], "seconds": seconds}
     again = start(root / "two", 2, "resumed")
-    one = start(root / "one", 1, "whole", "sweep", "population")
+    one = start(root / "one", 1, *same)
     for directory, started in ((root / "two", again), (root / "one", one)):
         codes, outputs = wait_for(directory, started)
         assert not any(codes), outputs[0][-3000:]
@@ -75,7 +74,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("name", ["whole", "sweep", "population"])
+@pytest.mark.parametrize("name", ["whole", "sweep", "population", "episodes"])
 def test_two_processes_have_the_numbers_of_one(runs, name):
     results, _, _ = runs
     one = results["one", name, 0]
