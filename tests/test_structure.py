@@ -40,7 +40,7 @@ ORDER = (
         "train",
         "population",
     ),
-    *("analysis", "policies", "runs", "sweeps", "cli", "__main__"),
+    *("analysis", "policies", "runs", "sweeps", "rlhf", "cli", "__main__"),
 )
 
 # Modules and folders that may import even less.

@@ -1,0 +1,120 @@
+"""`language_model`: a decoder as the `Model` of an agent whose actions are tokens."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Int
+
+from purejaxppo.networks.distributions import Categorical
+from purejaxppo.rlhf.transformer import Decoder, DecoderSizes
+from purejaxppo.types import ConfigError, Distribution, Model, PRNGKey, PyTree
+
+CRITICS = ("own", "shared", "none")
+
+
+def language_model(
+    sizes: DecoderSizes, critic: str = "own", temperature: float | Array = 1.0
+) -> Model:
+    """The policy softmax(logits / ``temperature``) over the next token, and a value function.
+
+    ``critic`` is a second decoder of the same sizes (``own``), a head on the decoder of the policy
+    (``shared``), or ``none``: the value is 0, for estimators that compare the texts of a group. The
+    value head starts at zero.
+
+    Observations are tokens [B]. The carry holds the keys and values of the text so far, of at most
+    C = ``sizes.context`` tokens in each row, and the number of these tokens. ``step`` appends one
+    token. ``unroll`` computes the same for a whole rollout in one pass, in which attention is
+    limited to the tokens of an episode. A text of more than C tokens gives NaN.
+    """
+    if critic not in CRITICS:
+        raise ConfigError(f"critic = {critic!r}: it must be one of {', '.join(CRITICS)}")
+    decoder = Decoder(sizes)
+    head = nn.Dense(1, kernel_init=nn.initializers.zeros, param_dtype=jnp.result_type(float))
+    decoders = {"own": ("policy", "value"), "shared": ("trunk",), "none": ("policy",)}[critic]
+
+    def init(key: PRNGKey, obs: Int[Array, "B"]) -> PyTree:
+        keys = jax.random.split(key, len(decoders))
+        inputs = _inputs(obs[None], jnp.zeros_like(obs, bool)[None], initial_carry(len(obs)))
+        caches = {name: cache for name, cache in initial_carry(len(obs)).items() if name != "size"}
+        params: dict[str, Any] = {"policy": {}, "value": {}}
+        for name, key_decoder in zip(decoders, keys, strict=True):
+            trunk = decoder.init(key_decoder, *inputs[:2], caches[name], inputs[2])
+            params[name] = {"decoder": trunk} if name == "value" else trunk
+        if critic != "none":
+            hidden = jnp.zeros((1, sizes.width), jnp.result_type(float))
+            params["value"] |= {"head": head.init(keys[0], hidden)}
+        return params
+
+    def initial_carry(batch_size: int) -> PyTree:
+        shape = (batch_size, sizes.context, sizes.num_kv_heads, sizes.head_width)
+        layer = (jnp.zeros(shape, jnp.result_type(float)),) * 2
+        carry: dict[str, Any] = {name: (layer,) * sizes.num_layers for name in decoders}
+        return carry | {"size": jnp.zeros(batch_size, jnp.int32)}
+
+    def step(
+        params: PyTree, carry: PyTree, obs: Int[Array, "B"], reset: Bool[Array, "B"]
+    ) -> tuple[PyTree, Distribution, Array]:
+        distribution, value, new, position = forward(params, carry, obs[None], reset[None])
+        row = jnp.arange(len(obs))
+
+        def append(cache: Array, tokens: Array) -> Array:
+            return cache.at[row, position[:, 0]].set(tokens[:, 0], mode="drop")
+
+        caches = {name: carry[name] for name in decoders}
+        carry = jax.tree.map(append, caches, new) | {"size": position[:, 0] + 1}
+        first = jax.tree.map(lambda x: x[0], (distribution, value))
+        return carry, *first
+
+    def unroll(
+        params: PyTree, carry: PyTree, obs: Int[Array, "T B"], reset: Bool[Array, "T B"]
+    ) -> tuple[Distribution, Array]:
+        distribution, value, _, _ = forward(params, carry, obs, reset)
+        return distribution, value
+
+    def forward(
+        params: PyTree, carry: PyTree, obs: Int[Array, "S B"], reset: Bool[Array, "S B"]
+    ) -> tuple[Distribution, Array, PyTree, Array]:
+        """Policy and value [S, B] after each token, the new keys and values, and the positions."""
+        tokens, position, mask = _inputs(obs, reset, carry)
+        hidden = {}
+        new = {}
+        for name in decoders:
+            own = params[name]["decoder"] if name == "value" else params[name]
+            hidden[name], new[name] = decoder.apply(own, tokens, position, carry[name], mask)
+        for_policy = hidden[decoders[0]]
+        for_policy = jnp.where(position[..., None] < sizes.context, for_policy, jnp.nan)
+        policy_params = params[decoders[0]]
+        logits: Any = decoder.apply(policy_params, for_policy, method="logits")
+        logits /= temperature
+        value = jnp.zeros(obs.shape, logits.dtype)
+        if critic != "none":
+            outputs: Any = head.apply(params["value"]["head"], hidden[decoders[-1]])
+            value = outputs[..., 0].T
+        return Categorical(jnp.swapaxes(logits, 0, 1)), value, new, position
+
+    return Model(init, initial_carry, step, unroll)
+
+
+def _inputs(
+    obs: Int[Array, "S B"], reset: Bool[Array, "S B"], carry: PyTree
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S K"]]:
+    """Tokens, positions and the attention mask of S tokens that follow the text of the carry.
+
+    Positions count from the last reset. A token attends to itself and to the earlier tokens of its
+    episode: those after the last reset and, before the first reset, those in the cache.
+    """
+    tokens = obs.T
+    is_first = reset.T
+    size = carry["size"]
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    # The step of the last reset; −1 before the first one.
+    start = jax.lax.cummax(jnp.where(is_first, index, -1), axis=1)
+    position = jnp.where(start >= 0, index - start, size[:, None] + index)
+    caches = [leaf for name, leaf in carry.items() if name != "size"]
+    context = jax.tree.leaves(caches)[0].shape[1]
+    in_cache = (start < 0)[:, :, None] & (jnp.arange(context)[None] < size[:, None])[:, None]
+    is_causal = index[..., None] >= index[:, None]
+    in_episode = is_causal & (start[:, :, None] == start[:, None])
+    return tokens, position, jnp.concatenate([in_cache, in_episode], axis=2)

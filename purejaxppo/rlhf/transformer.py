@@ -1,0 +1,172 @@
+"""A decoder-only transformer in the style of Llama (Touvron et al. 2023, arXiv:2302.13971)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from purejaxppo.types import ConfigError
+
+# (keys, values) [B, K, num_kv_heads, head width] of one layer; the keys are rotated.
+LayerCache = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSizes:
+    """The sizes of a decoder. Raises `ConfigError` if they do not fit together."""
+
+    vocab_size: int
+    context: int  # C, the largest number of tokens in a text
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2  # each is shared by num_heads / num_kv_heads heads (Ainslie et al. 2023)
+    mlp_width: int = 352
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in dataclasses.fields(self)):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: it must be at least 1")
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
+                f"width = {self.width}: it must be a multiple of 2 · num_heads = "
+                f"{2 * self.num_heads}, because rotary positions rotate pairs"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+
+class Decoder(nn.Module):
+    """RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings; no biases.
+
+    ``__call__`` returns the hidden states of tokens, and their keys and values for the cache.
+    ``logits`` multiplies hidden states with the embeddings.
+    """
+
+    sizes: DecoderSizes
+
+    def setup(self) -> None:
+        sizes = self.sizes
+        dtype = jnp.result_type(float)
+        init = nn.initializers.normal(0.02)
+        self.embedding = nn.Embed(
+            sizes.vocab_size, sizes.width, embedding_init=init, param_dtype=dtype
+        )
+        self.blocks = [Block(sizes) for _ in range(sizes.num_layers)]
+        self.norm = nn.RMSNorm(param_dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        position: Int[Array, "B S"],
+        cache: tuple[LayerCache, ...],
+        mask: Bool[Array, "B S K"],
+    ) -> tuple[Float[Array, "B S W"], tuple[LayerCache, ...]]:
+        """The hidden states, and the keys and values [B, S, ...] of the tokens for each layer.
+
+        ``mask`` says to which keys a token attends: K = C + S, the cache and then the tokens.
+        """
+        x = self.embedding(tokens)
+        new = []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x, keys_and_values = block(x, position, layer_cache, mask)
+            new.append(keys_and_values)
+        return self.norm(x), tuple(new)
+
+    def logits(self, hidden: Float[Array, "B S W"]) -> Float[Array, "B S V"]:
+        return self.embedding.attend(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    sizes: DecoderSizes
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B S W"],
+        position: Int[Array, "B S"],
+        cache: LayerCache,
+        mask: Bool[Array, "B S K"],
+    ) -> tuple[Float[Array, "B S W"], LayerCache]:
+        sizes = self.sizes
+        dtype = jnp.result_type(float)
+        # The output of 2 · num_layers sublayers is added up, so each begins smaller.
+        init_out = nn.initializers.normal(0.02 / (2 * sizes.num_layers) ** 0.5)
+
+        def linear(name: str, *features: int) -> Any:
+            init = nn.initializers.normal(0.02)
+            return nn.DenseGeneral(
+                features, use_bias=False, name=name, kernel_init=init, param_dtype=dtype
+            )
+
+        h = nn.RMSNorm(name="attention_norm", param_dtype=dtype)(x)
+        query = rotate(linear("query", sizes.num_heads, sizes.head_width)(h), position, sizes)
+        key = rotate(linear("key", sizes.num_kv_heads, sizes.head_width)(h), position, sizes)
+        value = linear("value", sizes.num_kv_heads, sizes.head_width)(h)
+        keys = jnp.concatenate([cache[0], key], axis=1)
+        values = jnp.concatenate([cache[1], value], axis=1)
+        attended = attention(query, keys, values, mask)
+        x += nn.DenseGeneral(
+            sizes.width,
+            axis=(-2, -1),
+            use_bias=False,
+            name="attention_out",
+            kernel_init=init_out,
+            param_dtype=dtype,
+        )(attended)
+
+        h = nn.RMSNorm(name="mlp_norm", param_dtype=dtype)(x)
+        gated = nn.silu(linear("gate", sizes.mlp_width)(h)) * linear("up", sizes.mlp_width)(h)
+        x += nn.Dense(
+            sizes.width, use_bias=False, name="down", kernel_init=init_out, param_dtype=dtype
+        )(gated)
+        return x, (key, value)
+
+
+def attention(
+    query: Float[Array, "B S H D"],
+    keys: Float[Array, "B K G D"],
+    values: Float[Array, "B K G D"],
+    mask: Bool[Array, "B S K"],
+) -> Float[Array, "B S H D"]:
+    """softmax(q kᵀ / √D) v over the keys in the mask; H / G heads share each of G keys and values.
+
+    (`jax.nn.dot_product_attention` has its softmax in float32 even for float64.)
+    """
+    shape = query.shape
+    grouped = query.reshape((*shape[:2], keys.shape[2], -1, shape[3]))  # [B, S, G, H / G, D]
+    scores = jnp.einsum("bsghd,bkgd->bghsk", grouped, keys) / shape[3] ** 0.5
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(values.dtype)
+    return jnp.einsum("bghsk,bkgd->bsghd", weights, values).reshape(shape)
+
+
+def rotate(
+    x: Float[Array, "B S H D"], position: Int[Array, "B S"], sizes: DecoderSizes
+) -> Float[Array, "B S H D"]:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Pair i of the D / 2 pairs (x_i, x_{i + D/2}) is rotated by the angle position · base^(−2i/D), so
+    that the product of a query and a key depends on the difference of their positions.
+    """
+    half = x.shape[-1] // 2
+    frequency = sizes.rope_base ** (-jnp.arange(half, dtype=x.dtype) / half)
+    angle = (position[..., None].astype(x.dtype) * frequency[None, None])[:, :, None]
+    cos = jnp.cos(angle)
+    sin = jnp.sin(angle)
+    first = x[..., :half]
+    second = x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
