@@ -109,7 +109,14 @@ def test_rotations_depend_on_the_difference_of_positions():
     assert abs(product(0, 3) - product(0, 4)) > 1e-3
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "reinforce"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        pytest.param("ppo", marks=pytest.mark.learning),
+        pytest.param("trpo", marks=pytest.mark.learning),
+        "reinforce",
+    ],
+)
 def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
     """The answer to a prompt is its first token, which the model has to remember."""
     env = tokens([[1, 0], [2, 0], [3, 0]], [2, 2, 2], 1, 6, 7)
