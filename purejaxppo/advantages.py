@@ -107,4 +107,100 @@ def estimate_returns(
     )
 
 
-ADVANTAGES: dict[str, Estimator] = {"gae": estimate_gae, "returns": estimate_returns}
+def group_relative(
+    returns: Float[Array, "B"], is_member: Bool[Array, "B"], group_size: int, scale: bool
+) -> Float[Array, "B"]:
+    """The advantage of each episode over its group of G = ``group_size`` consecutive ones (GRPO).
+
+        Â_i = R_i − mean(R),     with ``scale` divided by (standard deviation of R + 1e-4)
+
+    Source: Shao et al. 2024, 'DeepSeekMath', section 4.1.2; Liu et al. 2025 leave out the division,
+    which gives prompts with similar returns more weight. The deviation has the divisor n. Mean and
+    deviation are those of the episodes with ``is_member``; the others have advantage 0. A group of
+    equal returns has advantage exactly 0.
+    """
+    centred, members = _centred_groups(returns, is_member, group_size)
+    if scale:
+        count = jnp.maximum(members.sum(axis=1, keepdims=True), 1)
+        centred /= jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / count) + 1e-4
+    return centred.ravel()
+
+
+def leave_one_out(
+    returns: Float[Array, "B"], is_member: Bool[Array, "B"], group_size: int
+) -> Float[Array, "B"]:
+    """The return minus the mean return of the other episodes of the group (RLOO).
+
+        Â_i = R_i − 1/(n − 1) Σ_{j ≠ i} R_j = n/(n − 1) (R_i − mean(R))
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024, eq. 6. ``is_member`` and groups are those of
+    `group_relative`; the only member of a group has advantage 0.
+    """
+    centred, members = _centred_groups(returns, is_member, group_size)
+    count = members.sum(axis=1, keepdims=True)
+    return (centred * count / jnp.maximum(count - 1, 1)).ravel()
+
+
+def _centred_groups(
+    returns: Float[Array, "B"], is_member: Bool[Array, "B"], group_size: int
+) -> tuple[Float[Array, "n G"], Bool[Array, "n G"]]:
+    """Returns minus the mean of their group, 0 for others than members; and who is a member.
+
+    Differences to the smallest return are averaged, which are exactly 0 if all returns are equal.
+    """
+    members = is_member.reshape(-1, group_size)
+    groups = returns.reshape(-1, group_size)
+    smallest = jnp.where(members, groups, jnp.inf).min(axis=1, keepdims=True)
+    excess = jnp.where(members, groups - smallest, 0)
+    count = jnp.maximum(members.sum(axis=1, keepdims=True), 1)
+    return jnp.where(members, excess - excess.sum(axis=1, keepdims=True) / count, 0), members
+
+
+def estimate_grpo(
+    config: Any, transitions: Transition, reward: Float[Array, "T B"]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """`group_relative` of the sums of rewards of a rollout, at every chosen action of an episode.
+
+    Episodes without a chosen action are not members of their group.
+    """
+    returns, is_member = _episode_returns(transitions, reward)
+    advantage = group_relative(returns, is_member, config.group_size, config.normalize_group)
+    return _at_chosen_actions(transitions, advantage, returns)
+
+
+def estimate_rloo(
+    config: Any, transitions: Transition, reward: Float[Array, "T B"]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """`leave_one_out` of the sums of rewards of a rollout, at every chosen action of an episode.
+
+    Episodes without a chosen action are not members of their group.
+    """
+    returns, is_member = _episode_returns(transitions, reward)
+    advantage = leave_one_out(returns, is_member, config.group_size)
+    return _at_chosen_actions(transitions, advantage, returns)
+
+
+def _episode_returns(
+    transitions: Transition, reward: Float[Array, "T B"]
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """The sum of the rewards of each first episode, and whether it has a chosen action."""
+    returns = jnp.where(transitions.valid, reward, 0).sum(axis=0)
+    return returns, transitions.mask.any(axis=0)
+
+
+def _at_chosen_actions(
+    transitions: Transition, advantage: Float[Array, "B"], returns: Float[Array, "B"]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """The advantage at each chosen action, and the return as the target of every step."""
+    return (
+        jnp.where(transitions.mask, advantage[None], 0),
+        jnp.broadcast_to(returns[None], transitions.mask.shape),
+    )
+
+
+ADVANTAGES: dict[str, Estimator] = {
+    "gae": estimate_gae,
+    "returns": estimate_returns,
+    "grpo": estimate_grpo,
+    "rloo": estimate_rloo,
+}

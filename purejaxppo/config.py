@@ -33,7 +33,9 @@ from purejaxppo.validation import (
 # A new algorithm or estimator needs its name here and an entry in `UPDATES` or `ADVANTAGES`.
 ALGORITHMS = ["ppo", "trpo", "reinforce"]
 OBJECTIVES = ("clip", "adaptive_kl", "fixed_kl", "unclipped")
-ESTIMATORS = ["auto", "gae", "returns"]
+ESTIMATORS = ["auto", "gae", "returns", "grpo", "rloo"]
+GROUP_ESTIMATORS = ("grpo", "rloo")  # compare the episodes of a group and need no value function
+LOSS_REDUCTIONS = ("token", "sequence", "constant")
 BASELINES = ("value", "leave_one_out", "running_mean", "none")
 NETWORKS = ("mlp",)
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
@@ -46,14 +48,23 @@ def _static(
     *,
     of: Sequence[str] = (),
     variant: bool = False,
+    compared: bool = False,
     kw_only: bool = False,
 ) -> Any:
     """A static field (size, name or switch): each value needs its own compiled program.
 
     ``doc`` is the help text. ``of`` names the algorithms that have this field; empty means all. A
     ``variant`` changes the computation of its algorithm; other algorithms accept only its default.
+    The choices of a ``compared`` variant are names that `compare` knows.
     """
-    metadata = {"static": True, "doc": doc, "check": check, "of": tuple(of), "variant": variant}
+    metadata = {
+        "static": True,
+        "doc": doc,
+        "check": check,
+        "of": tuple(of),
+        "variant": variant,
+        "compared": compared,
+    }
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -64,13 +75,14 @@ def _leaf(
     *,
     of: Sequence[str] = (),
     variant: bool = False,
+    kw_only: bool = False,
 ) -> Any:
     """A continuous hyper-parameter, which can be traced, batched and swept in one compiled program.
 
     The arguments are those of `_static`.
     """
-    metadata = {"doc": doc, "check": check, "of": tuple(of), "variant": variant}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"doc": doc, "check": check, "of": tuple(of), "variant": variant, "compared": False}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +142,8 @@ class Config:
         "auto", "advantage estimator (auto: returns for reinforce, gae otherwise)", ESTIMATORS
     )
     episodic: bool = _static(
-        False, "play one whole episode per environment and iteration (implied by returns)"
+        False,
+        "play one whole episode per environment and iteration (implied by returns, grpo and rloo)",
     )
     baseline: str = _static(
         "value",
@@ -138,6 +151,7 @@ class Config:
         BASELINES,
         of=["reinforce"],
         variant=True,
+        compared=True,
     )
     baseline_decay: float = _leaf(
         0.9,
@@ -151,6 +165,7 @@ class Config:
         OBJECTIVES,
         of=["ppo"],
         variant=True,
+        compared=True,
     )
     clip_eps: float = _leaf(
         0.2, "epsilon: clip the probability ratio to 1 ± epsilon", INSIDE_UNIT, of=["ppo"]
@@ -217,6 +232,12 @@ class Config:
     shared_trunk: bool = _static(False, "share the hidden layers of policy and value function")
     debug: bool = _static(False, "print one line per iteration from inside the compiled program")
 
+    temperature: float = _leaf(
+        1.0,
+        "divide the logits of discrete actions by this, in acting and learning alike",
+        POSITIVE,
+        kw_only=True,
+    )
     critic_obs: str = _static(
         "", "name of an observation part that only the value function sees", kw_only=True
     )
@@ -224,6 +245,48 @@ class Config:
         1,
         "environments per group with the same start (whole episodes only)",
         POSITIVE_INT,
+        kw_only=True,
+    )
+    normalize_group: bool = _static(
+        True,
+        "divide the advantages of grpo by the standard deviation of the returns of the group",
+        kw_only=True,
+    )
+    clip_eps_high: float | None = _leaf(
+        None,
+        "upper epsilon: clip the ratio to [1 - clip_eps, 1 + clip_eps_high] (None: clip_eps)",
+        NONE_OR_POSITIVE,
+        of=["ppo"],
+        variant=True,
+        kw_only=True,
+    )
+    loss_reduction: str = _static(
+        "token",
+        "mean of the loss over all steps (token), over the means of the sequences (sequence), or "
+        "sum divided by the constant size of the minibatch (constant)",
+        LOSS_REDUCTIONS,
+        of=["ppo"],
+        variant=True,
+        kw_only=True,
+    )
+
+    ref_kl_coef: float = _leaf(
+        0.1,
+        "beta: coefficient of the KL divergence from a reference policy in the reward of a "
+        "language model (initial value with ref_kl_target)",
+        NOT_NEGATIVE,
+        kw_only=True,
+    )
+    ref_kl_target: float | None = _leaf(
+        None,
+        "KL divergence per episode, in nats, to which ref_kl_coef is adapted (None: it is fixed)",
+        NONE_OR_POSITIVE,
+        kw_only=True,
+    )
+    ref_kl_horizon: float = _leaf(
+        10_000.0,
+        "horizon of the adaptation of ref_kl_coef, in episodes: a larger one is slower",
+        POSITIVE,
         kw_only=True,
     )
 
@@ -250,12 +313,23 @@ class Config:
         )
 
     @property
+    def compares_groups(self) -> bool:
+        """Whether an episode's advantage is relative to the other episodes of its group."""
+        return self.estimator in GROUP_ESTIMATORS
+
+    @property
+    def fits_value(self) -> bool:
+        """Whether a value function is fitted."""
+        has_other_baseline = self.algorithm == "reinforce" and self.baseline != "value"
+        return not (self.compares_groups or has_other_baseline)
+
+    @property
     def whole_episodes(self) -> bool:
         """Whether each iteration plays one whole episode per environment.
 
-        ``advantage="returns"`` requires it, because returns of incomplete episodes are biased.
+        The estimators of returns require it, because returns of incomplete episodes are biased.
         """
-        return self.episodic or self.estimator == "returns"
+        return self.episodic or self.estimator == "returns" or self.compares_groups
 
     @property
     def has_fixed_length(self) -> bool:
@@ -369,9 +443,7 @@ def variants_of(algorithm: str) -> dict[str, tuple[str, ...]]:
     """The variants of ``ALGORITHM/VARIANT``: variant fields with named choices, and the choices."""
     named = {name: FIELDS[name].metadata for name in fields_of(algorithm)}
     return {
-        name: tuple(metadata["check"])
-        for name, metadata in named.items()
-        if metadata["variant"] and isinstance(metadata["check"], Sequence)
+        name: tuple(metadata["check"]) for name, metadata in named.items() if metadata["compared"]
     }
 
 

@@ -5,11 +5,14 @@ are replaced before the arithmetic, not only after it, because the gradient of `
 by 0, and 0 · NaN is NaN.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Scalar = Float[Array, ""]
 Coefficient = Float[Array, ""] | float
+Reduction = Callable[[Array, Array], Array]  # (x, mask) -> scalar; one of `REDUCTIONS`
 
 MAX_LOG_RATIO = 20.0  # nats; e²⁰ ≈ 5 · 10⁸
 
@@ -17,6 +20,31 @@ MAX_LOG_RATIO = 20.0  # nats; e²⁰ ≈ 5 · 10⁸
 def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
     """Σ mask x / Σ mask; 0 if the mask is empty."""
     return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def mean_of_sequence_means(x: Float[Array, "T B"], mask: Bool[Array, "T B"]) -> Scalar:
+    """1/|I| Σ_{i ∈ I} (1/n_i) Σ_t mask x over the sequences I with n_i > 0 entries in the mask.
+
+    Every sequence has the same weight, whatever its length is (Shao et al. 2024, eq. 3).
+    """
+    count = mask.sum(axis=0)
+    means = jnp.where(mask, x, 0).sum(axis=0) / jnp.maximum(count, 1)
+    return masked_mean(means, count > 0)
+
+
+def sum_over_size(x: Float[Array, "T B"], mask: Bool[Array, "T B"]) -> Scalar:
+    """Σ mask x / (T B): the weight of an entry does not depend on the lengths of the sequences.
+
+    Source: Liu et al. 2025, 'Understanding R1-Zero-like training', section 3.2.
+    """
+    return jnp.where(mask, x, 0).sum() / x.size
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "token": masked_mean,
+    "sequence": mean_of_sequence_means,
+    "constant": sum_over_size,
+}
 
 
 def standardize(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, "*n"]:
@@ -47,13 +75,16 @@ def probability_ratio(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def surrogate(
-    ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], mask: Bool[Array, "*n"]
+    ratio: Float[Array, "*n"],
+    advantage: Float[Array, "*n"],
+    mask: Bool[Array, "*n"],
+    mean: Reduction = masked_mean,
 ) -> Scalar:
     """L_CPI = E[r Â] of conservative policy iteration, to be maximised.
 
     Source: Schulman et al. 2017, eq. 6.
     """
-    return masked_mean(ratio * jnp.where(mask, advantage, 0), mask)
+    return mean(ratio * jnp.where(mask, advantage, 0), mask)
 
 
 def clipped_surrogate(
@@ -61,24 +92,31 @@ def clipped_surrogate(
     advantage: Float[Array, "*n"],
     mask: Bool[Array, "*n"],
     clip_eps: Coefficient,
+    clip_eps_high: Coefficient | None = None,
+    mean: Reduction = masked_mean,
 ) -> Scalar:
     """L_CLIP = E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)], to be maximised.
 
-    Source: Schulman et al. 2017, eq. 7.
+    Source: Schulman et al. 2017, eq. 7. With ``clip_eps_high`` the upper bound is 1 + ε_high, which
+    lets improbable actions gain more probability (Yu et al. 2025, 'DAPO', section 3.1).
     """
     advantage = jnp.where(mask, advantage, 0)
-    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    return masked_mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + high)
+    return mean(jnp.minimum(ratio * advantage, clipped * advantage), mask)
 
 
 def value_loss(
-    value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Bool[Array, "*n"]
+    value: Float[Array, "*n"],
+    target: Float[Array, "*n"],
+    valid: Bool[Array, "*n"],
+    mean: Reduction = masked_mean,
 ) -> Scalar:
     """L_VF = ½ E[(V − target)²].
 
     The L_VF of the PPO paper (eq. 9) has no ½: its c1 = 0.5 corresponds to ``vf_coef = 1``.
     """
-    return 0.5 * masked_mean(jnp.where(valid, value - target, 0) ** 2, valid)
+    return 0.5 * mean(jnp.where(valid, value - target, 0) ** 2, valid)
 
 
 def clipped_value_loss(
@@ -87,6 +125,7 @@ def clipped_value_loss(
     target: Float[Array, "*n"],
     valid: Bool[Array, "*n"],
     clip_eps: Coefficient,
+    mean: Reduction = masked_mean,
 ) -> Scalar:
     """½ E[max((V − target)², (V_old + clip(V − V_old, −ε, ε) − target)²)].
 
@@ -97,7 +136,7 @@ def clipped_value_loss(
     error = jnp.where(valid, value - target, 0)
     # error − change = V_old − target
     clipped_error = error - change + jnp.clip(change, -clip_eps, clip_eps)
-    return 0.5 * masked_mean(jnp.maximum(error**2, clipped_error**2), valid)
+    return 0.5 * mean(jnp.maximum(error**2, clipped_error**2), valid)
 
 
 def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
@@ -111,10 +150,15 @@ def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Sc
 
 
 def clip_fraction(
-    ratio: Float[Array, "*n"], mask: Bool[Array, "*n"], clip_eps: Coefficient
+    ratio: Float[Array, "*n"],
+    mask: Bool[Array, "*n"],
+    clip_eps: Coefficient,
+    clip_eps_high: Coefficient | None = None,
 ) -> Scalar:
-    """The fraction of samples with a ratio outside [1 − ε, 1 + ε]."""
-    return masked_mean((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask)
+    """The fraction of samples with a ratio outside [1 − ε, 1 + ε], or [1 − ε, 1 + ε_high]."""
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    is_outside = (ratio - 1 > high) | (1 - ratio > clip_eps)
+    return masked_mean(is_outside.astype(ratio.dtype), mask)
 
 
 def explained_variance(

@@ -25,8 +25,9 @@ def iteration_metrics(
 ) -> Metrics:
     """The metrics of one iteration; ``measured`` are those of the update and the reward function.
 
-    Measurements without a field in `Metrics` are ``extra``. A field that the algorithm does not
-    measure is `undefined`, and so is a mean over no finished episodes.
+    A reward function that measures a score of its own as ``episode_return`` replaces the returns
+    of the environment. Measurements without a field in `Metrics` are ``extra``. A field that the
+    algorithm does not measure is `undefined`, and so is a mean over no finished episodes.
     """
 
     def mean(total: Array) -> Array:
@@ -36,7 +37,7 @@ def iteration_metrics(
 
     common = {
         "timesteps": timesteps,
-        "episode_return": mean(finished.returns),
+        "episode_return": measured.get("episode_return", mean(finished.returns)),
         "episode_length": mean(finished.lengths),
         "episodes": finished.episodes,
     }

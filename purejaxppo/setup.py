@@ -12,6 +12,7 @@ from purejaxppo.envs.consistency import require_allowed_actions, require_consist
 from purejaxppo.envs.wrappers import bound_actions, warn_of_unreachable_actions
 from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.types import (
+    Box,
     ConfigError,
     Dict,
     Env,
@@ -101,6 +102,13 @@ def _require_supported_env(config: Config, env: Env) -> None:
         )
     if config.whole_episodes:
         _require_whole_episodes(config, env)
+    temperature = config.temperature
+    is_traced = isinstance(temperature, jax.core.Tracer)
+    if isinstance(env.action_space, Box) and not is_traced and temperature != 1:
+        raise ConfigError(
+            f"temperature = {temperature} divides the logits of discrete actions, and those of "
+            f"{env.name} are continuous: leave it out"
+        )
 
 
 def _require_enough_sequences(config: Config, env: Env, model: Model) -> None:
@@ -111,6 +119,11 @@ def _require_enough_sequences(config: Config, env: Env, model: Model) -> None:
     config = limit_num_steps_to_episode(config, env)
     has_memory = bool(jax.tree.leaves(jax.eval_shape(lambda: model.initial_carry(config.num_envs))))
     sequences = (config.num_envs if has_memory else config.batch_size) // config.num_shards
+    if config.loss_reduction != "token" and not has_memory:
+        raise ConfigError(
+            f"loss_reduction = {config.loss_reduction!r} needs minibatches of whole sequences, and "
+            "a model without memory learns from single steps: set loss_reduction='token'"
+        )
     if sequences % config.num_minibatches:  # without memory this was checked before
         raise ConfigError(
             f"num_minibatches = {config.num_minibatches} does not divide "

@@ -21,6 +21,7 @@ from purejaxppo.iterations import (
 )
 from purejaxppo.keys import is_typed, select
 from purejaxppo.metrics import AGENT_METRICS, iteration_metrics
+from purejaxppo.networks.temperature import with_temperature
 from purejaxppo.normalize import Normalizer, init_normalizer, merge_obs, normalize_reward
 from purejaxppo.optimizer import make_optimizer, with_learning_rate
 from purejaxppo.rollout import Rollout, in_shards, make_rollout, reset_shards
@@ -106,9 +107,9 @@ def make_trainer(
 def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
     """The trainer of `make_trainer`; ``hyperparameters``, which may be traced, replace fields."""
     env = bound_actions(setup.env, setup.config.squash_actions)  # accepts any real vector
-    model = setup.model
     reward_fn = setup.reward
     config = limit_num_steps_to_episode(setup.config.replace(**hyperparameters), env)
+    model = with_temperature(setup.model, config.temperature)
     vector_env = _vectorize(env, config)
     rollout = _rollout_in_shards(config, env, vector_env, model)
     estimate_advantages = ADVANTAGES[config.estimator]

@@ -185,12 +185,33 @@ def require_compatible(config: Any) -> None:
         raise ConfigError(
             f"group_size = {config.group_size} does not divide num_envs = {config.num_envs}{shards}"
         )
+    if config.compares_groups:
+        _require_groups(config)
     if config.critic_obs and config.shared_trunk:
         raise ConfigError(
             "critic_obs is for the value function only, and with a shared trunk the policy would "
             "see it: set shared_trunk=False"
         )
     _require_supported_by_algorithm(config)
+
+
+def _require_groups(config: Any) -> None:
+    """Raise `ConfigError` for settings that contradict a group-relative estimator."""
+    if config.group_size < 2:
+        raise ConfigError(
+            f"group_size = {config.group_size}: advantage = {config.advantage!r} compares the "
+            "episodes of a group: set group_size to at least 2"
+        )
+    if _any_element(lambda gamma, _: gamma != 1, config.gamma):
+        raise ConfigError(
+            f"gamma = {config.gamma}: advantage = {config.advantage!r} compares sums of rewards "
+            "without discount: set gamma=1"
+        )
+    if config.algorithm == "reinforce" and config.baseline != "value":
+        raise ConfigError(
+            f"baseline = {config.baseline!r}: advantage = {config.advantage!r} has a baseline of "
+            "its own: leave baseline out"
+        )
 
 
 def _require_supported_by_algorithm(config: Any) -> None:

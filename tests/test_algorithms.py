@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 OTHERS = {
     "objective": "unclipped",
     "early_stop_kl": 0.1,
+    "clip_eps_high": 0.3,
+    "loss_reduction": "constant",
     "clip_value": True,
     "baseline": "none",
 }
@@ -23,7 +25,7 @@ OTHERS = {
 def test_every_variant_has_a_case_here():
     assert set(OTHERS) == {name for name, field in FIELDS.items() if field.metadata["variant"]}
     own = [name for algorithm in ALGORITHMS for name in fields_of(algorithm)]
-    assert len(own) == len(set(own)) == 14
+    assert len(own) == len(set(own)) == 16
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -45,12 +45,16 @@ CONTINUOUS |= {
     "cg_damping",
     "line_search_shrink",
     "baseline_decay",
+    "temperature",
 }
+MAY_BE_NONE = {"early_stop_kl", "clip_eps_high", "ref_kl_target"}
+CONTINUOUS |= {"ref_kl_coef", "ref_kl_horizon", *MAY_BE_NONE}
 MAY_BE_0 = {
     "lr",
     "vf_coef",
     "ent_coef",
     "kl_coef",
+    "ref_kl_coef",
     "cg_damping",
     "gamma",
     "gae_lambda",
@@ -262,7 +266,7 @@ def test_integers_for_continuous_fields_become_floats():
         {"gamma": 1, "lr": np.int32(0), "vf_coef": np.float32(0.5), "max_grad_norm": np.array(10)}
     )
     assert (config.gamma, config.lr, config.vf_coef, config.max_grad_norm) == (1.0, 0.0, 0.5, 10.0)
-    assert {type(getattr(config, name)) for name in LEAVES if name != "early_stop_kl"} == {float}
+    assert {type(getattr(config, name)) for name in set(LEAVES) - MAY_BE_NONE} == {float}
     assert (
         config.early_stop_kl is None and type(config.replace(early_stop_kl=1).early_stop_kl) is int
     )
@@ -623,7 +627,7 @@ def assert_valid(config):
     """Every field has its documented type and range."""
     for name in FIELDS:
         value = getattr(config, name)
-        if name == "early_stop_kl" and value is None:
+        if name in MAY_BE_NONE and value is None:
             continue
         if name in CONTINUOUS:
             array = np.asarray(value, np.float64)

@@ -15,6 +15,7 @@ import purejaxppo.envs as envs
 from purejaxppo.config import Config
 from purejaxppo.envs.wrappers import into_box
 from purejaxppo.networks.actor_critic import make_model
+from purejaxppo.networks.temperature import tempered
 from purejaxppo.normalize import Normalizer, ObsMoments, normalize_obs
 from purejaxppo.types import (
     Box,
@@ -124,6 +125,7 @@ class Policy:
             model=self.model,
             action_space=self.action_space,
             squash=self.config.squash_actions,
+            temperature=self.config.temperature,
         )
 
     def act(self, obs: PyTree, key: PRNGKey | None = None) -> Array:
@@ -171,12 +173,14 @@ def _step(
     model: Model,
     action_space: Space,
     squash: bool,
+    temperature: ArrayLike,
 ) -> tuple[PyTree, Array]:
     """`Policy.step` with the fields of the policy as arguments.
 
     It is at module level, so that policies that differ only in their arrays share one compilation.
     """
     carry, distribution, _ = model.step(params, carry, normalize_obs(moments, obs), reset)
+    distribution = tempered(distribution, temperature)
     action = distribution.mode() if key is None else distribution.sample(key)
     if isinstance(action_space, Box):
         action = into_box(action, action_space, squash)

@@ -14,10 +14,8 @@ from purejaxppo.types import ConfigError, Distribution, Model, PRNGKey, PyTree
 CRITICS = ("own", "shared", "none")
 
 
-def language_model(
-    sizes: DecoderSizes, critic: str = "own", temperature: float | Array = 1.0
-) -> Model:
-    """The policy softmax(logits / ``temperature``) over the next token, and a value function.
+def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
+    """The policy softmax(logits) over the next token, and a value function.
 
     ``critic`` is a second decoder of the same sizes (``own``), a head on the decoder of the policy
     (``shared``), or ``none``: the value is 0, for estimators that compare the texts of a group. The
@@ -87,7 +85,6 @@ def language_model(
         for_policy = jnp.where(position[..., None] < sizes.context, for_policy, jnp.nan)
         policy_params = params[decoders[0]]
         logits: Any = decoder.apply(policy_params, for_policy, method="logits")
-        logits /= temperature
         value = jnp.zeros(obs.shape, logits.dtype)
         if critic != "none":
             outputs: Any = head.apply(params["value"]["head"], hidden[decoders[-1]])

@@ -49,6 +49,9 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
       ``kl_coef``. With ``adaptive_kl`` it changes after each iteration to keep the KL near
       ``kl_target`` (`adapt_kl_coef`).
 
+    The means are taken as ``loss_reduction`` says (`losses.REDUCTIONS`). L_VF is left out for
+    estimators that compare the episodes of a group.
+
     With ``early_stop_kl``, the first minibatch with a larger estimated KL ends the updates of the
     iteration. Its step and the later steps are computed and measured but not applied, so that the
     update can be vmapped.
@@ -129,6 +132,7 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
 
     With a KL penalty, the extra `OLD_POLICY` of the batch is π_old.
     """
+    mean = losses.REDUCTIONS[config.loss_reduction]
 
     def loss(
         params: PyTree, batch: Batch, kl_coef: Array | float
@@ -143,29 +147,37 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
             advantage = losses.standardize(advantage, batch.mask)
 
         if config.objective == "clip":
-            surrogate = losses.clipped_surrogate(ratio, advantage, batch.mask, config.clip_eps)
-        else:
-            surrogate = losses.surrogate(ratio, advantage, batch.mask)
-        if config.objective in ("fixed_kl", "adaptive_kl"):
-            old = batch.extras[OLD_POLICY]
-            surrogate -= kl_coef * losses.masked_mean(old.kl(distribution), batch.mask)
-        if config.clip_value:
-            value_loss = losses.clipped_value_loss(
-                value, batch.value, batch.target, batch.valid, config.clip_eps
+            surrogate = losses.clipped_surrogate(
+                ratio, advantage, batch.mask, config.clip_eps, config.clip_eps_high, mean
             )
         else:
-            value_loss = losses.value_loss(value, batch.target, batch.valid)
-        entropy = losses.masked_mean(distribution.entropy(), batch.mask)
-
-        objective = surrogate - config.vf_coef * value_loss + config.ent_coef * entropy
-        return -objective, {
+            surrogate = losses.surrogate(ratio, advantage, batch.mask, mean)
+        if config.objective in ("fixed_kl", "adaptive_kl"):
+            old = batch.extras[OLD_POLICY]
+            surrogate -= kl_coef * mean(old.kl(distribution), batch.mask)
+        objective = surrogate
+        measured = {}
+        if config.fits_value:
+            measured["value_loss"] = value_loss(value, batch)
+            objective -= config.vf_coef * measured["value_loss"]
+        entropy = distribution.entropy()
+        objective += config.ent_coef * mean(entropy, batch.mask)
+        return -objective, measured | {
             "policy_loss": -surrogate,
-            "value_loss": value_loss,
-            "entropy": entropy,
+            "entropy": losses.masked_mean(entropy, batch.mask),
             "approx_kl": losses.approximate_kl(log_ratio, batch.mask),
-            "clip_fraction": losses.clip_fraction(ratio, batch.mask, config.clip_eps),
+            "clip_fraction": losses.clip_fraction(
+                ratio, batch.mask, config.clip_eps, config.clip_eps_high
+            ),
             "ratio_deviation": jnp.abs(ratio - 1).max(),
         }
+
+    def value_loss(value: Array, batch: Batch) -> Array:
+        if config.clip_value:
+            return losses.clipped_value_loss(
+                value, batch.value, batch.target, batch.valid, config.clip_eps, mean
+            )
+        return losses.value_loss(value, batch.target, batch.valid, mean)
 
     return loss
 

@@ -69,7 +69,7 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         ratio = losses.probability_ratio(losses.log_ratio(log_prob, batch.log_prob, batch.mask))
         metrics["first_ratio_deviation"] = jnp.abs(ratio - 1).max()
         objective = score + config.ent_coef * entropy
-        if config.baseline == "value":
+        if config.fits_value:
             metrics["value_loss"] = losses.value_loss(value, batch.target, batch.valid)
             objective -= config.vf_coef * metrics["value_loss"]
         return -objective, (metrics, distribution)
@@ -131,7 +131,7 @@ def subtract_baseline(
     config: Config, running_mean: RunningMean | None, batch: Batch
 ) -> tuple[Float[Array, "T B"], RunningMean | None]:
     """The advantages G − b, 0 outside the mask, and the running mean with this batch in it."""
-    if config.baseline == "value":
+    if config.baseline == "value":  # or that of a group
         advantage = batch.advantage
     elif config.baseline == "leave_one_out":
         advantage = batch.target - leave_one_out_baseline(batch.target, batch.valid)

@@ -75,12 +75,12 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
         sequences = as_sequences(batch, config.num_shards)
         key_policy, key_value = jax.random.split(key)
         policy, metrics = policy_step(key_policy, params, sequences)
-        value, update_state, value_loss = value_steps(key_value, params, update_state, sequences)
-        return (
-            {"policy": policy, "value": value},
-            update_state,
-            metrics | {"value_loss": value_loss},
-        )
+        value = params["value"]
+        if config.fits_value:
+            value, update_state, metrics["value_loss"] = value_steps(
+                key_value, params, update_state, sequences
+            )
+        return {"policy": policy, "value": value}, update_state, metrics
 
     return Update(init, step)
 

@@ -8,6 +8,7 @@ from sentences import sentence_of
 
 from purejaxppo import Config, Policy, make_train
 from purejaxppo.envs.tokens import tokens
+from purejaxppo.networks.temperature import with_temperature
 from purejaxppo.rlhf.language_model import language_model
 from purejaxppo.rlhf.transformer import DecoderSizes, rotate
 
@@ -39,7 +40,7 @@ def stepped(model, params, carry, obs, reset):
 def test_steps_with_a_cache_equal_one_pass(critic, x64, tolerance):
     """Resets at any step, and a second rollout that continues the first."""
     with jax.enable_x64(x64):
-        model = language_model(SIZES, critic, temperature=0.7)
+        model = with_temperature(language_model(SIZES, critic), 0.7)
         key_obs, key_reset, key_params = jax.random.split(jax.random.key(0), 3)
         obs = jax.random.randint(key_obs, (T, B), 0, 7)
         reset = jax.random.bernoulli(key_reset, 0.2, (T, B)).at[0].set(True)
