@@ -2,13 +2,8 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import io
-import json
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,9 @@ import numpy as np
 from purejaxppo.config import Config, validate
 from purejaxppo.networks.actor_critic import make_model
 from purejaxppo.normalize import ObsMoments, init_obs_moments
+from purejaxppo.policies.arrays import read_arrays, write_arrays
 from purejaxppo.policies.policy import Policy
-from purejaxppo.trees import as_stored, from_named, is_extended, named_leaves, require_trainable
+from purejaxppo.trees import from_named, is_extended, named_leaves, require_trainable
 from purejaxppo.types import (
     Box,
     ConfigError,
@@ -35,6 +31,7 @@ from purejaxppo.types import (
     parts_of,
 )
 
+FORMAT = "purejaxppo policy"
 FORMAT_VERSION = 3
 # Version 1 did not record extended dtypes such as bfloat16. Versions 1 and 2 normalised the vector
 # of features, not the observations.
@@ -45,43 +42,22 @@ SPACES = {"discrete": Discrete, "multi_discrete": MultiDiscrete, "box": Box}
 def save_policy(directory: str | os.PathLike, policy: Policy) -> Path:
     """Write the policy to a new directory and return its path.
 
-    ``policy.json`` holds the format version, the config, the spaces and a checksum; ``params.npz``
-    holds plain arrays. The parameters may be any pytree of floating-point arrays. Dtypes that NumPy
-    lacks, such as bfloat16, are stored as float32, and ``policy.json`` records them. The write is
-    atomic. Raises `ConfigError` if the directory exists or cannot be written.
+    ``policy.json`` holds the config and the spaces; `write_arrays` describes the files. The
+    parameters may be any pytree of floating-point arrays. Raises `ConfigError` if the directory
+    exists or cannot be written.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise ConfigError(f"{directory} exists already; choose another directory for the policy")
     require_trainable(policy.params)
     config = validate(policy.config)
-    leaves = named_leaves(_named_parts(policy.params, policy.obs_moments))
-    arrays = {name: np.asarray(x) for name, x in leaves.items()}
-    stored = {name: as_stored(x) for name, x in arrays.items()}
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
-    try:
-        np.savez(temporary / "params.npz", **stored)  # type: ignore[arg-type]
-        description = {
-            "format": "purejaxppo policy",
-            "format_version": FORMAT_VERSION,
-            "config": config.to_dict(),
-            "observation_space": _space_to_json(policy.observation_space),
-            "action_space": _space_to_json(policy.action_space),
-            "own_model": policy.has_own_model,
-            "dtypes": {name: str(x.dtype) for name, x in arrays.items() if is_extended(x.dtype)},
-            "params_sha256": hashlib.sha256((temporary / "params.npz").read_bytes()).hexdigest(),
-        }
-        (temporary / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
-        temporary.chmod(0o755)
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return directory
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "observation_space": _space_to_json(policy.observation_space),
+        "action_space": _space_to_json(policy.action_space),
+        "own_model": policy.has_own_model,
+    }
+    tree = _named_parts(policy.params, policy.obs_moments)
+    return write_arrays(directory, "policy", description, tree)
 
 
 def load_policy(
@@ -93,7 +69,13 @@ def load_policy(
     damaged, has an unknown format version or does not fit ``env``.
     """
     directory = Path(directory)
-    description, arrays = _read_files(directory)
+    description, arrays = read_arrays(
+        directory,
+        "policy",
+        FORMAT,
+        READABLE_VERSIONS,
+        required=("config", "observation_space", "action_space", "own_model"),
+    )
     config = Config.from_dict(description["config"])
     observation_space = _space_from_json(description["observation_space"])
     action_space = _space_from_json(description["action_space"])
@@ -118,51 +100,6 @@ def load_policy(
         observation_space=observation_space,
         action_space=action_space,
     )
-
-
-def _read_files(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The description and the arrays, with format, version, checksum and dtypes verified."""
-    not_ours = ConfigError(
-        f"{directory} is not a policy of purejaxppo: "
-        "it needs a policy.json and a params.npz of its own"
-    )
-    try:
-        description = json.loads((directory / "policy.json").read_text())
-        npz_bytes = (directory / "params.npz").read_bytes()
-    except (OSError, ValueError, RecursionError):
-        raise not_ours from None
-    if not isinstance(description, dict) or description.get("format") != "purejaxppo policy":
-        raise not_ours
-    if description.get("format_version") not in READABLE_VERSIONS:
-        raise ConfigError(
-            f"{directory} has format version {description.get('format_version')}, and this version "
-            f"of purejaxppo reads {' and '.join(map(str, READABLE_VERSIONS))}: load it with the "
-            "version that wrote it"
-        )
-    required = {"config", "observation_space", "action_space", "own_model", "params_sha256"}
-    missing = required - description.keys()
-    if missing:
-        raise ConfigError(
-            f"{directory / 'policy.json'} is damaged: it lacks {', '.join(sorted(missing))}"
-        )
-    if hashlib.sha256(npz_bytes).hexdigest() != description["params_sha256"]:
-        raise ConfigError(
-            f"{directory / 'params.npz'} is damaged: its checksum is not the one that was saved"
-        )
-    try:
-        with np.load(io.BytesIO(npz_bytes), allow_pickle=False) as file:
-            arrays = dict(file)
-    except ValueError:  # pickled objects are never loaded
-        raise ConfigError(
-            f"{directory / 'params.npz'} is damaged: it holds something else than numbers"
-        ) from None
-    try:
-        dtypes = {name: jnp.dtype(dtype) for name, dtype in description.get("dtypes", {}).items()}
-        extended = {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        path = directory / "policy.json"
-        raise ConfigError(f"{path} is damaged: its dtypes are not those of the arrays") from None
-    return description, arrays | extended
 
 
 def _restore(
