@@ -128,7 +128,7 @@ def test_losses_are_those_of_the_papers():
     np.testing.assert_allclose(ipo_loss(*arrays, beta), (h - 1 / 0.8) ** 2, rtol=1e-12)
 
     # Rafailov et al. 2023, after eq. 7: the gradient is −β σ(−βh) ∇h.
-    by_w, by_l = jax.grad(lambda w, l: dpo_loss(w, l, *arrays[2:], beta).sum(), (0, 1))(*arrays[:2])
+    by_w, by_l = jax.grad(lambda *x: dpo_loss(*x, *arrays[2:], beta).sum(), (0, 1))(*arrays[:2])
     np.testing.assert_allclose(by_w, -beta * (1 - sigmoid), rtol=1e-12)
     np.testing.assert_allclose(by_l, beta * (1 - sigmoid), rtol=1e-12)
     by_w = jax.grad(lambda w: ipo_loss(w, *arrays[1:], beta).sum())(arrays[0])

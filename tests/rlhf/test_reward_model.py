@@ -39,18 +39,22 @@ def make_pairs(seed=0, n=12):
     return Pairs(make_texts(2 * seed, n), make_texts(2 * seed + 1, n), jnp.asarray(rng.random(n)))
 
 
-def perturbed_params(model=MODEL):
+def perturbed_params(model=MODEL, scale=0.3):
     """Parameters far from their initial values, with a head that is not zero."""
-    leaves, structure = jax.tree.flatten(model.init(jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(9), len(leaves))
     pairs = zip(leaves, keys, strict=True)
-    noisy = [x + 0.3 * jax.random.normal(key, x.shape, x.dtype) for x, key in pairs]
+    noisy = [x + scale * jax.random.normal(key, x.shape, x.dtype) for x, key in pairs]
     return jax.tree.unflatten(structure, noisy)
+
+
+def policy_params(model):
+    return jax.jit(model.init)(jax.random.key(3), jnp.zeros(1, jnp.int32))
 
 
 def test_the_score_of_a_text_depends_on_nothing_else():
     """Alone, in a batch, with more padding, and with padding outside the vocabulary."""
-    params = perturbed_params()
+    params = perturbed_params(scale=0.1)
     texts = make_texts(0)
     score = jax.jit(MODEL.score)
     expected = score(params, texts.tokens, texts.length)
@@ -58,9 +62,9 @@ def test_the_score_of_a_text_depends_on_nothing_else():
     longer = jnp.pad(texts.tokens, ((0, 0), (0, 5)), constant_values=99)
     longer = jnp.where(jnp.arange(13)[None] < texts.length[:, None], longer, 99)
     np.testing.assert_allclose(score(params, longer, texts.length), expected, atol=1e-6)
-    for i in (0, 3, 11):
+    for i in (0, 11):
         length = int(texts.length[i])
-        alone = MODEL.score(params, texts.tokens[i : i + 1, :length], texts.length[i : i + 1])
+        alone = score(params, texts.tokens[i : i + 1, :length], texts.length[i : i + 1])
         np.testing.assert_allclose(alone[0], expected[i], atol=1e-6)
     np.testing.assert_allclose(
         jax.jit(lambda x: scores(MODEL, params, x, 5))(texts), expected, atol=1e-6
@@ -68,7 +72,7 @@ def test_the_score_of_a_text_depends_on_nothing_else():
 
 
 def test_the_score_is_that_of_the_last_real_token():
-    """Every token of a text has an influence, the last one too; an earlier end has its own score."""
+    """Every token of a text has an influence, also the last; an earlier end has its own score."""
     params = perturbed_params()
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
     score = jax.jit(lambda tokens, n: MODEL.score(params, tokens, jnp.array([n]))[0])
@@ -125,14 +129,15 @@ def test_losses_of_plain_arrays():
 
 def test_a_new_model_scores_0_and_starts_from_a_policy():
     texts = make_texts(0)
+    fresh = jax.jit(MODEL.init)(jax.random.key(0))
     for critic in ("own", "shared", "none"):
-        policy = language_model(SIZES, critic).init(jax.random.key(3), jnp.zeros(1, jnp.int32))
-        params = from_policy(MODEL.init(jax.random.key(0)), policy)
+        policy = policy_params(language_model(SIZES, critic))
+        params = from_policy(fresh, policy)
         source = policy["trunk" if critic == "shared" else "policy"]
         jax.tree.map(np.testing.assert_array_equal, params["decoder"], source)
     assert not np.any(MODEL.score(params, texts.tokens, texts.length))
     other = DecoderSizes(vocab_size=9, context=8, width=16)
-    policy = language_model(other, "none").init(jax.random.key(3), jnp.zeros(1, jnp.int32))
+    policy = policy_params(language_model(other, "none"))
     sentence = sentence_of(lambda: from_policy(params, policy))
     assert "has other sizes than that of the reward model" in sentence
 
@@ -140,14 +145,13 @@ def test_a_new_model_scores_0_and_starts_from_a_policy():
 def test_the_decoder_sees_the_text_as_the_policy_does():
     """With the embedding of a token as head, the score is the logit of that token."""
     policy_model = language_model(SIZES, "none")
-    policy = policy_model.init(jax.random.key(3), jnp.zeros(1, jnp.int32))
+    policy = policy_params(policy_model)
     params = from_policy(perturbed_params(), policy) | {"shift": 0.0, "scale": 1.0}
     embedding = policy["policy"]["params"]["embedding"]["embedding"]
     texts = make_texts(0)
     reset = jnp.broadcast_to((jnp.arange(8) == 0)[:, None], (8, 12))
-    distribution, _ = policy_model.unroll(
-        policy, policy_model.initial_carry(12), texts.tokens.T, reset
-    )
+    unroll = jax.jit(policy_model.unroll)
+    distribution, _ = unroll(policy, policy_model.initial_carry(12), texts.tokens.T, reset)
     log_p = distribution.logits[texts.length - 1, jnp.arange(12)]
 
     def score(token):
@@ -168,7 +172,7 @@ def test_scores_are_standardised_on_given_texts():
     again = standardize(MODEL, changed, texts)
     np.testing.assert_allclose(again["shift"], changed["shift"], rtol=1e-4)
     np.testing.assert_allclose(again["scale"], changed["scale"], rtol=1e-4)
-    fresh = MODEL.init(jax.random.key(0))
+    fresh = jax.jit(MODEL.init)(jax.random.key(0))
     assert "they cannot be given deviation 1" in sentence_of(
         lambda: standardize(MODEL, fresh, texts)
     )
@@ -200,9 +204,8 @@ def test_a_preference_is_learnt_and_scores_are_centred():
     result = train(jax.random.key(1), None, pairs)
     assert result.metrics["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
     assert result.metrics["accuracy"][0] == 0.5  # all scores are equal
-    held_out = jax.jit(lambda params: module.evaluate(MODEL, params, pairs_by_count(7, 256)))(
-        result.state.params
-    )
+    unseen = pairs_by_count(7, 256)
+    held_out = jax.jit(lambda params: module.evaluate(MODEL, params, unseen))(result.state.params)
     assert held_out["accuracy"] > 0.95 and held_out["loss"] < 0.2
     assert abs(result.metrics["score"][-10:].mean()) < 0.3
     assert held_out["score_difference"] > 2

@@ -34,9 +34,13 @@ def make_texts(padding=0, width=10, n=N):
     return Texts(*(jnp.asarray(x, jnp.int32) for x in (tokens[:, :width], length, prompt_length)))
 
 
+def fresh_params(model, key=None):
+    return jax.jit(model.init)(jax.random.key(0) if key is None else key, jnp.zeros(1, jnp.int32))
+
+
 def perturbed_params(model):
     """Parameters far from their initial values, so that attention is not uniform."""
-    leaves, structure = jax.tree.flatten(model.init(jax.random.key(0), jnp.zeros(1, jnp.int32)))
+    leaves, structure = jax.tree.flatten(fresh_params(model))
     keys = jax.random.split(jax.random.key(9), len(leaves))
     pairs = zip(leaves, keys, strict=True)
     noisy = [x + 0.3 * jax.random.normal(key, x.shape, x.dtype) for x, key in pairs]
@@ -149,10 +153,11 @@ def test_what_follows_a_text_changes_nothing():
 def test_the_end_of_text_is_learnt():
     """The gradient raises its logit after the last other token, and lowers it before."""
     model = language_model(SMALL, "none")
-    params = model.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    params = fresh_params(model)
     tokens = jnp.array([[1, 2, 3, END, 0, 0]])
     texts = Texts(tokens, jnp.array([4]), jnp.array([1]))
 
+    @jax.jit
     def end_log_prob(params):
         distribution, _ = model.unroll(
             params, model.initial_carry(1), tokens[:, :3].T, (jnp.arange(3) == 0)[:, None]
@@ -182,9 +187,8 @@ def test_training_vmaps_over_keys_and_is_a_job():
     assert (metrics["loss"][:, 0] > 1.5).all() and (metrics["loss"][:, -8:].mean(1) < 0.2).all()
     assert (metrics["accuracy"][:, -1] > 0.9).all() and (metrics["tokens"] == 16 * 6).all()
     first = jax.tree.map(lambda x: x[0], result.state.params)
-    fresh = model.init(
-        jax.random.split(jax.random.split(jax.random.key(0), 2)[0])[0], jnp.zeros(1, jnp.int32)
-    )
+    key_params, _ = jax.random.split(jax.random.split(jax.random.key(0), 2)[0])
+    fresh = fresh_params(model, key_params)
     assert_close(first["value"], fresh["value"], 1e-6)  # weight decay leaves the critic alone
 
     ran = run_job(sft_job(settings, model, 128), seeds=2, key=0, frozen={"data": texts})
