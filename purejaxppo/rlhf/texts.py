@@ -47,3 +47,11 @@ def completion_log_prob(model: Model, params: PyTree, texts: Texts) -> Float[Arr
     """log π(completion | prompt), the sum over the tokens of the completion, in nats."""
     log_prob = token_log_probs(model, params, texts)
     return jnp.where(texts.completion_mask, log_prob, 0).sum(axis=0)
+
+
+class Pairs(NamedTuple):
+    """Two completions of each prompt, of which the first was preferred."""
+
+    chosen: Texts
+    rejected: Texts
+    margin: Float[Array, "n"]  # 0 unless given
