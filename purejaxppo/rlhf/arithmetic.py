@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
 from purejaxppo.envs.tokens import tokens
-from purejaxppo.types import Env, PRNGKey, PyTree, Transition
+from purejaxppo.rlhf.texts import Texts
+from purejaxppo.types import Env, PRNGKey, PyTree
 
 PLUS = 10
 EQUALS = 11
@@ -64,16 +65,31 @@ def make_env(prompts: NDArray[np.int32] | None = None) -> Env:
     return tokens(prompts, lengths, MAX_NEW_TOKENS, END, VOCAB_SIZE)
 
 
-def is_right(transitions: Transition, config: object, frozen: PyTree) -> Float[Array, "T B"]:
-    """A ``reward_fn``: 1 at the last token of a right answer, 0 elsewhere. Needs whole episodes."""
-    first = PROMPT_LENGTH - 1  # the step whose action is the first token of the answer
-    expected = answers(transitions.obs[:PROMPT_LENGTH].T).T
-    given = transitions.action[first:]
-    is_used = transitions.mask[first:]
-    right = (~is_used | (given == expected[: len(given)])).all(axis=0)
-    is_end = is_used & (given == END)
-    reward = jnp.where(right[None] & is_end, 1.0, 0.0)
-    return jnp.concatenate([jnp.zeros((first, reward.shape[1]), reward.dtype), reward])
+def as_texts(prompts: Int[Array, "n L"], completions: Int[Array, "n 4"]) -> Texts:
+    """Prompts and completions, up to the first end of text of each completion."""
+    length = PROMPT_LENGTH + 1 + (completions != END).cumprod(axis=1).sum(axis=1)
+    length = jnp.minimum(length, PROMPT_LENGTH + MAX_NEW_TOKENS)
+    return Texts(
+        tokens=jnp.concatenate([prompts, completions], axis=1),
+        length=length,
+        prompt_length=jnp.full_like(length, PROMPT_LENGTH),
+    )
+
+
+def score(tokens: Int[Array, "B L"], lengths: Int[Array, "B"], params: PyTree) -> Float[Array, "B"]:
+    """1 for the right answer with its end of text, else 0; ``params`` are not used."""
+    expected = as_texts(tokens[:, :PROMPT_LENGTH], answers(tokens))
+    width = min(tokens.shape[1], expected.tokens.shape[1])
+    is_same = tokens[:, :width] == expected.tokens[:, :width]
+    is_needed = jnp.arange(width)[None] < expected.length[:, None]
+    right = (lengths == expected.length) & (is_same | ~is_needed).all(axis=1)
+    return right.astype(jnp.result_type(float))
+
+
+def decode(tokens: Int[Array, "L"] | NDArray[np.int32]) -> str:
+    """The characters up to the first end of text."""
+    characters = "".join(CHARACTERS[token] for token in np.asarray(tokens).tolist())
+    return characters.split(CHARACTERS[END])[0]
 
 
 def optimum(p0: Float[Array, "*n"], beta: float) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:

@@ -1,5 +1,6 @@
 """`language_model`: a decoder as the `Model` of an agent whose actions are tokens."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from purejaxppo.types import ConfigError, Distribution, Model, PRNGKey, PyTree
 CRITICS = ("own", "shared", "none")
 
 
+@functools.cache  # equal models share their compiled programs
 def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
     """The policy softmax(logits) over the next token, and a value function.
 
@@ -92,6 +94,31 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
         return Categorical(jnp.swapaxes(logits, 0, 1)), value, new, position
 
     return Model(init, initial_carry, step, unroll)
+
+
+def policy_decoder(params: PyTree) -> PyTree:
+    """The parameters of the decoder that predicts tokens, of a model with any critic."""
+    return params["trunk"] if "trunk" in params else params["policy"]
+
+
+def with_critic(
+    params: PyTree, sizes: DecoderSizes, critic: str, value_decoder: PyTree = None
+) -> PyTree:
+    """Parameters for ``language_model(sizes, critic)`` with the policy of other ``params``.
+
+    The value is 0 at first. An own critic starts with the parameters ``value_decoder``, such as
+    those of a reward model (Ouyang et al. 2022, appendix C.4); by default with the policy's.
+    """
+    decoder = policy_decoder(params)
+    if critic == "none":
+        return {"policy": decoder, "value": {}}
+    dtype = jnp.result_type(float)
+    kernel = jnp.zeros((sizes.width, 1), dtype)
+    head = {"params": {"kernel": kernel, "bias": jnp.zeros(1, dtype)}}
+    if critic == "shared":
+        return {"policy": {}, "trunk": decoder, "value": {"head": head}}
+    own = decoder if value_decoder is None else value_decoder
+    return {"policy": decoder, "value": {"decoder": own, "head": head}}
 
 
 def _inputs(

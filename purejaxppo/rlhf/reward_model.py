@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from purejaxppo.rlhf.language_model import policy_decoder
 from purejaxppo.rlhf.preference_losses import (
     bradley_terry_loss,
     centering_penalty,
@@ -81,7 +82,7 @@ def from_policy(params: PyTree, policy: PyTree) -> PyTree:
 
     Raises `ConfigError` if the decoders have different sizes.
     """
-    decoder = policy["trunk"] if "trunk" in policy else policy["policy"]
+    decoder = policy_decoder(policy)
     shapes = jax.tree.map(jnp.shape, (decoder, params["decoder"]))
     if shapes[0] != shapes[1]:
         raise ConfigError("the decoder of the policy has other sizes than that of the reward model")

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.envs.vector import vectorize
 from purejaxppo.rlhf import arithmetic
-from purejaxppo.types import Transition
 
 PROMPTS = arithmetic.make_prompts()
 
@@ -51,26 +49,23 @@ def test_a_share_of_the_demonstrations_has_another_digit():
         ("00+00=", "0.", 1),
     ],
 )
-def test_the_reward_is_1_at_the_end_of_a_right_answer(prompt, answer, reward):
-    prompt = [arithmetic.CHARACTERS.index(x) for x in prompt]
-    given = [arithmetic.CHARACTERS.index(x) for x in answer.ljust(4, "5")]
-    env = arithmetic.make_env(np.array([prompt], np.int32))
-    vector_env = vectorize(env, 1)
-    state = vector_env.reset(jax.random.key(0))
-    done = False
-    rows = []
-    for action in [0] * 5 + given:
-        obs = state.obs
-        state, timestep = vector_env.step(jax.random.key(1), state, jnp.array([action]))
-        rows.append((obs, jnp.array([action]), timestep.mask & (not done)))
-        done = done or bool(timestep.terminated[0])
-    obs, action, mask = (jnp.stack(x) for x in zip(*rows, strict=True))
-    fields = dict.fromkeys(Transition._fields) | {"obs": obs, "action": action, "mask": mask}
-    transitions = Transition(**fields)
-    rewards = np.asarray(arithmetic.is_right(transitions, None, None))[:, 0]
-    assert rewards.sum() == reward
-    if reward:
-        assert rewards.argmax() == 5 + answer.index(".")
+def test_the_score_is_1_for_a_right_answer_with_its_end(prompt, answer, reward):
+    """Whatever follows the text; the tokens may be more than the longest text has."""
+    given = [arithmetic.CHARACTERS.index(x) for x in prompt + answer]
+    for filler in (0, arithmetic.END, 10**6):
+        tokens = jnp.array([given + [filler] * (12 - len(given))])
+        scores = arithmetic.score(tokens, jnp.array([len(given)]), None)
+        assert scores.tolist() == [reward]
+    assert arithmetic.decode(given) == (prompt + answer).split(".")[0]
+
+
+def test_texts_end_with_their_first_end():
+    prompts = jnp.asarray(PROMPTS[[0, 1234, 9999]])
+    texts = arithmetic.as_texts(prompts, arithmetic.answers(prompts))
+    assert texts.length.tolist() == [8, 9, 10] and texts.prompt_length.tolist() == [6, 6, 6]
+    assert arithmetic.score(texts.tokens, texts.length, None).tolist() == [1, 1, 1]
+    endless = arithmetic.as_texts(prompts, jnp.ones((3, 4), jnp.int32))
+    assert endless.length.tolist() == [10, 10, 10]
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,0 +1,241 @@
+"""`Task`: what the pipeline learns from. Film reviews, one's own records, or arithmetic."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from purejaxppo.rlhf import arithmetic, corpora, judges
+from purejaxppo.rlhf.preferences import (
+    Preference,
+    Records,
+    comparisons,
+    encode_pairs,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+)
+from purejaxppo.rlhf.shaping import Score
+from purejaxppo.rlhf.texts import Pairs, Texts
+from purejaxppo.rlhf.tokenizer import END, Tokenizer, train_tokenizer
+from purejaxppo.types import ConfigError
+
+Judges = Mapping[str, judges.Judge]
+
+
+class Prompts(NamedTuple):
+    """Prompts as tokens, NumPy arrays."""
+
+    tokens: NDArray[np.int32]  # [n, L]
+    length: NDArray[np.int32]  # [n]
+
+
+class Task(NamedTuple):
+    """The data of a pipeline as tokens, and how its texts are scored and read."""
+
+    name: str
+    vocab_size: int
+    eos: int  # the end-of-text token
+    context: int  # tokens of the longest text
+    max_new_tokens: int
+    demonstrations: Texts
+    held_out: Texts
+    prompts: Prompts  # for reinforcement learning
+    held_out_prompts: Prompts  # for evaluation
+    decode: Callable[[Any], str]  # tokens -> text
+    pairs: Pairs | None  # None: there is a ``score``, and no reward model is needed
+    held_out_pairs: Pairs | None
+    score: Score | None
+    judges: Callable[[], Judges]  # of texts; not known to the reward model
+    tokenizer: Tokenizer | None
+
+
+def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -> Task:
+    """Two-digit addition (`arithmetic`): 1,000 of the 10,000 prompts are held out."""
+    prompts = np.random.default_rng(seed).permutation(arithmetic.make_prompts())
+    held_out = prompts[:num_held_out]
+    train = prompts[num_held_out:]
+    repeated = jnp.asarray(np.tile(train, (repeats, 1)))
+    answers = arithmetic.demonstrations(jax.random.key(seed), repeated)
+    return Task(
+        name="arithmetic",
+        vocab_size=arithmetic.VOCAB_SIZE,
+        eos=arithmetic.END,
+        context=arithmetic.PROMPT_LENGTH + arithmetic.MAX_NEW_TOKENS,
+        max_new_tokens=arithmetic.MAX_NEW_TOKENS,
+        demonstrations=arithmetic.as_texts(repeated, answers),
+        held_out=arithmetic.as_texts(jnp.asarray(held_out), arithmetic.answers(held_out)),
+        prompts=_arithmetic_prompts(train),
+        held_out_prompts=_arithmetic_prompts(held_out),
+        decode=arithmetic.decode,
+        pairs=None,
+        held_out_pairs=None,
+        score=arithmetic.score,
+        judges=dict,
+        tokenizer=None,
+    )
+
+
+def reviews_task(
+    seed: int = 0,
+    vocab_size: int = 2048,
+    context: int = 64,
+    max_new_tokens: int = 24,
+    num_comparisons: int = 20_000,
+    num_held_out_prompts: int = 512,
+) -> Task:
+    """Sentences of film reviews, and preferences derived from people's ratings (`corpora`).
+
+    The prompts are the first words of sentences that are held out. Texts of comparisons that are
+    longer than the context are cut. The gold judge and the second judge score whole sentences.
+    """
+    reviews = corpora.load_reviews()
+    sentences = corpora.split_sentences(corpora.simple_sentences(reviews.texts))
+    splits = corpora.split_ratings(corpora.load_ratings())
+
+    @functools.cache
+    def make_judges() -> Judges:
+        gold = splits.gold
+        return {
+            "gold": judges.fit_gold_judge(gold.texts, gold.mean_ratings),
+            "second": judges.fit_second_judge(reviews.texts, reviews.labels),
+        }
+
+    return _text_task(
+        name="reviews",
+        tokenizer=train_tokenizer(sentences.train, vocab_size),
+        context=context,
+        max_new_tokens=max_new_tokens,
+        demonstrations=[("", sentence) for sentence in sentences.train],
+        held_out=[("", sentence) for sentence in sentences.held_out],
+        preferences=comparisons(splits.preferences, seed, num_comparisons),
+        held_out_preferences=comparisons(splits.test, seed, 8000),
+        prompts=sentences.prompts[num_held_out_prompts:],
+        held_out_prompts=sentences.prompts[:num_held_out_prompts],
+        judges=make_judges,
+        truncate=True,
+    )
+
+
+def records_task(
+    demonstrations: Records,
+    preferences: Records,
+    prompts: Records | None = None,
+    *,
+    seed: int = 0,
+    vocab_size: int = 2048,
+    context: int = 64,
+    max_new_tokens: int = 24,
+    judges: Judges | None = None,
+) -> Task:
+    """One's own records: JSON Lines files or iterables of objects (`preferences`).
+
+    Without ``prompts`` those of the demonstrations are used. A tenth of each kind of record, at
+    least one, is held out. ``judges`` score whole texts in the report. Raises `ConfigError` with
+    file and line for an invalid record, and for a text longer than the context.
+    """
+    shown = read_demonstrations(demonstrations)
+    judged = read_preferences(preferences)
+    if prompts is not None:
+        starts = read_prompts(prompts)
+    else:
+        starts = [record.prompt for record in shown if record.prompt]
+    starts = list(dict.fromkeys(starts))
+    if not starts:
+        raise ConfigError("there are no prompts: the demonstrations have none, so give prompts")
+    rng = np.random.default_rng(seed)
+    held_out, train = _split("demonstrations", shown, rng)
+    held_out_pairs, pairs = _split("preferences", judged, rng)
+    held_out_prompts, train_prompts = _split("prompts", starts, rng)
+    corpus = [text for record in train for text in record]
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    return _text_task(
+        name="records",
+        tokenizer=tokenizer,
+        context=context,
+        max_new_tokens=max_new_tokens,
+        demonstrations=train,
+        held_out=held_out,
+        preferences=pairs,
+        held_out_preferences=held_out_pairs,
+        prompts=train_prompts,
+        held_out_prompts=held_out_prompts,
+        judges=lambda: judges or {},
+        truncate=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+def _text_task(
+    *,
+    name: str,
+    tokenizer: Tokenizer,
+    context: int,
+    max_new_tokens: int,
+    demonstrations: Sequence[tuple[str, str]],
+    held_out: Sequence[tuple[str, str]],
+    preferences: Sequence[Preference],
+    held_out_preferences: Sequence[Preference],
+    prompts: Sequence[str],
+    held_out_prompts: Sequence[str],
+    judges: Callable[[], Judges],
+    truncate: bool,
+) -> Task:
+    """A task whose records are encoded by a tokenizer."""
+
+    def encoded(records: Sequence[tuple[str, str]]) -> Texts:
+        starts, completions = zip(*records, strict=True)
+        return tokenizer.encode_texts(starts, completions, context)
+
+    return Task(
+        name=name,
+        vocab_size=tokenizer.vocab_size,
+        eos=END,
+        context=context,
+        max_new_tokens=max_new_tokens,
+        demonstrations=encoded(demonstrations),
+        held_out=encoded(held_out),
+        prompts=_encoded_prompts(tokenizer, prompts, context, max_new_tokens),
+        held_out_prompts=_encoded_prompts(tokenizer, held_out_prompts, context, max_new_tokens),
+        decode=tokenizer.decode,
+        pairs=encode_pairs(tokenizer, preferences, context, truncate),
+        held_out_pairs=encode_pairs(tokenizer, held_out_preferences, context, truncate),
+        score=None,
+        judges=judges,
+        tokenizer=tokenizer,
+    )
+
+
+def _encoded_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], context: int, max_new_tokens: int
+) -> Prompts:
+    """The prompts, no wider than the longest. Raises `ConfigError` if no completion fits."""
+    texts = tokenizer.encode_texts(prompts, None, context)
+    longest = int(np.max(texts.length))
+    if longest + max_new_tokens > context:
+        i = int(np.argmax(texts.length))
+        raise ConfigError(
+            f"prompt {i} has {longest} tokens with its start, and max_new_tokens = "
+            f"{max_new_tokens} more exceed the context of {context}: shorten it, or choose a "
+            "longer context"
+        )
+    return Prompts(np.asarray(texts.tokens)[:, :longest], np.asarray(texts.length))
+
+
+def _arithmetic_prompts(prompts: NDArray[np.int32]) -> Prompts:
+    return Prompts(prompts, np.full(len(prompts), arithmetic.PROMPT_LENGTH, np.int32))
+
+
+def _split(kind: str, records: Sequence[Any], rng: np.random.Generator) -> tuple[list, list]:
+    """A tenth of the records, at least one, and the rest."""
+    if len(records) < 2:
+        raise ConfigError(f"there is one record of {kind}: it needs two, one of them held out")
+    order = rng.permutation(len(records))
+    count = max(1, len(records) // 10)
+    return [records[i] for i in order[:count]], [records[i] for i in order[count:]]
