@@ -12,9 +12,11 @@ def sample_by_inverse_cdf(
     The sample is the first token i with Σ_{j ≤ i} p_j > uniform · Σ_j p_j. A token with probability
     0 is never drawn, whatever the rounding of sums. The sum is taken over blocks of about √V tokens
     first and then inside one of them, so that its error does not grow with V but with √V.
+    Float32 numbers of `jax.random.uniform` are multiples of 2⁻²³, so a probability is exact to
+    about 1e-7. Logits with NaN give token 0.
 
-    On a CPU this is 30 times faster than the V random numbers of `jax.random.categorical`
-    (batch 128, V = 2048: 0.08 and 2.5 ms), and than a sum over all tokens 4 times (0.35 ms).
+    On a CPU this is about 20 times faster than `jax.random.categorical`, which draws V random
+    numbers, and 4 times faster than one sum over all tokens (batch 128, V = 2048).
     """
     vocab_size = logits.shape[-1]
     width = 1 << ((vocab_size - 1).bit_length() + 1) // 2

@@ -15,7 +15,7 @@ from small_language_model import PROMPTS as SMALL_PROMPTS
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.networks.distributions import Categorical, DiagonalGaussian
-from purejaxppo.networks.inverse_cdf import sample_by_inverse_cdf
+from purejaxppo.networks.inverse_cdf import _first_above, sample_by_inverse_cdf
 from purejaxppo.rlhf.decoding import truncate
 from purejaxppo.rlhf.language_model import language_model
 from purejaxppo.rlhf.sampling import best_of_n, best_of_n_kl, generate, generate_with_log_prob
@@ -25,8 +25,9 @@ from purejaxppo.rlhf.transformer import DecoderSizes
 SIZES = DecoderSizes(vocab_size=7, context=12, width=16, num_layers=1, num_heads=2, mlp_width=24)
 PROMPTS = jnp.array([[1, 2, 3, 0], [4, 0, 0, 0], [5, 5, 0, 0], [0, 6, 1, 2], [3, 3, 3, 0]])
 LENGTHS = jnp.array([3, 1, 2, 4, 3])
-STATIC = ("model", "max_new_tokens", "eos", "temperature", "top_k", "top_p")
+STATIC = ("model", "max_new_tokens", "eos", "top_k", "top_p")
 jitted = jax.jit(generate_with_log_prob, static_argnames=STATIC)
+jitted_greedy = jax.jit(partial(generate_with_log_prob, temperature=0.0), static_argnames=STATIC)
 MODEL = language_model(SIZES, "none")
 PARAMS = perturbed(MODEL)
 
@@ -193,19 +194,19 @@ def test_a_vectorised_rollout_has_the_same_distribution():
     texts = Texts(jnp.concatenate([start, action[1:]]).T, size + 2, jnp.full(n, 2))
     of_rollout = counts_of(texts, 2) / n
     arguments = (SMALL_MODEL, SMALL_PARAMS, jax.random.key(3), *copies(prompt, n), 3, END)
-    of_generate = counts_of(jitted(*arguments)[0], 2) / n
+    of_generate = counts_of(jitted(*arguments, 1.0)[0], 2) / n
     p = (of_rollout + of_generate) / 2
     assert (np.abs(of_rollout - of_generate) <= 5 * np.sqrt(2 * p * (1 - p) / n)).all()
 
 
 def test_texts_end_at_the_first_end_or_at_the_bound():
-    prompts, lengths = copies((1, 6, 2), 200)  # an end of text in the prompt ends nothing
-    texts, _ = jitted(MODEL, PARAMS, jax.random.key(0), prompts, lengths, 5, 6)
-    assert texts.tokens.shape == (200, 8) and (texts.prompt_length == 3).all()
-    np.testing.assert_array_equal(texts.tokens[:, :3], prompts)
-    sizes = np.asarray(texts.length) - 3
-    assert set(sizes) == {1, 2, 3, 4, 5}
-    for row, size in zip(np.asarray(texts.tokens)[:, 3:], sizes, strict=True):
+    prompts, lengths = copies((1, 6, 2, 3), 64)  # an end of text in the prompt ends nothing
+    texts, _ = jitted(MODEL, PARAMS, jax.random.key(0), prompts, lengths, 5, 6, 1.0)
+    assert texts.tokens.shape == (64, 9) and (texts.prompt_length == 4).all()
+    np.testing.assert_array_equal(texts.tokens[:, :4], prompts)
+    sizes = np.asarray(texts.length) - 4
+    assert len(set(sizes)) > 3 and max(sizes) == 5
+    for row, size in zip(np.asarray(texts.tokens)[:, 4:], sizes, strict=True):
         assert 6 not in row[: size - 1]
         assert row[size - 1] == 6 or size == 5
         assert (row[size:] == 6).all()
@@ -214,8 +215,8 @@ def test_texts_end_at_the_first_end_or_at_the_bound():
 def test_a_completion_depends_on_its_row_only():
     """Other prompts, more rows, wider padding and a later bound change no token."""
     run = partial(jitted, MODEL, PARAMS, jax.random.key(5))
-    texts, log_prob = run(PROMPTS, LENGTHS, 5, 6)
-    changed, log_prob_changed = run(PROMPTS.at[1:].set(3), LENGTHS.at[1:].set(1), 5, 6)
+    texts, log_prob = run(PROMPTS, LENGTHS, 5, 6, 1.0)
+    changed, log_prob_changed = run(PROMPTS.at[1:].set(3), LENGTHS.at[1:].set(1), 5, 6, 1.0)
     np.testing.assert_array_equal(changed.tokens[0], texts.tokens[0])
     assert log_prob_changed[0] == pytest.approx(float(log_prob[0]), abs=1e-5)
 
@@ -229,12 +230,12 @@ def test_a_completion_depends_on_its_row_only():
             assert other.length[row] == size
             assert other_log_prob[row] == pytest.approx(float(log_prob[row]), abs=1e-5)
     # Rows with the same prompt differ in their random streams.
-    completions = np.asarray(run(*copies((1, 2, 3, 4), 64), 5, 6)[0].tokens)
+    completions = np.asarray(run(*copies((1, 2, 3, 4), 64), 5, 6, 1.0)[0].tokens)
     assert len(np.unique(completions, axis=0)) > 16
 
 
 def test_the_temperature_0_takes_the_most_probable_tokens():
-    texts, log_prob = jitted(MODEL, PARAMS, jax.random.key(0), PROMPTS, LENGTHS, 5, 6, 0.0)
+    texts, log_prob = jitted_greedy(MODEL, PARAMS, jax.random.key(0), PROMPTS, LENGTHS, 5, 6)
     distribution, _ = jax.jit(partial(unroll_texts, MODEL))(PARAMS, texts)
     best = np.asarray(distribution.logits).argmax(axis=-1).T
     mask = np.asarray(texts.completion_mask).T
@@ -247,7 +248,7 @@ def test_the_temperature_0_takes_the_most_probable_tokens():
 # ------------------------------------------------------------------------------------ inverse CDF
 
 
-@pytest.mark.parametrize("vocab_size", [1, 3, 64, 65, 200])
+@pytest.mark.parametrize("vocab_size", [1, 3, 65, 200])
 def test_the_inverse_cdf_gives_each_token_its_share_of_the_uniform_numbers(vocab_size):
     """A grid of 2^17 numbers: a share differs from p by at most one number, and by rounding."""
     size = 2**17
@@ -303,6 +304,15 @@ def test_a_token_with_probability_0_is_never_drawn():
             assert (after < 1e-6).all()
 
 
+def test_the_first_token_above_the_target_by_hand():
+    """Also of targets that rounding took below 0, where a block starts, or above the sum."""
+    weights = jnp.array([0.0, 0.0, 2.0, 0.0, 1.0, 0.0])
+    targets = jnp.array([-1e-7, 0.0, 1.9, 2.0, 2.5, 3.0, 3.1])
+    index, remainder = _first_above(jnp.tile(weights, (7, 1)), targets)
+    assert index.tolist() == [2, 2, 2, 4, 4, 4, 4]
+    np.testing.assert_allclose(remainder, [-1e-7, 0, 1.9, 0, 0.5, 1, 1.1], atol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_inverse_cdf_of_float64_equals_numpy():
     rng = np.random.default_rng(1)
@@ -315,6 +325,7 @@ def test_the_inverse_cdf_of_float64_equals_numpy():
     np.testing.assert_array_equal(got, expected)
     shaped = sample(jnp.asarray(logits).reshape(5, 100, 300), jnp.asarray(uniform).reshape(5, 100))
     np.testing.assert_array_equal(shaped.reshape(-1), expected)
+    assert sample(jnp.full(5, jnp.nan), jnp.asarray(0.5)) == 0
     assert sample(jnp.asarray(logits[0]), jnp.asarray(uniform[0])) == expected[0]
 
 
