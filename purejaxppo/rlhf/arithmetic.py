@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.rlhf.texts import Texts
@@ -86,9 +86,9 @@ def score(tokens: Int[Array, "B L"], lengths: Int[Array, "B"], params: PyTree) -
     return right.astype(jnp.result_type(float))
 
 
-def decode(tokens: Int[Array, "L"] | NDArray[np.int32]) -> str:
+def decode(tokens: ArrayLike) -> str:
     """The characters up to the first end of text."""
-    characters = "".join(CHARACTERS[token] for token in np.asarray(tokens).tolist())
+    characters = "".join(CHARACTERS[token] for token in np.ravel(tokens))
     return characters.split(CHARACTERS[END])[0]
 
 

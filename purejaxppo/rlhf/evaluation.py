@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 from purejaxppo.analysis.statistics import Estimate
 from purejaxppo.networks.distributions import Categorical
 from purejaxppo.rlhf.decoding import logits_of
-from purejaxppo.rlhf.sampling import Score, generate, scores_of
-from purejaxppo.rlhf.texts import Texts, unroll_texts
+from purejaxppo.rlhf.sampling import generate, scores_of
+from purejaxppo.rlhf.texts import Score, Texts, unroll_texts, with_padding_of_zeros
 from purejaxppo.types import ConfigError, Model, PRNGKey, PyTree
 
 NORMAL_975 = 1.959964  # the 0.975 quantile of the normal distribution
@@ -47,7 +47,7 @@ def sequence_kl(
     π and π_ref are softmax(logits / ``temperature``) with the parameters ``params`` and
     ``reference`` of one model. Texts must be drawn at this temperature without truncation.
     """
-    texts = without_padding(texts)
+    texts = with_padding_of_zeros(texts)
     policy = _distributions(model, params, texts, temperature)
     return _sequence_kl(policy, _distributions(model, reference, texts, temperature), texts)
 
@@ -152,12 +152,6 @@ def evaluate_texts(
     return numbers | {"distinct_2": distinct_n(texts, 2)}
 
 
-def without_padding(texts: Texts) -> Texts:
-    """The same texts with 0 after their ends, where a token may be none of the vocabulary."""
-    is_text = jnp.arange(texts.tokens.shape[1])[None] < texts.length[:, None]
-    return texts._replace(tokens=jnp.where(is_text, texts.tokens, 0))
-
-
 def completion_ended(texts: Texts, eos: int | Array) -> Bool[Array, "n"]:
     """Whether each completion has its end of text [n]; an ``eos`` in the prompt is none."""
     last = jnp.take_along_axis(texts.tokens, texts.length[:, None] - 1, axis=1)[:, 0]
@@ -178,7 +172,7 @@ def _measure(
     score_params: PyTree,
     temperature: float | Array,
 ) -> dict[str, Array]:
-    texts = without_padding(texts)
+    texts = with_padding_of_zeros(texts)
     policy = _distributions(model, params, texts, temperature)
     other = _distributions(model, reference, texts, temperature)
     kl = _sequence_kl(policy, other, texts)

@@ -1,7 +1,6 @@
 """Texts from a language model: `generate`, and the best of n by a score, `best_of_n`."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,11 +17,9 @@ from purejaxppo.rlhf.decoding import (
     sampling_logits,
     vocab_size_of,
 )
-from purejaxppo.rlhf.texts import Texts
+from purejaxppo.rlhf.texts import Score, Texts
 from purejaxppo.types import ConfigError, Model, PRNGKey, PyTree
 from purejaxppo.validation import integer
-
-Score = Callable[[Array, Array, PyTree], Array]  # tokens [n, L], lengths [n], params -> scores [n]
 
 
 class GenerationState(NamedTuple):

@@ -1,6 +1,5 @@
 """`kl_shaped`: the reward of a language model, its score minus the divergence from a reference."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,12 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from purejaxppo.losses import MAX_LOG_RATIO
 from purejaxppo.networks.temperature import with_temperature
-from purejaxppo.rlhf.texts import Texts
+from purejaxppo.rlhf.texts import Score, Texts
 from purejaxppo.types import ConfigError, Model, PyTree, Reward, Rewards, Transition
-
-# (tokens [B, L], lengths [B], params) -> [B]. A text has L = T + 1 tokens, of which the first
-# ``lengths`` count; the others are 0.
-Score = Callable[[Array, Array, PyTree], Array]
 
 
 class KLDivergence(NamedTuple):

@@ -19,8 +19,7 @@ from purejaxppo.rlhf.preferences import (
     read_preferences,
     read_prompts,
 )
-from purejaxppo.rlhf.shaping import Score
-from purejaxppo.rlhf.texts import Pairs, Texts
+from purejaxppo.rlhf.texts import Pairs, Score, Texts
 from purejaxppo.rlhf.tokenizer import END, Tokenizer, train_tokenizer
 from purejaxppo.types import ConfigError
 
@@ -68,7 +67,7 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
         context=arithmetic.PROMPT_LENGTH + arithmetic.MAX_NEW_TOKENS,
         max_new_tokens=arithmetic.MAX_NEW_TOKENS,
         demonstrations=arithmetic.as_texts(repeated, answers),
-        held_out=arithmetic.as_texts(jnp.asarray(held_out), arithmetic.answers(held_out)),
+        held_out=_right_answers(held_out),
         prompts=_arithmetic_prompts(train),
         held_out_prompts=_arithmetic_prompts(held_out),
         decode=arithmetic.decode,
@@ -226,6 +225,11 @@ def _encoded_prompts(
             "longer context"
         )
     return Prompts(np.asarray(texts.tokens)[:, :longest], np.asarray(texts.length))
+
+
+def _right_answers(prompts: NDArray[np.int32]) -> Texts:
+    tokens = jnp.asarray(prompts)
+    return arithmetic.as_texts(tokens, arithmetic.answers(tokens))
 
 
 def _arithmetic_prompts(prompts: NDArray[np.int32]) -> Prompts:

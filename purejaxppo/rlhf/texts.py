@@ -1,5 +1,6 @@
 """`Texts`: token sequences of different lengths, and the probabilities that a model gives them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo.types import ConfigError, Distribution, Model, PyTree
+
+# (tokens [n, L], lengths [n], params) -> [n]. Of each text the first ``lengths`` tokens count.
+Score = Callable[[Array, Array, PyTree], Array]
 
 
 class Texts(NamedTuple):
