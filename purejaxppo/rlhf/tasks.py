@@ -19,10 +19,12 @@ from purejaxppo.rlhf.preferences import (
     read_preferences,
     read_prompts,
 )
+from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.texts import Pairs, Score, Texts
 from purejaxppo.rlhf.tokenizer import END, Tokenizer, train_tokenizer
 from purejaxppo.types import ConfigError
 
+NUM_HELD_OUT_COMPARISONS = 8000
 Judges = Mapping[str, judges.Judge]
 
 
@@ -48,6 +50,7 @@ class Task(NamedTuple):
     decode: Callable[[Any], str]  # tokens -> text
     pairs: Pairs | None  # None: there is a ``score``, and no reward model is needed
     held_out_pairs: Pairs | None
+    held_out_preferences: Sequence[Preference]  # the same ones as characters
     score: Score | None
     judges: Callable[[], Judges]  # of texts; not known to the reward model
     tokenizer: Tokenizer | None
@@ -73,20 +76,14 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
         decode=arithmetic.decode,
         pairs=None,
         held_out_pairs=None,
+        held_out_preferences=(),
         score=arithmetic.score,
         judges=dict,
         tokenizer=None,
     )
 
 
-def reviews_task(
-    seed: int = 0,
-    vocab_size: int = 2048,
-    context: int = 64,
-    max_new_tokens: int = 24,
-    num_comparisons: int = 20_000,
-    num_held_out_prompts: int = 512,
-) -> Task:
+def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) -> Task:
     """Sentences of film reviews, and preferences derived from people's ratings (`corpora`).
 
     The prompts are the first words of sentences that are held out. Texts of comparisons that are
@@ -105,14 +102,13 @@ def reviews_task(
         }
 
     return _text_task(
+        settings,
         name="reviews",
-        tokenizer=train_tokenizer(sentences.train, vocab_size),
-        context=context,
-        max_new_tokens=max_new_tokens,
+        tokenizer=train_tokenizer(sentences.train, settings.vocab_size),
         demonstrations=[("", sentence) for sentence in sentences.train],
         held_out=[("", sentence) for sentence in sentences.held_out],
-        preferences=comparisons(splits.preferences, seed, num_comparisons),
-        held_out_preferences=comparisons(splits.test, seed, 8000),
+        preferences=comparisons(splits.preferences, settings.key, settings.num_comparisons),
+        held_out_preferences=comparisons(splits.test, settings.key, NUM_HELD_OUT_COMPARISONS),
         prompts=sentences.prompts[num_held_out_prompts:],
         held_out_prompts=sentences.prompts[:num_held_out_prompts],
         judges=make_judges,
@@ -121,14 +117,10 @@ def reviews_task(
 
 
 def records_task(
+    settings: PipelineSettings,
     demonstrations: Records,
     preferences: Records,
     prompts: Records | None = None,
-    *,
-    seed: int = 0,
-    vocab_size: int = 2048,
-    context: int = 64,
-    max_new_tokens: int = 24,
     judges: Judges | None = None,
 ) -> Task:
     """One's own records: JSON Lines files or iterables of objects (`preferences`).
@@ -146,17 +138,15 @@ def records_task(
     starts = list(dict.fromkeys(starts))
     if not starts:
         raise ConfigError("there are no prompts: the demonstrations have none, so give prompts")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.key)
     held_out, train = _split("demonstrations", shown, rng)
     held_out_pairs, pairs = _split("preferences", judged, rng)
     held_out_prompts, train_prompts = _split("prompts", starts, rng)
     corpus = [text for record in train for text in record]
-    tokenizer = train_tokenizer(corpus, vocab_size)
     return _text_task(
+        settings,
         name="records",
-        tokenizer=tokenizer,
-        context=context,
-        max_new_tokens=max_new_tokens,
+        tokenizer=train_tokenizer(corpus, settings.vocab_size),
         demonstrations=train,
         held_out=held_out,
         preferences=pairs,
@@ -172,11 +162,10 @@ def records_task(
 
 
 def _text_task(
+    settings: PipelineSettings,
     *,
     name: str,
     tokenizer: Tokenizer,
-    context: int,
-    max_new_tokens: int,
     demonstrations: Sequence[tuple[str, str]],
     held_out: Sequence[tuple[str, str]],
     preferences: Sequence[Preference],
@@ -187,6 +176,8 @@ def _text_task(
     truncate: bool,
 ) -> Task:
     """A task whose records are encoded by a tokenizer."""
+    context = settings.context
+    max_new_tokens = settings.max_new_tokens
 
     def encoded(records: Sequence[tuple[str, str]]) -> Texts:
         starts, completions = zip(*records, strict=True)
@@ -205,6 +196,7 @@ def _text_task(
         decode=tokenizer.decode,
         pairs=encode_pairs(tokenizer, preferences, context, truncate),
         held_out_pairs=encode_pairs(tokenizer, held_out_preferences, context, truncate),
+        held_out_preferences=held_out_preferences,
         score=None,
         judges=judges,
         tokenizer=tokenizer,

@@ -1,0 +1,162 @@
+"""`PipelineSettings`: what the RLHF pipeline trains, with defaults for each task."""
+
+import dataclasses
+from typing import Any
+
+from purejaxppo.config import Config
+from purejaxppo.rlhf.transformer import DecoderSizes
+from purejaxppo.types import ConfigError
+from purejaxppo.validation import (
+    NONE_OR_POSITIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    checked_int,
+    checked_leaf,
+    nearest,
+)
+
+TASKS = ("reviews", "arithmetic", "records")
+ALGORITHMS = ("ppo", "trpo", "reinforce", "grpo", "rloo", "dpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSettings:
+    """The settings of `run_pipeline`; `PipelineSettings.of` has the defaults of a task.
+
+    Raises `ConfigError` for a value out of range.
+    """
+
+    task: str = "reviews"
+    algorithm: str = "ppo"
+    key: int = 0
+
+    # The decoder.
+    width: int = 128
+    num_layers: int = 2
+    vocab_size: int = 2048
+    context: int = 64  # tokens of the longest text
+    max_new_tokens: int = 24
+
+    # Stage 1, supervised fine-tuning, and stage 2, the reward model.
+    sft_epochs: int = 3
+    sft_batch_size: int = 32  # rows of packed texts
+    sft_lr: float = 3e-3
+    num_comparisons: int = 20_000
+    reward_batch_size: int = 64  # pairs
+    reward_lr: float = 1e-3
+
+    # Stage 3: reinforcement learning, or DPO on the comparisons.
+    num_iterations: int = 300
+    num_episodes: int = 128  # in an iteration
+    group_size: int = 8  # completions of a prompt, for grpo and rloo
+    lr: float = 3e-4
+    num_epochs: int = 4
+    num_minibatches: int = 4
+    ref_kl_coef: float = 0.05
+    ref_kl_target: float | None = None  # nats per text
+    score_clip: float = 5.0
+    missing_end_penalty: float = 1.0
+    dpo_beta: float = 0.1
+
+    # Evaluation.
+    eval_every: int = 25  # iterations
+    eval_prompts: int = 128  # in evaluations during training
+    best_of: int = 16
+
+    @classmethod
+    def of(
+        cls, task: str = "reviews", algorithm: str = "ppo", **changes: Any
+    ) -> "PipelineSettings":
+        """The defaults of a task and an algorithm, with ``changes``; None leaves a default."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        defaults = TASK_DEFAULTS.get(task, {}) | ALGORITHM_DEFAULTS.get(algorithm, {})
+        return cls(**{"task": task, "algorithm": algorithm, **defaults, **changes})
+
+    def __post_init__(self) -> None:
+        for name, choices in (("task", TASKS), ("algorithm", ALGORITHMS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(
+                    f"{name} = {value!r}: it must be one of {', '.join(choices)}"
+                    f"{nearest(value, choices)}"
+                )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("key", "eval_every"):
+                continue
+            if field.name in ("ref_kl_coef", "missing_end_penalty"):
+                checked_leaf(field.name, value, NOT_NEGATIVE)
+            elif field.name == "ref_kl_target":
+                if value is not None:
+                    checked_leaf(field.name, value, NONE_OR_POSITIVE)
+            elif isinstance(field.default, float):
+                checked_leaf(field.name, value, POSITIVE)
+            elif isinstance(field.default, int):
+                checked_int(field.name, value, POSITIVE_INT)
+        if self.task == "arithmetic" and self.algorithm == "dpo":
+            raise ConfigError(
+                "dpo learns from pairs of completions, and the arithmetic task has none: choose "
+                "another algorithm"
+            )
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the algorithm compares the completions of a prompt and has no critic."""
+        return self.algorithm in ("grpo", "rloo")
+
+    @property
+    def critic(self) -> str:
+        """The critic of the policy that is trained by reinforcement learning."""
+        return "none" if self.compares_groups else "own"
+
+    def decoder_sizes(self, vocab_size: int, context: int) -> DecoderSizes:
+        """The sizes of the decoder for a vocabulary and a context."""
+        return DecoderSizes(
+            vocab_size=vocab_size,
+            context=context,
+            width=self.width,
+            num_layers=self.num_layers,
+            mlp_width=-(-self.width * 11 // 4),
+        )
+
+    def config(self, num_steps: int) -> Config:
+        """The configuration of reinforcement learning on texts of ``num_steps`` steps."""
+        is_reinforce = self.algorithm == "reinforce"
+        algorithm = "ppo" if self.compares_groups else self.algorithm
+        return Config(
+            env="tokens",
+            algorithm=algorithm,
+            advantage=self.algorithm if self.compares_groups else "auto",
+            group_size=self.group_size if self.compares_groups else 1,
+            normalize_group=False,
+            episodic=True,
+            total_episodes=self.num_iterations * self.num_episodes,
+            num_envs=self.num_episodes,
+            num_steps=num_steps,
+            num_epochs=1 if is_reinforce else self.num_epochs,
+            num_minibatches=1 if is_reinforce else self.num_minibatches,
+            lr=self.lr,
+            gamma=1.0,
+            gae_lambda=0.95,
+            normalize_advantage=algorithm == "ppo" and not self.compares_groups,
+            max_grad_norm=1.0,
+            ref_kl_coef=self.ref_kl_coef,
+            ref_kl_target=self.ref_kl_target,
+        )
+
+
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "arithmetic": {
+        "vocab_size": 13,
+        "context": 10,
+        "max_new_tokens": 4,
+        "sft_epochs": 8,
+        "sft_batch_size": 128,
+        "ref_kl_coef": 0.0,
+        "missing_end_penalty": 0.0,
+        "best_of": 1,
+        "eval_prompts": 1000,
+    },
+}
+ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {}
