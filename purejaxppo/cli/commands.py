@@ -1,4 +1,4 @@
-"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs``.
+"""The command line, ``purejaxppo train | sweep | compare | evaluate | render | envs | rlhf``.
 
 Each command is a thin layer over a Python function.
 """
@@ -31,6 +31,7 @@ from purejaxppo.cli.options import (
     split_cpu,
     values_of,
 )
+from purejaxppo.cli.rlhf import rlhf
 from purejaxppo.cli.terminal import allow_any_character
 from purejaxppo.config import Config, tuned
 from purejaxppo.types import ConfigError
@@ -110,6 +111,7 @@ def _dispatch(arguments: list[str]) -> None:
         "render": render,
         "envs": envs,
         "compare": compare,
+        "rlhf": rlhf,
     }
     chosen = tyro.extras.subcommand_cli_from_dict(
         commands,

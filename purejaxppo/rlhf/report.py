@@ -57,6 +57,7 @@ def write_report(directory: Path, settings: PipelineSettings) -> Path:
         "## Training",
         _stages(directory, settings),
         *(f"![{name.removesuffix('.png')}]({name})" for name in figures),
+        *_frontier(directory),
         "## Continuations",
         _continuations(samples, settings.algorithm),
     ]
@@ -177,6 +178,12 @@ def _optimum(measured: Mapping[str, Any]) -> list[str]:
         return []
     rows = [[name.replace("_", " "), _number(x)] for name, x in measured["optimum"].items()]
     return ["## Beside the exact optimum", _table(["quantity", "value"], rows)]
+
+
+def _frontier(directory: Path) -> list[str]:
+    if not (directory / "frontier.png").exists():
+        return []
+    return ["## Other coefficients of the anchor", "![frontier](frontier.png)"]
 
 
 def _stages(directory: Path, settings: PipelineSettings) -> str:
