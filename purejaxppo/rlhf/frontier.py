@@ -11,7 +11,7 @@ from purejaxppo.analysis.plots import COLOURS, style_axes
 from purejaxppo.rlhf.json_files import write_json
 from purejaxppo.rlhf.judging import EVALUATION_KEY, Measurer
 from purejaxppo.rlhf.model_files import load_model
-from purejaxppo.rlhf.pipeline import SILENT, policy_stage, reward_score
+from purejaxppo.rlhf.pipeline import SILENT, policy_setup, policy_stage, score_of
 from purejaxppo.rlhf.report import write_report
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.stages import StageEvents, run_stage
@@ -39,20 +39,17 @@ def run_frontier(
     if settings.algorithm == "dpo":
         raise ConfigError("a frontier varies the anchor of reinforcement learning: not for dpo")
     reference = load_model(directory / "sft" / "model").params
-    score = task.score
+    score = score_of(settings, task)
     score_params = None
-    value_decoder = None
-    if score is None:
-        reward = load_model(directory / "reward" / "model")
-        score = reward_score(reward)
-        score_params = reward.params
-        value_decoder = reward.params["decoder"]
+    if task.pairs is not None:
+        score_params = load_model(directory / "reward" / "model").params
     measurer = Measurer(settings, task, reference, score, score_params)
     key = jax.random.key(EVALUATION_KEY)
     points: dict[str, dict[str, float]] = {}
     for beta in betas:
         changed = dataclasses.replace(settings, ref_kl_coef=beta, ref_kl_target=None, eval_every=0)
-        stage = policy_stage(changed, task, reference, score, score_params, value_decoder)
+        setup = policy_setup(changed, task, score)
+        stage = policy_stage(changed, task, setup, reference, score, score_params)
         stage = stage._replace(name=f"frontier_{beta:g}")
         params = run_stage(stage, directory, events, loggers).params
         texts = measurer.completions(params, task.held_out_prompts, key)

@@ -40,7 +40,7 @@ from purejaxppo.rlhf.tokenizer import save_tokenizer
 from purejaxppo.runs import run_directory
 from purejaxppo.runs.agents import job_of
 from purejaxppo.runs.disk import locked
-from purejaxppo.setup import set_up
+from purejaxppo.setup import Setup, set_up
 from purejaxppo.types import ConfigError, PyTree
 
 NUM_STANDARDIZED = 512  # samples that give the scores their mean and deviation
@@ -84,24 +84,19 @@ def run_pipeline(
     with _opened(directory, identity, resume):
         task = make_task(settings) if task is None else task
         require_fits(task, settings)
+        score = score_of(settings, task)
+        # Everything is checked before the first stage is trained.
+        setup = None if settings.algorithm == "dpo" else policy_setup(settings, task, score)
         if task.tokenizer is not None and not (directory / "tokenizer.json").exists():
             save_tokenizer(directory / "tokenizer.json", task.tokenizer)
         run = partial(run_stage, directory=directory, events=events, loggers=loggers)
         reference = run(sft_stage(settings, task)).params
-        score = task.score
-        score_params = None
-        value_decoder = None
-        reward = None
-        if task.pairs is not None:
-            reward = run(reward_stage(settings, task, reference))
-            score = reward_score(reward)
-            score_params = reward.params
-            value_decoder = reward.params["decoder"]
-        assert score is not None, "a task has pairs or a score"
-        if settings.algorithm == "dpo":
+        reward = None if task.pairs is None else run(reward_stage(settings, task, reference))
+        score_params = None if reward is None else reward.params
+        if setup is None:
             final = run(dpo_stage(settings, task, reference))
         else:
-            final = run(policy_stage(settings, task, reference, score, score_params, value_decoder))
+            final = run(policy_stage(settings, task, setup, reference, score, score_params))
         events.on_note("evaluation of the policies on held-out prompts")
         measured = measure_policies(
             settings, task, directory, reference, final.params, score, score_params, reward
@@ -128,9 +123,12 @@ def require_fits(task: Task, settings: PipelineSettings) -> None:
         require_pairs(task.pairs, task.vocab_size, task.context)
 
 
-def reward_score(trained: StoredModel) -> Score:
-    """The score of a stored reward model, for `kl_shaped` and evaluation."""
-    model = reward_model.reward_model(trained.sizes)
+def score_of(settings: PipelineSettings, task: Task) -> Score:
+    """The score of the task, or that of its reward model, whose parameters are an argument."""
+    if task.score is not None:
+        return task.score
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    model = reward_model.reward_model(sizes)
     return lambda tokens, lengths, params: model.score(params, tokens, lengths)
 
 
@@ -226,15 +224,11 @@ def dpo_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stag
     )
 
 
-def policy_stage(
-    settings: PipelineSettings,
-    task: Task,
-    reference: PyTree,
-    score: Score,
-    score_params: PyTree,
-    value_decoder: PyTree,
-) -> Stage:
-    """Reinforcement learning on the score, with a KL anchor to the fine-tuned policy."""
+def policy_setup(settings: PipelineSettings, task: Task, score: Score) -> Setup:
+    """Environment, model and rewards of reinforcement learning on the prompts of the task.
+
+    Raises `ConfigError` for settings that do not fit together.
+    """
     env = tokens(
         task.prompts.tokens,
         task.prompts.length,
@@ -253,12 +247,23 @@ def policy_stage(
         missing_end_penalty=settings.missing_end_penalty,
     )
     model = language_model(sizes, settings.critic)
-    setup = set_up(settings.config(num_steps), env, model, reward)
-    stored = settings.decoder_sizes(task.vocab_size, task.context)
+    return set_up(settings.config(num_steps), env, model, reward)
 
-    def result(params: PyTree) -> StoredModel:
-        return StoredModel(settings.critic, stored, params)
 
+def policy_stage(
+    settings: PipelineSettings,
+    task: Task,
+    setup: Setup,
+    reference: PyTree,
+    score: Score,
+    score_params: PyTree,
+) -> Stage:
+    """Reinforcement learning on the score, with a KL anchor to the fine-tuned policy.
+
+    The critic starts from the reward model, if there is one, otherwise from the policy.
+    """
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    value_decoder = None if score_params is None else score_params["decoder"]
     evaluator_of = None
     if settings.eval_every:
         evaluator_of = partial(make_text_evaluator, settings, task, reference, score, score_params)
@@ -274,7 +279,7 @@ def policy_stage(
         identity={"settings": dataclasses.asdict(settings)},
         unit="texts",
         units_per_iteration=settings.num_episodes,
-        result=result,
+        result=partial(StoredModel, settings.critic, sizes),
         evaluator_of=evaluator_of,
     )
 

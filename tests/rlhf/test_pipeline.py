@@ -1,0 +1,258 @@
+"""The pipeline: its stages, files, report, resumption, command line and wrong inputs."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from sentences import sentence_of
+
+from purejaxppo.cli import commands
+from purejaxppo.rlhf.model_files import load_model
+from purejaxppo.rlhf.pipeline import SILENT, run_pipeline
+from purejaxppo.rlhf.settings import PipelineSettings
+from purejaxppo.rlhf.stages import Interrupted
+from purejaxppo.rlhf.tasks import Prompts, arithmetic_task, records_task
+from purejaxppo.rlhf.tokenizer import load_tokenizer
+from purejaxppo.types import ConfigError
+
+SMALL = {"width": 16, "num_layers": 1, "sft_epochs": 1, "num_iterations": 4, "num_episodes": 8}
+SMALL |= {"num_epochs": 1, "num_minibatches": 2, "eval_every": 2, "eval_prompts": 4}
+GOOD = "a good film"
+BAD = "a bad film"
+
+
+def records(n=40):
+    """Demonstrations, preferences and prompts with simple words."""
+    subjects = ["this is", "that was", "we saw", "they made"]
+    prompts = [subjects[i % 4] for i in range(n)]
+    shown = [
+        {"prompt": prompt, "completion": f" {GOOD if i % 2 else BAD} {i % 5}"}
+        for i, prompt in enumerate(prompts)
+    ]
+    judged = [
+        {"prompt": prompt, "chosen": f" {GOOD} {i % 5}", "rejected": f" {BAD} {i % 3}"}
+        for i, prompt in enumerate(prompts)
+    ]
+    return shown, judged
+
+
+def text_settings(algorithm="ppo", **changes):
+    own = {"vocab_size": 300, "context": 40, "max_new_tokens": 6, "best_of": 2}
+    return PipelineSettings.of("records", algorithm, **SMALL, **own, **changes)
+
+
+def text_task(settings):
+    shown, judged = records()
+    judge = _judge()
+    return records_task(settings, shown, judged, judges={"words": judge})
+
+
+def _judge():
+    from purejaxppo.rlhf.judges import Judge
+
+    return Judge(lambda texts: np.array([float("good" in text) for text in texts]))
+
+
+def small_arithmetic(num_held_out=50):
+    task = arithmetic_task(num_held_out=num_held_out, repeats=1)
+    demonstrations = jax.tree.map(lambda x: x[:512], task.demonstrations)
+    return task._replace(
+        demonstrations=demonstrations, prompts=Prompts(*(x[:64] for x in task.prompts))
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished pipeline on records of texts."""
+    directory = tmp_path_factory.mktemp("pipeline") / "run"
+    settings = text_settings()
+    return directory, run_pipeline(settings, directory, text_task(settings)), settings
+
+
+def test_every_stage_leaves_its_files(finished):
+    directory, *_ = finished
+    for stage in ("sft", "reward", "ppo"):
+        names = {path.name for path in (directory / stage).iterdir()}
+        assert {
+            "config.json",
+            "metrics.csv",
+            "learning_curve.png",
+            "seconds.json",
+            "model",
+        } <= names
+        assert "checkpoints" not in names
+    metrics = pd.read_csv(directory / "ppo" / "metrics.csv")
+    assert metrics["iteration"].tolist() == [1, 2, 3, 4]
+    assert metrics["ref_kl"][0] == pytest.approx(0, abs=1e-5)
+    assert pd.read_csv(directory / "ppo" / "evaluations.csv")["iteration"].tolist() == [2, 4]
+    assert load_model(directory / "ppo" / "model").kind == "own"
+    assert load_model(directory / "reward" / "model").kind == "reward"
+    assert load_tokenizer(directory / "tokenizer.json").vocab_size == 294
+    assert json.loads((directory / "config.json").read_text())["settings"]["width"] == 16
+
+
+def test_the_report_shows_what_was_measured(finished):
+    directory, measured, _ = finished
+    assert json.loads((directory / "evaluation.json").read_text()) == measured
+    text = (directory / "report.md").read_text()
+    for policy, values in measured["policies"].items():
+        (row,) = (
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {policy} | {values['ended']:.3f}")
+        )
+        assert f"{values['score']:.3f}" in row
+    share, low, high = measured["win_rates"]["words"]["ppo"]
+    assert f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]" in text
+    for name in ("training.png", "judges.png"):
+        assert f"({name})" in text and (directory / name).stat().st_size > 10_000
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").open()]
+    assert all(set(row) == {"prompt", "sft", "ppo", "best of 2"} for row in samples)
+    assert all(row["ppo"].startswith(row["prompt"]) for row in samples)
+
+
+def test_scores_are_standardized_on_samples_of_the_fine_tuned_policy(finished):
+    directory, measured, _ = finished
+    assert abs(measured["policies"]["sft"]["score"]) < 1.5
+    assert load_model(directory / "reward" / "model").params["scale"] != 1
+
+
+def test_a_finished_pipeline_trains_nothing_again(finished):
+    directory, measured, settings = finished
+    notes = []
+    events = SILENT._replace(on_start=lambda *_: pytest.fail("trained"), on_note=notes.append)
+    again = run_pipeline(settings, directory, text_task(settings), resume=True, events=events)
+    assert again == measured
+    assert sum("finished before" in note for note in notes) == 3
+
+
+def test_a_new_pipeline_never_overwrites(finished):
+    directory, _, settings = finished
+    with pytest.raises(ConfigError, match="exists already"):
+        run_pipeline(settings, directory, text_task(settings))
+    other = text_settings(lr=0.5)
+    message = sentence_of(lambda: run_pipeline(other, directory, text_task(other), resume=True))
+    assert message == (
+        f"the pipeline in {directory} has other settings: lr = 0.0003 there and 0.5 here"
+    )
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, algorithm):
+    """Ctrl-C in each stage; the coefficient of the anchor adapts."""
+    settings = PipelineSettings.of(
+        "arithmetic", algorithm, **SMALL, ref_kl_target=0.01, ref_kl_coef=0.1
+    )
+    task = small_arithmetic()
+    run_pipeline(settings, tmp_path / "whole", task)
+    stopped = []
+
+    def stop_once(stage, chunk):
+        if stage.name not in stopped:
+            stopped.append(stage.name)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    events = SILENT._replace(on_chunk=stop_once)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
+    run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
+    assert stopped == ["sft", algorithm]
+    for stage in stopped:
+        whole = load_model(tmp_path / "whole" / stage / "model").params
+        parts = load_model(tmp_path / "parts" / stage / "model").params
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, parts)))
+        csv = [
+            (tmp_path / name / stage / "metrics.csv").read_bytes() for name in ("whole", "parts")
+        ]
+        assert csv[0] == csv[1]
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("algorithm", ["trpo", "reinforce", "rloo", "dpo"])
+def test_every_algorithm_runs_by_one_word(tmp_path, algorithm):
+    settings = text_settings(algorithm)
+    measured = run_pipeline(settings, tmp_path / "run", text_task(settings))
+    assert set(measured["policies"]) == {"sft", algorithm, "best of 2"}
+    assert np.isfinite(measured["policies"][algorithm]["score"])
+    assert measured["policies"][algorithm]["kl"] > 0
+
+
+def test_a_score_that_is_not_finite_is_named_with_its_iteration(tmp_path):
+    settings = PipelineSettings.of("arithmetic", **SMALL | {"eval_every": 4})
+    task = small_arithmetic()._replace(
+        score=lambda tokens, lengths, params: np.nan * lengths.astype(np.float32)
+    )
+    message = sentence_of(lambda: run_pipeline(settings, tmp_path / "run", task))
+    assert message.startswith("ppo diverged in iteration 1: a loss, a gradient or a score is not")
+    assert not (tmp_path / "run" / "ppo" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--task", "arithmetik"],
+            "task = 'arithmetik': it must be one of reviews, arithmetic, records; "
+            "did you mean 'arithmetic'?",
+        ),
+        (
+            ["--task", "arithmetic", "--algorithm", "dpo"],
+            "dpo learns from pairs of completions, and the arithmetic task has none: "
+            "choose another algorithm",
+        ),
+        (
+            ["--task", "arithmetic", "--ref-kl-coef", "-1"],
+            "ref_kl_coef = -1.0: it must be a finite number of at least 0",
+        ),
+        (
+            ["--task", "arithmetic", "--resume"],
+            "resume needs the directory of the pipeline to continue: --directory",
+        ),
+        (
+            ["--demonstrations", "x.jsonl"],
+            "one's own data need --preferences: give a file of JSON Lines",
+        ),
+        (
+            ["--task", "arithmetic", "--algorithm", "grpo", "--num-episodes", "12"],
+            "group_size = 8 does not divide num_envs = 12",
+        ),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        commands.main(["rlhf", *arguments])
+    assert exit_code.value.code == 2
+    assert capsys.readouterr().err == f"purejaxppo: {message}\n"
+
+
+def test_records_with_mistakes_name_file_and_line(tmp_path, capsys):
+    shown, judged = records(4)
+    demonstrations = tmp_path / "d.jsonl"
+    preferences = tmp_path / "p.jsonl"
+    demonstrations.write_text("\n".join(map(json.dumps, shown)))
+    judged[2] = {"prompt": "this is", "chosen": "a"}
+    preferences.write_text("\n".join(map(json.dumps, judged)))
+    arguments = ["--demonstrations", str(demonstrations), "--preferences", str(preferences)]
+    with pytest.raises(SystemExit) as exit_code:
+        commands.main(["rlhf", *arguments, "--directory", str(tmp_path / "run")])
+    assert exit_code.value.code == 2 and not (tmp_path / "run").exists()
+    assert (
+        capsys.readouterr().err == f"purejaxppo: {preferences}:3: the key 'rejected' is missing\n"
+    )
+
+
+def test_prompts_that_leave_no_room_are_refused():
+    shown, judged = records()
+    settings = text_settings()
+    long = [{"prompt": "word " * 20}, {"prompt": "x"}]
+    message = sentence_of(lambda: records_task(settings, shown, judged, long))
+    assert message == (
+        "prompt 0 has 101 tokens with its start, and the context has 40: "
+        "shorten it, or choose a longer context"
+    )
