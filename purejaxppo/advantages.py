@@ -31,21 +31,22 @@ def gae(
     Only termination removes the bootstrap; termination and truncation both cut the λ-sum. Pardo et
     al. 2018 show the cost of treating a time limit as a termination. With λ = 0 the advantage is
     the TD error. With λ = 1 it is the Monte-Carlo return, bootstrapped at the end of the data,
-    minus the value.
+    minus the value. Nothing after the end of an episode affects the steps before it, even NaN.
 
     Returns the advantages and the value targets, both [T, B].
     """
     chex.assert_rank([reward, value, next_value, terminated, truncated], 2)
     chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
     delta = reward + gamma * jnp.where(terminated, 0, next_value) - value
-    decay = gamma * gae_lambda * jnp.where(terminated | truncated, 0, jnp.ones_like(value))
+    done = terminated | truncated
 
     def backward(advantage: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, decay = step
-        advantage = delta + decay * advantage
+        delta, done = step
+        # Not 0 · Â_{t+1}, which would be NaN if a step after the end is NaN.
+        advantage = delta + gamma * gae_lambda * jnp.where(done, 0, advantage)
         return advantage, advantage
 
-    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
+    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True)
     return advantage, advantage + value
 
 

@@ -187,6 +187,11 @@ def require_compatible(config: Any) -> None:
         )
     if config.compares_groups:
         _require_groups(config)
+    if config.ref_kl_target is not None and _any_element(np.equal, config.ref_kl_coef):
+        raise ConfigError(
+            "ref_kl_coef = 0: ref_kl_target multiplies it in every iteration, so it must start "
+            "above 0"
+        )
     if config.critic_obs and config.shared_trunk:
         raise ConfigError(
             "critic_obs is for the value function only, and with a shared trunk the policy would "

@@ -69,9 +69,11 @@ def kl_shaped(
         if not config.whole_episodes:
             raise ConfigError("kl_shaped scores whole texts: set episodic=True")
         beta = config.ref_kl_coef if config.ref_kl_target is None else state
+        has_reference = _has_reference(config, frozen)
+        score_params = frozen.get("score") if isinstance(frozen, dict) else None
         texts = texts_of(transitions)
         ended = has_end(transitions, eos)
-        raw_score = _checked_score(score, texts, (frozen or {}).get("score"))
+        raw_score = _checked_score(score, texts, score_params)
         bounded = raw_score if score_clip is None else jnp.clip(raw_score, -score_clip, score_clip)
         bounded = jnp.where(ended, bounded, bounded - missing_end_penalty)
         reward = jnp.where(is_last_step(transitions), bounded[None], 0)
@@ -80,7 +82,7 @@ def kl_shaped(
             "completion_length": (texts.length - texts.prompt_length).mean(dtype=reward.dtype),
             "share_ended": ended.mean(dtype=reward.dtype),
         }
-        if _has_reference(config, frozen):
+        if has_reference:
             kl = _divergence(with_temperature(model, config.temperature), frozen, transitions)
             # Not 0 · k1, which would be NaN where the reference excludes a token.
             reward -= jnp.where(jnp.asarray(beta) > 0, beta * kl.k1, 0)
