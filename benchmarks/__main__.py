@@ -138,6 +138,22 @@ def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = Fa
     general_benchmark.show()
 
 
+def rlhf(task: str = "arithmetic", seeds: int = 5, show: bool = False) -> None:
+    """Train language models over several seeds and store the measurements.
+
+    Args:
+        task: arithmetic (PPO, GRPO and RLOO beside the exact optimum) or reviews (PPO)
+        seeds: number of pipelines of each kind, from different keys
+        show: only print the stored table
+    """
+    from benchmarks import rlhf as rlhf_benchmark
+
+    if not show:
+        rlhf_benchmark.run(task, seeds)
+    else:
+        rlhf_benchmark.show(task)
+
+
 if __name__ == "__main__":
     commands = {
         "learning": learning,
@@ -148,5 +164,6 @@ if __name__ == "__main__":
         "sweeps": sweeps,
         "population": population,
         "general": general,
+        "rlhf": rlhf,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")

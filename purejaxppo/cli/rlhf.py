@@ -18,6 +18,7 @@ def rlhf(
     directory: Path | None = None,
     resume: bool = False,
     frontier: bool = False,
+    stages_from: Path | None = None,
     demonstrations: Path | None = None,
     preferences: Path | None = None,
     prompts: Path | None = None,
@@ -47,6 +48,8 @@ def rlhf(
         directory: directory for the results; must be new
         resume: continue the pipeline in the directory; finished stages are kept
         frontier: also train with five coefficients of the anchor
+        stages_from: directory of another run with the same data, whose fine-tuned policy and
+            reward model are used
         demonstrations: JSON Lines with prompt and completion, instead of a task
         preferences: JSON Lines with prompt, chosen and rejected
         prompts: JSON Lines with prompt; by default those of the demonstrations
@@ -74,6 +77,7 @@ def rlhf(
             directory,
             resume,
             frontier,
+            stages_from,
             {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts},
             log,
             task,
@@ -102,6 +106,7 @@ def run(
     directory: Path | None,
     resume: bool,
     frontier: bool,
+    stages_from: Path | None,
     records: dict[str, Path | None],
     loggers: tuple[str, ...],
     task: str,
@@ -132,7 +137,7 @@ def run(
         if data is None:
             data = make_task(settings)
         arguments: dict[str, Any] = {"loggers": loggers, "events": screen.events}
-        run_pipeline(settings, directory, data, resume=resume, **arguments)
+        run_pipeline(settings, directory, data, resume=resume, stages_from=stages_from, **arguments)
         if frontier:
             run_frontier(settings, directory, data, **arguments)
     say(console, f"The report is {directory / 'report.md'}; the models are in {directory}/*/model.")

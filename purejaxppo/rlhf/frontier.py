@@ -11,7 +11,8 @@ from purejaxppo.analysis.plots import COLOURS, style_axes
 from purejaxppo.rlhf.json_files import write_json
 from purejaxppo.rlhf.judging import EVALUATION_KEY, Measurer
 from purejaxppo.rlhf.model_files import load_model
-from purejaxppo.rlhf.pipeline import SILENT, policy_setup, policy_stage, score_of
+from purejaxppo.rlhf.pipeline import SILENT
+from purejaxppo.rlhf.pipeline_stages import policy_setup, policy_stage, score_of
 from purejaxppo.rlhf.report import write_report
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.stages import StageEvents, run_stage

@@ -12,38 +12,38 @@ directory/
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.envs.tokens import tokens
-from purejaxppo.rlhf import dpo, reward_model, sft
-from purejaxppo.rlhf.judging import make_text_evaluator, measure_policies
-from purejaxppo.rlhf.language_model import language_model, policy_decoder, with_critic
-from purejaxppo.rlhf.model_files import REWARD, StoredModel
+from purejaxppo.rlhf.judging import measure_policies
+from purejaxppo.rlhf.pipeline_stages import (
+    dpo_stage,
+    policy_setup,
+    policy_stage,
+    reward_stage,
+    score_of,
+    sft_stage,
+)
 from purejaxppo.rlhf.report import write_report
-from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.shaping import kl_shaped
-from purejaxppo.rlhf.stages import Stage, StageEvents, run_stage
-from purejaxppo.rlhf.supervised_settings import SupervisedSettings
+from purejaxppo.rlhf.stages import StageEvents, run_stage
 from purejaxppo.rlhf.tasks import Task, arithmetic_task, reviews_task
-from purejaxppo.rlhf.texts import Score, require_pairs, require_texts
+from purejaxppo.rlhf.texts import require_pairs, require_texts
 from purejaxppo.rlhf.tokenizer import save_tokenizer
 from purejaxppo.runs import run_directory
-from purejaxppo.runs.agents import job_of
 from purejaxppo.runs.disk import locked
-from purejaxppo.setup import Setup, set_up
-from purejaxppo.types import ConfigError, PyTree
+from purejaxppo.types import ConfigError
 
-NUM_STANDARDIZED = 512  # samples that give the scores their mean and deviation
+FIRST_STAGES = ("sft", "reward")
 SILENT = StageEvents(
     on_start=lambda stage, programs: None,
     on_chunk=lambda stage, chunk: None,
@@ -57,6 +57,7 @@ def run_pipeline(
     task: Task | None = None,
     *,
     resume: bool = False,
+    stages_from: str | os.PathLike | None = None,
     loggers: tuple[str, ...] = (),
     events: StageEvents = SILENT,
 ) -> dict[str, Any]:
@@ -73,6 +74,8 @@ def run_pipeline(
         task: the data; by default those that the settings name.
 
     Other arguments:
+        stages_from: the directory of another pipeline with the same data and settings of the first
+            stages, whose fine-tuned policy and reward model are copied instead of trained.
         loggers: ``tensorboard`` and ``wandb``, for each stage.
         events: callbacks of the progress.
 
@@ -80,15 +83,21 @@ def run_pipeline(
     `Interrupted` after Ctrl-C.
     """
     directory = Path(directory)
-    identity = {"kind": "rlhf", "settings": dataclasses.asdict(settings)}
+    task = make_task(settings) if task is None else task
+    require_fits(task, settings)
+    score = score_of(settings, task)
+    # Everything is checked before the directory is made.
+    setup = None if settings.algorithm == "dpo" else policy_setup(settings, task, score)
+    identity: dict[str, Any] = {
+        "kind": "rlhf",
+        "settings": dataclasses.asdict(settings),
+        "data_sha256": fingerprint(task),
+    }
     with _opened(directory, identity, resume):
-        task = make_task(settings) if task is None else task
-        require_fits(task, settings)
-        score = score_of(settings, task)
-        # Everything is checked before the first stage is trained.
-        setup = None if settings.algorithm == "dpo" else policy_setup(settings, task, score)
         if task.tokenizer is not None and not (directory / "tokenizer.json").exists():
             save_tokenizer(directory / "tokenizer.json", task.tokenizer)
+        if stages_from is not None:
+            _copy_stages(Path(stages_from), directory, settings, identity["data_sha256"])
         run = partial(run_stage, directory=directory, events=events, loggers=loggers)
         reference = run(sft_stage(settings, task)).params
         reward = None if task.pairs is None else run(reward_stage(settings, task, reference))
@@ -123,168 +132,53 @@ def require_fits(task: Task, settings: PipelineSettings) -> None:
         require_pairs(task.pairs, task.vocab_size, task.context)
 
 
-def score_of(settings: PipelineSettings, task: Task) -> Score:
-    """The score of the task, or that of its reward model, whose parameters are an argument."""
-    if task.score is not None:
-        return task.score
-    sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    model = reward_model.reward_model(sizes)
-    return lambda tokens, lengths, params: model.score(params, tokens, lengths)
-
-
-# ----------------------------------------------------------------------------------------- stages
-
-
-def sft_stage(settings: PipelineSettings, task: Task) -> Stage:
-    """Supervised fine-tuning on the demonstrations, several of which share a row."""
-    sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    data: Any = task.demonstrations
-    if task.tokenizer is not None:
-        data = sft.pack(task.demonstrations, task.context)
-    num_rows = len(data.tokens)
-    supervised = SupervisedSettings(
-        num_epochs=settings.sft_epochs,
-        batch_size=min(settings.sft_batch_size, num_rows),
-        lr=settings.sft_lr,
-    )
-    num_tokens = int(np.sum(task.demonstrations.length))
-    return Stage(
-        name="sft",
-        job=sft.sft_job(supervised, language_model(sizes, "none"), num_rows),
-        params=None,
-        frozen={"data": data},
-        key=settings.key,
-        identity={"settings": dataclasses.asdict(settings)},
-        unit="tokens",
-        units_per_iteration=num_tokens / num_rows * supervised.batch_size,
-        result=partial(StoredModel, "none", sizes),
-    )
-
-
-def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
-    """A reward model on the comparisons, from the decoder of the fine-tuned policy.
-
-    In the end its scores get mean 0 and deviation 1 on completions of the fine-tuned policy.
-    """
-    assert task.pairs is not None, "a task without a score has pairs"
-    sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    model = reward_model.reward_model(sizes)
-    num_pairs = len(task.pairs.margin)
-    supervised = SupervisedSettings(
-        batch_size=min(settings.reward_batch_size, num_pairs), lr=settings.reward_lr
-    )
-
-    def standardized(params: PyTree) -> StoredModel:
-        policy = language_model(sizes, "none")
-        rows = np.arange(NUM_STANDARDIZED) % len(task.prompts.length)
-        texts = jax.jit(
-            partial(generate, policy, max_new_tokens=task.max_new_tokens, eos=task.eos)
-        )(
-            params=reference,
-            key=jax.random.key(settings.key),
-            prompts=jnp.asarray(task.prompts.tokens[rows]),
-            lengths=jnp.asarray(task.prompts.length[rows]),
-        )
-        return StoredModel(REWARD, sizes, reward_model.standardize(model, params, texts))
-
-    fresh = model.init(jax.random.key(settings.key))
-    return Stage(
-        name="reward",
-        job=reward_model.reward_model_job(supervised, model, num_pairs),
-        params=reward_model.from_policy(fresh, reference),
-        frozen={"data": task.pairs},
-        key=settings.key + 1,
-        identity={"settings": dataclasses.asdict(settings)},
-        unit="pairs",
-        units_per_iteration=supervised.batch_size,
-        result=standardized,
-    )
-
-
-def dpo_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
-    """DPO on the comparisons, from the fine-tuned policy, which is the reference."""
-    assert task.pairs is not None, "checked before"
-    sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    model = language_model(sizes, "none")
-    num_pairs = len(task.pairs.margin)
-    supervised = SupervisedSettings(
-        batch_size=min(settings.reward_batch_size, num_pairs), lr=settings.lr
-    )
-    with_reference = jax.jit(lambda params, pairs: dpo.with_reference(model, params, pairs))
-    return Stage(
-        name="dpo",
-        job=dpo.dpo_job(supervised, model, num_pairs, beta=settings.dpo_beta),
-        params=reference,
-        frozen={"data": with_reference(reference, task.pairs)},
-        key=settings.key + 2,
-        identity={"settings": dataclasses.asdict(settings)},
-        unit="pairs",
-        units_per_iteration=supervised.batch_size,
-        result=partial(StoredModel, "none", sizes),
-    )
-
-
-def policy_setup(settings: PipelineSettings, task: Task, score: Score) -> Setup:
-    """Environment, model and rewards of reinforcement learning on the prompts of the task.
-
-    Raises `ConfigError` for settings that do not fit together.
-    """
-    env = tokens(
-        task.prompts.tokens,
-        task.prompts.length,
-        task.max_new_tokens,
-        task.eos,
-        task.vocab_size,
-    )
-    num_steps = env.max_episode_steps
-    assert num_steps is not None, "a text has a bound"
-    sizes = settings.decoder_sizes(task.vocab_size, num_steps)
-    reward = kl_shaped(
-        score,
-        language_model(sizes, "none"),
-        task.eos,
-        score_clip=settings.score_clip,
-        missing_end_penalty=settings.missing_end_penalty,
-    )
-    model = language_model(sizes, settings.critic)
-    return set_up(settings.config(num_steps), env, model, reward)
-
-
-def policy_stage(
-    settings: PipelineSettings,
-    task: Task,
-    setup: Setup,
-    reference: PyTree,
-    score: Score,
-    score_params: PyTree,
-) -> Stage:
-    """Reinforcement learning on the score, with a KL anchor to the fine-tuned policy.
-
-    The critic starts from the reward model, if there is one, otherwise from the policy.
-    """
-    sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    value_decoder = None if score_params is None else score_params["decoder"]
-    evaluator_of = None
-    if settings.eval_every:
-        evaluator_of = partial(make_text_evaluator, settings, task, reference, score, score_params)
-    return Stage(
-        name=settings.algorithm,
-        job=job_of(setup),
-        params=with_critic(reference, sizes, settings.critic, value_decoder),
-        frozen={
-            "reference": {"policy": policy_decoder(reference), "value": {}},
-            "score": score_params,
-        },
-        key=settings.key + 2,
-        identity={"settings": dataclasses.asdict(settings)},
-        unit="texts",
-        units_per_iteration=settings.num_episodes,
-        result=partial(StoredModel, settings.critic, sizes),
-        evaluator_of=evaluator_of,
-    )
+def fingerprint(task: Task) -> str:
+    """The SHA-256 of the arrays of a task, which a resume compares."""
+    digest = hashlib.sha256()
+    data = (task.demonstrations, task.prompts, task.held_out_prompts, task.pairs)
+    for x in jax.tree.leaves(data):
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------- directory
+
+
+def _copy_stages(
+    source: Path, directory: Path, settings: PipelineSettings, data_sha256: str
+) -> None:
+    """Copy the first stages of another pipeline, as far as they are not there.
+
+    Raises `ConfigError` if one is missing, or was trained on other data or with other settings.
+    """
+    config = _read_config(source)
+    then = config.get("settings", {})
+    now = settings.of_first_stages()
+    differing = [name for name, x in now.items() if then.get(name) != x]
+    if config.get("data_sha256") != data_sha256:
+        raise ConfigError(f"the stages in {source} were trained on other data")
+    if differing:
+        raise ConfigError(
+            f"the stages in {source} were trained with other settings: {', '.join(differing)}"
+        )
+    for stage in FIRST_STAGES:
+        if not (source / stage).exists() or (directory / stage).exists():
+            continue
+        if not (source / stage / "model").exists():
+            raise ConfigError(f"the stage {stage} in {source} is not finished: resume it first")
+        shutil.copytree(source / stage, directory / f".{stage}", dirs_exist_ok=True)
+        (directory / f".{stage}").rename(directory / stage)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of a pipeline."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("kind") != "rlhf":
+        raise ConfigError(f"{directory} is not a pipeline: it has no valid config.json of one")
+    return config
 
 
 @contextlib.contextmanager
@@ -293,18 +187,15 @@ def _opened(directory: Path, identity: dict[str, Any], resume: bool) -> Iterator
     if not (resume and directory.exists()):
         run_directory.reserve(directory, identity)
     with locked(directory):
-        try:
-            before = json.loads((directory / "config.json").read_text())
-        except (OSError, ValueError):
-            raise ConfigError(
-                f"{directory} is not a pipeline that can be resumed: it has no valid config.json"
-            ) from None
+        before = _read_config(directory)
         then = before.get("settings", {})
         now = json.loads(json.dumps(identity["settings"]))
         differing = [name for name in now if then.get(name, now) != now[name]]
-        if before.get("kind") != "rlhf" or differing:
+        if differing:
             words = ", ".join(
                 f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing
             )
             raise ConfigError(f"the pipeline in {directory} has other settings: {words}")
+        if before.get("data_sha256") != identity["data_sha256"]:
+            raise ConfigError(f"the pipeline in {directory} was started with other data")
         yield

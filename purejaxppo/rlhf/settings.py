@@ -16,6 +16,14 @@ from purejaxppo.validation import (
     nearest,
 )
 
+# Fields that only the last stage and the evaluation use.
+LAST_STAGE = frozenset(
+    {
+        *("algorithm", "num_iterations", "num_episodes", "group_size", "lr", "num_epochs"),
+        *("num_minibatches", "ref_kl_coef", "ref_kl_target", "score_clip"),
+        *("missing_end_penalty", "dpo_beta", "eval_every", "eval_prompts", "best_of"),
+    }
+)
 TASKS = ("reviews", "arithmetic", "records")
 ALGORITHMS = ("ppo", "trpo", "reinforce", "grpo", "rloo", "dpo")
 
@@ -46,7 +54,7 @@ class PipelineSettings:
     reward_batch_size: int = 64  # pairs
     reward_lr: float = 1e-3
 
-    # Stage 3: reinforcement learning, or DPO on the comparisons.
+    # Stage 3: reinforcement learning, or DPO on the comparisons (`LAST_STAGE`).
     num_iterations: int = 300
     num_episodes: int = 128  # in an iteration
     group_size: int = 8  # completions of a prompt, for grpo and rloo
@@ -99,6 +107,11 @@ class PipelineSettings:
                 "dpo learns from pairs of completions, and the arithmetic task has none: choose "
                 "another algorithm"
             )
+
+    def of_first_stages(self) -> dict[str, Any]:
+        """The settings on which the stages before the last one depend."""
+        values = dataclasses.asdict(self)
+        return {name: x for name, x in values.items() if name not in LAST_STAGE}
 
     @property
     def compares_groups(self) -> bool:

@@ -139,6 +139,10 @@ def test_a_new_pipeline_never_overwrites(finished):
     assert message == (
         f"the pipeline in {directory} has other settings: lr = 0.0003 there and 0.5 here"
     )
+    other_task = text_task(settings)
+    other_task.demonstrations.tokens[0, 1] += 1
+    message = sentence_of(lambda: run_pipeline(settings, directory, other_task, resume=True))
+    assert message == f"the pipeline in {directory} was started with other data"
 
 
 @pytest.mark.learning

@@ -1,0 +1,105 @@
+"""The RLHF pipeline over several seeds: its results, stored with the command that made them."""
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from purejaxppo.analysis.statistics import estimate
+from purejaxppo.rlhf.pipeline import run_pipeline
+from purejaxppo.rlhf.settings import PipelineSettings
+
+RESULTS = Path(__file__).parent / "results" / "rlhf"
+# Algorithms and coefficients β of the anchor, by task.
+CASES = {
+    "arithmetic": (("ppo", 0.0), ("ppo", 0.3), ("grpo", 0.3), ("rloo", 0.3)),
+    "reviews": (("ppo", None),),
+}
+SHARED = ("sft", "reward")  # stages that all cases of a seed share
+
+
+def run(task: str, seeds: int) -> None:
+    """Run every case with each seed and store the measurements after each run."""
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(seeds):
+            first: Path | None = None  # its first stages are used by the other cases
+            for algorithm, beta in CASES[task]:
+                settings = PipelineSettings.of(task, algorithm, key=seed, ref_kl_coef=beta)
+                directory = Path(scratch) / f"{seed}-{algorithm}-{beta}"
+                started = time.perf_counter()
+                measured = run_pipeline(settings, directory, stages_from=first)
+                first = first or directory
+                runs.append(
+                    {
+                        "settings": dataclasses.asdict(settings),
+                        "seconds": round(time.perf_counter() - started, 1),
+                        "stages": _stages(directory, algorithm),
+                        "measured": measured,
+                    }
+                )
+                _store(task, seed + 1, runs)
+                print(f"seed {seed}, {algorithm}: {runs[-1]['seconds']} s", flush=True)
+    show(task)
+
+
+def _stages(directory: Path, algorithm: str) -> dict[str, Any]:
+    """The time and the throughput of every stage."""
+    return {
+        stage: json.loads((directory / stage / "seconds.json").read_text())
+        for stage in ("sft", "reward", algorithm)
+        if (directory / stage / "seconds.json").exists()
+    }
+
+
+def _store(task: str, seeds: int, runs: list[dict[str, Any]]) -> None:
+    result = {
+        "command": f"python -m benchmarks rlhf --task {task} --seeds {seeds}",
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "runs": runs,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{task}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(task: str) -> None:
+    """Print the stored results: interquartile means over the seeds with 95 % intervals."""
+    runs = json.loads((RESULTS / f"{task}.json").read_text())["runs"]
+    for algorithm, beta in CASES[task]:
+        chosen = [run for run in runs if _is_case(run["settings"], algorithm, beta)]
+        if not chosen:
+            continue
+        columns: dict[str, list[float]] = {}
+        for run in chosen:
+            for name, x in numbers(run).items():
+                columns.setdefault(name, []).append(x)
+        print(f"{algorithm}, beta {beta}, {len(chosen)} seeds")
+        for name, values in columns.items():
+            point, low, high = estimate(values)
+            print(f"  {name:<28} {point:8.3f} [{low:.3f}, {high:.3f}]")
+
+
+def _is_case(settings: dict[str, Any], algorithm: str, beta: float | None) -> bool:
+    return settings["algorithm"] == algorithm and beta in (None, settings["ref_kl_coef"])
+
+
+def numbers(run: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one run that the table shows."""
+    algorithm = run["settings"]["algorithm"]
+    measured = run["measured"]
+    policy = measured["policies"][algorithm]
+    result = {name: policy[name] for name in ("score", "kl", "length", "ended")}
+    result["distinct_2, share of sft"] = (
+        policy["distinct_2"] / measured["policies"]["sft"]["distinct_2"]
+    )
+    result |= measured.get("optimum", {})
+    result |= {f"accuracy: {name}": x for name, x in measured["accuracies"].items()}
+    for judge, rates in measured["win_rates"].items():
+        result |= {f"wins: {judge}, {name}": share for name, (share, _, _) in rates.items()}
+    result["seconds"] = run["seconds"]
+    return result

@@ -1,0 +1,185 @@
+"""The stages of the pipeline: fine-tuning, the reward model, DPO, and reinforcement learning."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.envs.tokens import tokens
+from purejaxppo.rlhf import dpo, reward_model, sft
+from purejaxppo.rlhf.judging import make_text_evaluator
+from purejaxppo.rlhf.language_model import language_model, policy_decoder, with_critic
+from purejaxppo.rlhf.model_files import REWARD, StoredModel
+from purejaxppo.rlhf.sampling import generate
+from purejaxppo.rlhf.settings import PipelineSettings
+from purejaxppo.rlhf.shaping import kl_shaped
+from purejaxppo.rlhf.stages import Stage
+from purejaxppo.rlhf.supervised_settings import SupervisedSettings
+from purejaxppo.rlhf.tasks import Task
+from purejaxppo.rlhf.texts import Score
+from purejaxppo.runs.agents import job_of
+from purejaxppo.setup import Setup, set_up
+from purejaxppo.types import PyTree
+
+NUM_STANDARDIZED = 512  # samples that give the scores their mean and deviation
+
+
+def score_of(settings: PipelineSettings, task: Task) -> Score:
+    """The score of the task, or that of its reward model, whose parameters are an argument."""
+    if task.score is not None:
+        return task.score
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    model = reward_model.reward_model(sizes)
+    return lambda tokens, lengths, params: model.score(params, tokens, lengths)
+
+
+def sft_stage(settings: PipelineSettings, task: Task) -> Stage:
+    """Supervised fine-tuning on the demonstrations, several of which share a row."""
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    data: Any = task.demonstrations
+    if task.tokenizer is not None:
+        data = sft.pack(task.demonstrations, task.context)
+    num_rows = len(data.tokens)
+    supervised = SupervisedSettings(
+        num_epochs=settings.sft_epochs,
+        batch_size=min(settings.sft_batch_size, num_rows),
+        lr=settings.sft_lr,
+    )
+    num_tokens = int(np.sum(task.demonstrations.length))
+    return Stage(
+        name="sft",
+        job=sft.sft_job(supervised, language_model(sizes, "none"), num_rows),
+        params=None,
+        frozen={"data": data},
+        key=settings.key,
+        identity={"settings": dataclasses.asdict(settings)},
+        unit="tokens",
+        units_per_iteration=num_tokens / num_rows * supervised.batch_size,
+        result=partial(StoredModel, "none", sizes),
+    )
+
+
+def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
+    """A reward model on the comparisons, from the decoder of the fine-tuned policy.
+
+    In the end its scores get mean 0 and deviation 1 on completions of the fine-tuned policy.
+    """
+    assert task.pairs is not None, "a task without a score has pairs"
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    model = reward_model.reward_model(sizes)
+    num_pairs = len(task.pairs.margin)
+    supervised = SupervisedSettings(
+        batch_size=min(settings.reward_batch_size, num_pairs), lr=settings.reward_lr
+    )
+
+    def standardized(params: PyTree) -> StoredModel:
+        policy = language_model(sizes, "none")
+        rows = np.arange(NUM_STANDARDIZED) % len(task.prompts.length)
+        texts = jax.jit(
+            partial(generate, policy, max_new_tokens=task.max_new_tokens, eos=task.eos)
+        )(
+            params=reference,
+            key=jax.random.key(settings.key),
+            prompts=jnp.asarray(task.prompts.tokens[rows]),
+            lengths=jnp.asarray(task.prompts.length[rows]),
+        )
+        return StoredModel(REWARD, sizes, reward_model.standardize(model, params, texts))
+
+    fresh = model.init(jax.random.key(settings.key))
+    return Stage(
+        name="reward",
+        job=reward_model.reward_model_job(supervised, model, num_pairs),
+        params=reward_model.from_policy(fresh, reference),
+        frozen={"data": task.pairs},
+        key=settings.key + 1,
+        identity={"settings": dataclasses.asdict(settings)},
+        unit="pairs",
+        units_per_iteration=supervised.batch_size,
+        result=standardized,
+    )
+
+
+def dpo_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
+    """DPO on the comparisons, from the fine-tuned policy, which is the reference."""
+    assert task.pairs is not None, "checked before"
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    model = language_model(sizes, "none")
+    num_pairs = len(task.pairs.margin)
+    supervised = SupervisedSettings(
+        batch_size=min(settings.reward_batch_size, num_pairs), lr=settings.lr
+    )
+    with_reference = jax.jit(lambda params, pairs: dpo.with_reference(model, params, pairs))
+    return Stage(
+        name="dpo",
+        job=dpo.dpo_job(supervised, model, num_pairs, beta=settings.dpo_beta),
+        params=reference,
+        frozen={"data": with_reference(reference, task.pairs)},
+        key=settings.key + 2,
+        identity={"settings": dataclasses.asdict(settings)},
+        unit="pairs",
+        units_per_iteration=supervised.batch_size,
+        result=partial(StoredModel, "none", sizes),
+    )
+
+
+def policy_setup(settings: PipelineSettings, task: Task, score: Score) -> Setup:
+    """Environment, model and rewards of reinforcement learning on the prompts of the task.
+
+    Raises `ConfigError` for settings that do not fit together.
+    """
+    env = tokens(
+        task.prompts.tokens,
+        task.prompts.length,
+        task.max_new_tokens,
+        task.eos,
+        task.vocab_size,
+    )
+    num_steps = env.max_episode_steps
+    assert num_steps is not None, "a text has a bound"
+    sizes = settings.decoder_sizes(task.vocab_size, num_steps)
+    reward = kl_shaped(
+        score,
+        language_model(sizes, "none"),
+        task.eos,
+        score_clip=settings.score_clip,
+        missing_end_penalty=settings.missing_end_penalty,
+    )
+    model = language_model(sizes, settings.critic)
+    return set_up(settings.config(num_steps), env, model, reward)
+
+
+def policy_stage(
+    settings: PipelineSettings,
+    task: Task,
+    setup: Setup,
+    reference: PyTree,
+    score: Score,
+    score_params: PyTree,
+) -> Stage:
+    """Reinforcement learning on the score, with a KL anchor to the fine-tuned policy.
+
+    The critic starts from the reward model, if there is one, otherwise from the policy.
+    """
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+    value_decoder = None if score_params is None else score_params["decoder"]
+    evaluator_of = None
+    if settings.eval_every:
+        evaluator_of = partial(make_text_evaluator, settings, task, reference, score, score_params)
+    return Stage(
+        name=settings.algorithm,
+        job=job_of(setup),
+        params=with_critic(reference, sizes, settings.critic, value_decoder),
+        frozen={
+            "reference": {"policy": policy_decoder(reference), "value": {}},
+            "score": score_params,
+        },
+        key=settings.key + 2,
+        identity={"settings": dataclasses.asdict(settings)},
+        unit="texts",
+        units_per_iteration=settings.num_episodes,
+        result=partial(StoredModel, settings.critic, sizes),
+        evaluator_of=evaluator_of,
+    )
