@@ -116,7 +116,8 @@ def group_relative(
         Â_i = R_i − mean(R),     with ``scale` divided by (standard deviation of R + 1e-4)
 
     Source: Shao et al. 2024, 'DeepSeekMath', section 4.1.2; Liu et al. 2025 leave out the division,
-    which gives prompts with similar returns more weight. The deviation has the divisor n. Mean and
+    which gives prompts with similar returns more weight. The deviation has the divisor n; neither
+    that nor the 1e-4, which bounds the amplification of rounding, is from a paper. Mean and
     deviation are those of the episodes with ``is_member``; the others have advantage 0. A group of
     equal returns has advantage exactly 0.
     """

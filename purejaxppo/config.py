@@ -249,7 +249,8 @@ class Config:
     )
     normalize_group: bool = _static(
         True,
-        "divide the advantages of grpo by the standard deviation of the returns of the group",
+        "divide the advantages of grpo by the standard deviation of the returns of the group "
+        "(normalize_advantage standardises them after that, unless it is off)",
         kw_only=True,
     )
     clip_eps_high: float | None = _leaf(

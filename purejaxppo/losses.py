@@ -35,7 +35,8 @@ def mean_of_sequence_means(x: Float[Array, "T B"], mask: Bool[Array, "T B"]) -> 
 def sum_over_size(x: Float[Array, "T B"], mask: Bool[Array, "T B"]) -> Scalar:
     """Σ mask x / (T B): the weight of an entry does not depend on the lengths of the sequences.
 
-    Source: Liu et al. 2025, 'Understanding R1-Zero-like training', section 3.2.
+    Source: Liu et al. 2025, 'Understanding R1-Zero-like training', section 3.2. Their constant is
+    the largest number of chosen actions; T also counts forced steps, such as those of a prompt.
     """
     return jnp.where(mask, x, 0).sum() / x.size
 

@@ -83,7 +83,14 @@ def test_the_parts_of_a_multi_categorical():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "reinforce"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "ppo",
+        pytest.param("trpo", marks=pytest.mark.learning),
+        pytest.param("reinforce", marks=pytest.mark.learning),
+    ],
+)
 def test_the_ratio_is_1_and_the_reference_has_the_temperature(algorithm):
     """One compiled program for three temperatures; the initial policy is its own reference."""
     config = CONFIG.replace(algorithm=algorithm)
@@ -191,7 +198,9 @@ def masked_env():
 MASKED = masked_env()
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "trpo"])
+@pytest.mark.parametrize(
+    "algorithm", ["ppo", pytest.param("trpo", marks=pytest.mark.learning)]
+)
 def test_forbidden_actions_stay_excluded(algorithm):
     """At low temperatures too, where the lowest logit divided by T overflows."""
     config = Config(algorithm=algorithm, num_envs=64, num_steps=4, total_timesteps=512)

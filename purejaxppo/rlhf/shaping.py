@@ -38,6 +38,8 @@ def kl_shaped(
     β is ``config.ref_kl_coef``, and with ``config.ref_kl_target`` it adapts (`adapt_ref_kl_coef`).
     The temperature of the config applies to the reference too.
 
+    A token that the reference excludes has the reward −∞, unless β = 0.
+
     ``frozen`` is a dict: ``reference`` holds the parameters of π_ref, whose model is ``model``, and
     ``score`` those that are passed to the score, if it has any. With β = 0 the reference may be
     missing.
@@ -108,7 +110,8 @@ def adapt_ref_kl_coef(
 ) -> Float[Array, ""]:
     """β (1 + clip(KL / target − 1, ±0.2) · n / horizon), with the KL per episode, in nats.
 
-    n is the number of episodes in which the KL was measured (Ziegler et al. 2019, section 2.2).
+    n is the number of episodes in which the KL was measured (Ziegler et al. 2019, section 2.2). The
+    mean of k1 over few episodes can be negative; β then falls, as for any KL below the target.
     """
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return beta * (1 + error * num_episodes / horizon)

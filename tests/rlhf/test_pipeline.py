@@ -187,6 +187,7 @@ def test_every_algorithm_runs_by_one_word(tmp_path, algorithm):
     assert measured["policies"][algorithm]["kl"] > 0
 
 
+@pytest.mark.learning
 def test_a_score_that_is_not_finite_is_named_with_its_iteration(tmp_path):
     settings = PipelineSettings.of("arithmetic", **SMALL | {"eval_every": 4})
     task = small_arithmetic()._replace(
