@@ -198,9 +198,7 @@ def masked_env():
 MASKED = masked_env()
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["ppo", pytest.param("trpo", marks=pytest.mark.learning)]
-)
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("trpo", marks=pytest.mark.learning)])
 def test_forbidden_actions_stay_excluded(algorithm):
     """At low temperatures too, where the lowest logit divided by T overflows."""
     config = Config(algorithm=algorithm, num_envs=64, num_steps=4, total_timesteps=512)

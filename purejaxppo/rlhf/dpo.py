@@ -135,7 +135,10 @@ def _loss(
         raise ConfigError("ipo has no label smoothing: set label_smoothing=0, or kind='dpo'")
 
     def loss(
-        params: PyTree, examples: Pairs | ReferencedPairs, frozen: Mapping[str, Any]
+        params: PyTree,
+        examples: Pairs | ReferencedPairs,
+        frozen: Mapping[str, Any],
+        key: PRNGKey,
     ) -> tuple[Array, dict[str, Array]]:
         _require_one_reference(examples, frozen, reference_free)
         pairs = examples.pairs if isinstance(examples, ReferencedPairs) else examples

@@ -17,6 +17,7 @@ from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.shaping import kl_shaped
 from purejaxppo.rlhf.stages import Stage
+from purejaxppo.rlhf.supervised import num_examples_of
 from purejaxppo.rlhf.supervised_settings import SupervisedSettings
 from purejaxppo.rlhf.tasks import Task
 from purejaxppo.rlhf.texts import Score
@@ -70,9 +71,15 @@ def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> S
     assert task.pairs is not None, "a task without a score has pairs"
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
     model = reward_model.reward_model(sizes)
-    num_pairs = len(task.pairs.margin)
+    data: Any = task.pairs if task.ranked is None else task.ranked
+    num_examples = num_examples_of(data)
     supervised = SupervisedSettings(
-        batch_size=min(settings.reward_batch_size, num_pairs), lr=settings.reward_lr
+        batch_size=min(settings.reward_batch_size, num_examples),
+        lr=settings.reward_lr,
+        weight_decay=settings.reward_weight_decay,
+    )
+    job = reward_model.reward_model_job(
+        supervised, model, num_examples, token_dropout=settings.token_dropout
     )
 
     def standardized(params: PyTree) -> StoredModel:
@@ -91,12 +98,12 @@ def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> S
     fresh = model.init(jax.random.key(settings.key))
     return Stage(
         name="reward",
-        job=reward_model.reward_model_job(supervised, model, num_pairs),
+        job=job,
         params=reward_model.from_policy(fresh, reference),
-        frozen={"data": task.pairs},
+        frozen={"data": data},
         key=settings.key + 1,
         identity={"settings": dataclasses.asdict(settings)},
-        unit="pairs",
+        unit="pairs" if task.ranked is None else "texts",
         units_per_iteration=supervised.batch_size,
         result=standardized,
     )

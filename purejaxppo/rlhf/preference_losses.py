@@ -6,7 +6,9 @@ over their tokens.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from purejaxppo.losses import masked_mean
 
 
 def bradley_terry_loss(
@@ -20,12 +22,28 @@ def bradley_terry_loss(
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
 
 
-def centering_penalty(chosen: Float[Array, "n"], rejected: Float[Array, "n"]) -> Float[Array, "n"]:
+def centering_penalty(
+    chosen: Float[Array, "*n"], rejected: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
     """(r_w + r_l)² for each pair. Preferences determine scores only up to a constant.
 
     The penalty makes their mean 0 (Eisenstein et al. 2023, arXiv:2312.09244).
     """
     return (chosen + rejected) ** 2
+
+
+def all_pairs_loss(
+    score: Float[Array, "n"], rating: Float[Array, "n"], prompt: Int[Array, "n"]
+) -> tuple[Float[Array, ""], Bool[Array, "n n"]]:
+    """The mean of −log σ(r_i − r_j) over all comparisons of a batch, and which pairs they are.
+
+    Text i is preferred to text j if they continue the same prompt and i has the higher rating.
+    Comparing all texts of a batch costs no more passes of the model than comparing each with one
+    other (Ouyang et al. 2022, section 3.5, eq. 1). 0 without any comparison.
+    """
+    is_preferred = (prompt[:, None] == prompt[None]) & (rating[:, None] > rating[None])
+    losses = -jax.nn.log_sigmoid(score[:, None] - score[None])
+    return masked_mean(losses, is_preferred), is_preferred
 
 
 def dpo_loss(

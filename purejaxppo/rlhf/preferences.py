@@ -195,6 +195,20 @@ def comparisons(rated: RatedTexts, seed: int, n: int) -> list[Preference]:
     return result[:n]
 
 
+def ratings_of_people(rated: RatedTexts, seed: int, rounds: int) -> tuple[list[int], list[float]]:
+    """In each of several rounds one person's rating of every text: indices of texts, and ratings.
+
+    Two of them make a comparison like those of `comparisons`.
+    """
+    integer("rounds", rounds, 1)
+    rng = np.random.default_rng(integer("seed", seed, 0))
+    sizes = np.array([len(ratings) for ratings in rated.ratings])
+    people = rng.integers(sizes, size=(rounds, len(sizes))).ravel().tolist()
+    texts = list(range(len(sizes))) * rounds
+    chosen = zip(texts, people, strict=True)
+    return texts, [float(rated.ratings[text][person]) for text, person in chosen]
+
+
 def encode_pairs(
     tokenizer: Tokenizer, preferences: Sequence[Preference], context: int, truncate: bool = False
 ) -> Pairs:

@@ -9,8 +9,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from purejaxppo.losses import masked_mean
 from purejaxppo.rlhf.language_model import policy_decoder
 from purejaxppo.rlhf.preference_losses import (
+    all_pairs_loss,
     bradley_terry_loss,
     centering_penalty,
     share_above,
@@ -23,11 +25,11 @@ from purejaxppo.rlhf.supervised import (
     supervised_job,
 )
 from purejaxppo.rlhf.supervised_settings import SupervisedSettings
-from purejaxppo.rlhf.texts import Pairs, Texts, concatenated, with_padding_of_zeros
+from purejaxppo.rlhf.texts import Pairs, Ranked, Texts, concatenated, with_padding_of_zeros
 from purejaxppo.rlhf.transformer import Decoder, DecoderSizes
 from purejaxppo.runs.programs import Job
 from purejaxppo.types import ConfigError, PRNGKey, PyTree
-from purejaxppo.validation import NOT_NEGATIVE, checked_leaf
+from purejaxppo.validation import NOT_NEGATIVE, UNIT, checked_leaf
 
 
 class RewardModel(NamedTuple):
@@ -90,20 +92,29 @@ def from_policy(params: PyTree, policy: PyTree) -> PyTree:
 
 
 def make_reward_model(
-    settings: SupervisedSettings, model: RewardModel, centering_coef: float | Array = 0.0
-) -> Callable[[PRNGKey, PyTree, Pairs], SupervisedResult]:
+    settings: SupervisedSettings,
+    model: RewardModel,
+    centering_coef: float | Array = 0.0,
+    token_dropout: float | Array = 0.0,
+) -> Callable[[PRNGKey, PyTree, Pairs | Ranked], SupervisedResult]:
     """``train(key, params, data) -> SupervisedResult``: pure, for jit, and for vmap over keys.
 
-    ``data`` are `Pairs`. ``params=None`` starts from new parameters; see `from_policy`. The loss is
-    the mean of `bradley_terry_loss` + ``centering_coef`` · `centering_penalty` over the pairs of a
-    minibatch, whose texts go through the decoder together. The metrics are those of
-    `make_supervised_trainer` and ``accuracy`` (the share of pairs of which the chosen text has the
-    higher score; a tie counts half), ``score_difference`` (mean of r_w − r_l) and ``score`` (mean
-    of all scores). Check the data with `require_pairs` first.
-    """
-    train_on = make_supervised_train(settings, _loss(model, centering_coef), model.init)
+    ``data`` are `Pairs`, with the mean of `bradley_terry_loss` over the pairs of a minibatch as the
+    loss, or `Ranked` texts, with `all_pairs_loss`. Either way all texts of a minibatch go through
+    the decoder together. The mean `centering_penalty` of the compared texts is added with the
+    coefficient ``centering_coef``. ``token_dropout`` is the probability with which a token between
+    the first and the last of a text is replaced by token 0, a regulariser for small data (Iyyer et
+    al. 2015, 'Deep unordered composition', section 3.1). ``params=None`` starts from new
+    parameters; see `from_policy`.
 
-    def train(key: PRNGKey, params: PyTree, data: Pairs) -> SupervisedResult:
+    The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of comparisons of
+    which the chosen text has the higher score; a tie counts half), ``score_difference`` (mean of
+    r_w − r_l) and ``score`` (mean of all scores). Check the data with `require_pairs` first.
+    """
+    loss = _loss(model, centering_coef, token_dropout)
+    train_on = make_supervised_train(settings, loss, model.init)
+
+    def train(key: PRNGKey, params: PyTree, data: Pairs | Ranked) -> SupervisedResult:
         return train_on(key, params, {"data": data})
 
     return train
@@ -114,9 +125,11 @@ def reward_model_job(
     model: RewardModel,
     num_examples: int,
     centering_coef: float | Array = 0.0,
+    token_dropout: float | Array = 0.0,
 ) -> Job:
-    """`make_reward_model` for ``run_job(job, params=..., frozen={"data": pairs})``."""
-    return supervised_job(settings, num_examples, _loss(model, centering_coef), model.init)
+    """`make_reward_model` for ``run_job(job, params=..., frozen={"data": data})``."""
+    loss = _loss(model, centering_coef, token_dropout)
+    return supervised_job(settings, num_examples, loss, model.init)
 
 
 def evaluate(
@@ -169,22 +182,48 @@ def _decoder_inputs(sizes: DecoderSizes, tokens: Int[Array, "n L"]) -> tuple[Any
     return tokens, position, ((nothing, nothing),) * sizes.num_layers, is_causal
 
 
-def _loss(model: RewardModel, centering_coef: float | Array) -> Loss:
+def _loss(model: RewardModel, centering_coef: float | Array, token_dropout: float | Array) -> Loss:
     checked_leaf("centering_coef", centering_coef, NOT_NEGATIVE)
+    checked_leaf("token_dropout", token_dropout, UNIT)
 
     def loss(
-        params: PyTree, examples: Pairs, frozen: Mapping[str, Any]
+        params: PyTree, examples: Pairs | Ranked, frozen: Mapping[str, Any], key: PRNGKey
     ) -> tuple[Array, dict[str, Array]]:
-        both = concatenated(examples.chosen, examples.rejected)
-        score = model.score(params, both.tokens, both.length)
-        chosen, rejected = jnp.split(score, 2)
-        penalty = centering_coef * centering_penalty(chosen, rejected)
-        value = (bradley_terry_loss(chosen, rejected, examples.margin) + penalty).mean()
+        texts = _texts_of(examples)
+        tokens = _with_dropped_tokens(key, texts, token_dropout)
+        score = model.score(params, tokens, texts.length)
+        if isinstance(examples, Ranked):
+            value, is_preferred = all_pairs_loss(score, examples.rating, examples.prompt)
+            chosen, rejected = jnp.broadcast_arrays(score[:, None], score[None])
+        else:
+            chosen, rejected = jnp.split(score, 2)
+            value = bradley_terry_loss(chosen, rejected, examples.margin).mean()
+            is_preferred = jnp.ones_like(chosen, bool)
         metrics = {
-            "accuracy": share_above(chosen, rejected),
-            "score_difference": (chosen - rejected).mean(),
+            "accuracy": masked_mean((1 + jnp.sign(chosen - rejected)) / 2, is_preferred),
+            "score_difference": masked_mean(chosen - rejected, is_preferred),
             "score": score.mean(),
         }
-        return value, metrics
+        penalty = masked_mean(centering_penalty(chosen, rejected), is_preferred)
+        return value + centering_coef * penalty, metrics
 
     return loss
+
+
+def _texts_of(examples: Pairs | Ranked) -> Texts:
+    """All texts of a minibatch; of pairs, first those that were chosen."""
+    if isinstance(examples, Ranked):
+        return examples.texts
+    return concatenated(examples.chosen, examples.rejected)
+
+
+def _with_dropped_tokens(
+    key: PRNGKey, texts: Texts, probability: float | Array
+) -> Int[Array, "n L"]:
+    """The tokens, of which random ones between the first and the last of a text are 0."""
+    if isinstance(probability, float | int) and probability == 0:
+        return texts.tokens
+    index = jnp.arange(texts.tokens.shape[1])[None]
+    is_inside = (index > 0) & (index < texts.length[:, None] - 1)
+    is_dropped = jax.random.bernoulli(key, probability, texts.tokens.shape)
+    return jnp.where(is_dropped & is_inside, 0, texts.tokens)

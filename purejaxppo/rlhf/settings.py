@@ -11,6 +11,7 @@ from purejaxppo.validation import (
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_INT,
+    UNIT,
     checked_int,
     checked_leaf,
     nearest,
@@ -51,15 +52,18 @@ class PipelineSettings:
     sft_batch_size: int = 32  # rows of packed texts
     sft_lr: float = 3e-3
     num_comparisons: int = 20_000
-    reward_batch_size: int = 64  # pairs
+    reward_rounds: int = 16  # ratings of each text, by another person each time
+    reward_batch_size: int = 64  # pairs, or texts that are all compared
     reward_lr: float = 1e-3
+    reward_weight_decay: float = 0.1
+    token_dropout: float = 0.2  # probability
 
     # Stage 3: reinforcement learning, or DPO on the comparisons (`LAST_STAGE`).
     num_iterations: int = 300
     num_episodes: int = 128  # in an iteration
     group_size: int = 8  # completions of a prompt, for grpo and rloo
     lr: float = 3e-4
-    num_epochs: int = 4
+    num_epochs: int = 2
     num_minibatches: int = 4
     ref_kl_coef: float = 0.05
     ref_kl_target: float | None = None  # nats per text
@@ -93,7 +97,9 @@ class PipelineSettings:
             value = getattr(self, field.name)
             if field.name in ("key", "eval_every"):
                 continue
-            if field.name in ("ref_kl_coef", "missing_end_penalty"):
+            if field.name == "token_dropout":
+                checked_leaf(field.name, value, UNIT)
+            elif field.name in ("ref_kl_coef", "missing_end_penalty", "reward_weight_decay"):
                 checked_leaf(field.name, value, NOT_NEGATIVE)
             elif field.name == "ref_kl_target":
                 if value is not None:
@@ -151,8 +157,8 @@ class PipelineSettings:
             num_minibatches=1 if is_reinforce else self.num_minibatches,
             lr=self.lr,
             gamma=1.0,
-            gae_lambda=0.95,
-            normalize_advantage=algorithm == "ppo" and not self.compares_groups,
+            gae_lambda=1.0,
+            normalize_advantage=False,
             max_grad_norm=1.0,
             ref_kl_coef=self.ref_kl_coef,
             ref_kl_target=self.ref_kl_target,
@@ -166,6 +172,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 4,
         "sft_epochs": 8,
         "sft_batch_size": 128,
+        "num_minibatches": 2,
         "ref_kl_coef": 0.0,
         "missing_end_penalty": 0.0,
         "best_of": 1,

@@ -142,7 +142,9 @@ def _init_params(model: Model) -> InitParams:
 
 
 def _loss(model: Model, mask_prompts: bool) -> Loss:
-    def loss(params: PyTree, examples: SFTData, frozen: Any) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: PyTree, examples: SFTData, frozen: Any, key: PRNGKey
+    ) -> tuple[Array, dict[str, Array]]:
         rows = _rows(examples)
         log_prob, is_likeliest, mask = _predictions(model, params, rows, mask_prompts)
         value = masked_mean(-log_prob, mask)

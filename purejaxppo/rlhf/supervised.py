@@ -49,12 +49,13 @@ class Loss(Protocol):
     """A loss of a minibatch."""
 
     def __call__(
-        self, params: PyTree, examples: PyTree, frozen: Mapping[str, Any], /
+        self, params: PyTree, examples: PyTree, frozen: Mapping[str, Any], key: PRNGKey, /
     ) -> tuple[Array, dict[str, Array]]:
         """The loss, a mean, and metrics, all scalars.
 
         ``examples`` are those of the minibatch, rows of the leaves of ``frozen["data"]``.
-        ``frozen`` also holds other arrays that the loss needs, such as a reference model.
+        ``frozen`` also holds other arrays that the loss needs, such as a reference model. ``key``
+        is for losses with noise.
         """
 
 
@@ -96,7 +97,7 @@ def make_supervised_trainer(
 
     def step(state: Any, frozen: Any = None) -> Any:
         _require_data(frozen, num_examples)
-        key_order, key_next = jax.random.split(state.key)
+        key_order, key_loss, key_next = jax.random.split(state.key, 3)
         minibatch = state.step % steps_per_epoch
         # Under `vmap` this becomes a select, and a permutation is drawn in every step.
         order = jax.lax.cond(
@@ -108,7 +109,7 @@ def make_supervised_trainer(
         index = jax.lax.dynamic_slice_in_dim(order, first, settings.batch_size)
         examples = jax.tree.map(lambda x: jnp.take(x, index, axis=0), frozen["data"])
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (value, measured), gradient = value_and_grad(state.params, examples, frozen)
+        (value, measured), gradient = value_and_grad(state.params, examples, frozen, key_loss)
         change, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         next_state = SupervisedState(
             params=optax.apply_updates(state.params, change),

@@ -15,12 +15,13 @@ from purejaxppo.rlhf.preferences import (
     Records,
     comparisons,
     encode_pairs,
+    ratings_of_people,
     read_demonstrations,
     read_preferences,
     read_prompts,
 )
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.texts import Pairs, Score, Texts
+from purejaxppo.rlhf.texts import Pairs, Ranked, Score, Texts
 from purejaxppo.rlhf.tokenizer import END, Tokenizer, train_tokenizer
 from purejaxppo.types import ConfigError
 
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     held_out_prompts: Prompts  # for evaluation
     decode: Callable[[Any], str]  # tokens -> text
     pairs: Pairs | None  # None: there is a ``score``, and no reward model is needed
+    ranked: Ranked | None  # what the reward model learns from, if not from the pairs
     held_out_pairs: Pairs | None
     held_out_preferences: Sequence[Preference]  # the same ones as characters
     score: Score | None
@@ -75,6 +77,7 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
         held_out_prompts=_arithmetic_prompts(held_out),
         decode=arithmetic.decode,
         pairs=None,
+        ranked=None,
         held_out_pairs=None,
         held_out_preferences=(),
         score=arithmetic.score,
@@ -101,10 +104,12 @@ def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) ->
             "second": judges.fit_second_judge(reviews.texts, reviews.labels),
         }
 
+    tokenizer = train_tokenizer(sentences.train, settings.vocab_size)
     return _text_task(
         settings,
         name="reviews",
-        tokenizer=train_tokenizer(sentences.train, settings.vocab_size),
+        tokenizer=tokenizer,
+        ranked=_ranked(settings, tokenizer, splits.preferences),
         demonstrations=[("", sentence) for sentence in sentences.train],
         held_out=[("", sentence) for sentence in sentences.held_out],
         preferences=comparisons(splits.preferences, settings.key, settings.num_comparisons),
@@ -147,6 +152,7 @@ def records_task(
         settings,
         name="records",
         tokenizer=train_tokenizer(corpus, settings.vocab_size),
+        ranked=None,
         demonstrations=train,
         held_out=held_out,
         preferences=pairs,
@@ -166,6 +172,7 @@ def _text_task(
     *,
     name: str,
     tokenizer: Tokenizer,
+    ranked: Ranked | None,
     demonstrations: Sequence[tuple[str, str]],
     held_out: Sequence[tuple[str, str]],
     preferences: Sequence[Preference],
@@ -195,11 +202,24 @@ def _text_task(
         held_out_prompts=_encoded_prompts(tokenizer, held_out_prompts, context, max_new_tokens),
         decode=tokenizer.decode,
         pairs=encode_pairs(tokenizer, preferences, context, truncate),
+        ranked=ranked,
         held_out_pairs=encode_pairs(tokenizer, held_out_preferences, context, truncate),
         held_out_preferences=held_out_preferences,
         score=None,
         judges=judges,
         tokenizer=tokenizer,
+    )
+
+
+def _ranked(settings: PipelineSettings, tokenizer: Tokenizer, rated: corpora.RatedTexts) -> Ranked:
+    """One person's rating of every text, in each of several rounds; all can be compared."""
+    prompts = [""] * len(rated.texts)
+    texts = tokenizer.encode_texts(prompts, rated.texts, settings.context, truncate=True)
+    index, rating = ratings_of_people(rated, settings.key, settings.reward_rounds)
+    return Ranked(
+        texts=jax.tree.map(lambda x: x[np.array(index)], texts),
+        rating=np.array(rating, np.float32),  # type: ignore[arg-type]
+        prompt=np.zeros(len(index), np.int32),  # type: ignore[arg-type]
     )
 
 

@@ -49,6 +49,14 @@ class Pairs(NamedTuple):
     margin: Float[Array, "n"]  # by how much the score of ``chosen`` should be higher; 0 by default
 
 
+class Ranked(NamedTuple):
+    """Completions with a rating each; of two that continue the same prompt, the higher one wins."""
+
+    texts: Texts
+    rating: Float[Array, "n"]
+    prompt: Int[Array, "n"]  # which prompt it is; only equal ones are compared
+
+
 def with_padding_of_zeros(texts: Texts) -> Texts:
     """The same texts; their padding, which may be any integers, is token 0.
 

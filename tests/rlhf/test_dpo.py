@@ -169,7 +169,7 @@ def test_the_loss_of_a_minibatch_and_its_metrics(kind, smoothing, reference_free
         inputs = [(pairs, {"reference": reference}), (with_reference(MODEL, reference, pairs), {})]
     gradients = []
     for examples, frozen in inputs:
-        (value, metrics), gradient = loss(params, examples, frozen)
+        (value, metrics), gradient = loss(params, examples, frozen, jax.random.key(0))
         gradients.append(gradient["policy"])
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         np.testing.assert_allclose(metrics["accuracy"], (w > l).mean(), rtol=1e-12)

@@ -8,7 +8,11 @@ from sentences import sentence_of
 
 from purejaxppo.rlhf import reward_model as module
 from purejaxppo.rlhf.language_model import language_model
-from purejaxppo.rlhf.preference_losses import bradley_terry_loss, centering_penalty
+from purejaxppo.rlhf.preference_losses import (
+    all_pairs_loss,
+    bradley_terry_loss,
+    centering_penalty,
+)
 from purejaxppo.rlhf.reward_model import (
     from_policy,
     make_reward_model,
@@ -18,7 +22,7 @@ from purejaxppo.rlhf.reward_model import (
     standardize,
 )
 from purejaxppo.rlhf.supervised_settings import SupervisedSettings
-from purejaxppo.rlhf.texts import Pairs, Texts, require_pairs
+from purejaxppo.rlhf.texts import Pairs, Ranked, Texts, concatenated, require_pairs
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.runs.programs import first_metrics, require_valid_metrics
 
@@ -95,8 +99,8 @@ def test_the_loss_is_bradley_terrys_with_margins_and_centring():
     model = reward_model(SIZES)
     params = perturbed_params(model)
     pairs = make_pairs()
-    loss = jax.jit(jax.value_and_grad(module._loss(model, coef), has_aux=True))
-    (value, metrics), gradient = loss(params, pairs, {})
+    loss = jax.jit(jax.value_and_grad(module._loss(model, coef, 0.0), has_aux=True))
+    (value, metrics), gradient = loss(params, pairs, {}, jax.random.key(0))
     score = jax.jit(lambda texts: model.score(params, texts.tokens, texts.length))
     w = np.asarray(score(pairs.chosen))
     l = np.asarray(score(pairs.rejected))  # noqa: E741
@@ -258,3 +262,43 @@ PAIRS = make_pairs()
 )
 def test_pairs_that_do_not_fit_are_refused(make, sentence):
     assert sentence in sentence_of(make)
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_texts_of_a_prompt_are_compared():
+    """Against a loop over the pairs of each prompt; equal ratings are no comparison."""
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=9)
+    rating = rng.integers(-2, 3, 9).astype(float)
+    prompt = np.array([0, 0, 0, 0, 1, 1, 1, 2, 0])
+    losses = []
+    for i in range(9):
+        for j in range(9):
+            if prompt[i] == prompt[j] and rating[i] > rating[j]:
+                losses.append(np.log1p(np.exp(score[j] - score[i])))
+    loss, is_preferred = all_pairs_loss(*map(jnp.asarray, (score, rating, prompt)))
+    assert len(losses) == int(is_preferred.sum()) > 5
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-12)
+    alone = all_pairs_loss(jnp.ones(2), jnp.ones(2), jnp.zeros(2, int))
+    assert float(alone[0]) == 0
+
+
+def test_two_ranked_texts_are_a_pair():
+    """The loss, its gradient and the metrics are those of the pair."""
+    params = perturbed_params()
+    pairs = make_pairs(n=1)
+    both = concatenated(pairs.chosen, pairs.rejected)
+    ranked = Ranked(both, jnp.array([2.0, -1.0]), jnp.zeros(2, jnp.int32))
+    pairs = pairs._replace(margin=jnp.zeros(1))
+    loss = jax.value_and_grad(module._loss(MODEL, 0.3, 0.0), has_aux=True)
+    results = [loss(params, data, {}, jax.random.key(0)) for data in (pairs, ranked)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_dropped_tokens_are_inside_a_text():
+    texts = Texts(jnp.full((500, 8), 5), jnp.full(500, 6), jnp.ones(500, jnp.int32))
+    dropped = np.asarray(module._with_dropped_tokens(jax.random.key(0), texts, 0.3)) == 0
+    assert not dropped[:, [0, 5, 6, 7]].any()
+    share = dropped[:, 1:5].mean()
+    assert abs(share - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 2000)
+    assert module._with_dropped_tokens(jax.random.key(0), texts, 0.0) is texts.tokens

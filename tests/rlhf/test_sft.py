@@ -49,7 +49,7 @@ def perturbed_params(model):
 
 def loss_and_gradient(model, params, data, mask_prompts):
     loss = jax.jit(jax.value_and_grad(sft._loss(model, mask_prompts), has_aux=True))
-    (value, metrics), gradient = loss(params, data, {})
+    (value, metrics), gradient = loss(params, data, {}, jax.random.key(0))
     return value, metrics, gradient
 
 

@@ -23,7 +23,7 @@ N = 11
 SETTINGS = SupervisedSettings(num_epochs=3, batch_size=4, lr=0.05, weight_decay=0.1)
 
 
-def squared_error(params, examples, frozen):
+def squared_error(params, examples, frozen, key):
     x, y = examples
     loss = ((x @ params["w"] - y) ** 2).mean()
     return loss, {"first": x[0, 0], "sum": x[:, 0].sum()}
@@ -41,9 +41,11 @@ PARAMS: dict[str, Any] = {"w": jnp.array([[0.3], [-0.2]])}
 
 
 def test_an_epoch_visits_examples_at_most_once_in_a_fresh_order():
-    def loss(params, examples, frozen):
+    def loss(params, examples, frozen, key):
         seen = jnp.zeros(N).at[examples[0][:, 0].astype(int)].add(1.0)
-        return squared_error(params, examples, frozen)[0], {f"seen{i}": seen[i] for i in range(N)}
+        return squared_error(params, examples, frozen, key)[0], {
+            f"seen{i}": seen[i] for i in range(N)
+        }
 
     settings = SupervisedSettings(num_epochs=40, batch_size=4)
     train = jax.jit(make_supervised_train(settings, loss))
