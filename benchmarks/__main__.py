@@ -120,6 +120,29 @@ def population(
     population_benchmark.table()
 
 
+def rlhf_speed(
+    peer_python: str,
+    peer_threads: int | None = None,
+    pairs: int = 5,
+    repeats: int = 9,
+    iterations: int = 9,
+    store: bool = False,
+) -> None:
+    """Compare generation and iterations of PPO on a language model with TRL's PPOTrainer.
+
+    Args:
+        peer_python: interpreter of an environment with trl==1.12.0 and torch==2.13.0
+        peer_threads: threads of PyTorch; None: its default, all cores
+        pairs: number of times that both sides run in turn
+        repeats: number of timed generations and rollouts in each run
+        iterations: number of timed iterations in each run
+        store: write the medians of each run to benchmarks/results/rlhf/speed.csv
+    """
+    from benchmarks import rlhf_speed as rlhf_speed_benchmark
+
+    rlhf_speed_benchmark.run(peer_python, peer_threads, pairs, repeats, iterations, store)
+
+
 def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = False) -> None:
     """Compare candidates for the default settings of PPO after 98,304 steps.
 
@@ -161,6 +184,7 @@ if __name__ == "__main__":
         "table1": table1,
         "speed": speed,
         "trpo_cost": trpo_cost,
+        "rlhf_speed": rlhf_speed,
         "sweeps": sweeps,
         "population": population,
         "general": general,
