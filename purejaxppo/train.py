@@ -98,8 +98,9 @@ def make_trainer(
 
     ``step`` returns ``(state, metrics)`` of one iteration of Algorithm 1 of the PPO paper. A
     ``reward_fn`` is a function ``(transitions, config, frozen) -> rewards [T, B]`` or a `Reward`;
-    episode returns stay those of the environment. To donate the state to a jitted ``step``, jit
-    ``init`` too: outside jit, several leaves may share one buffer.
+    episode returns stay those of the environment, unless it measures ``episode_return``. To donate
+    the state to a jitted ``step``, jit ``init`` too: outside jit, several leaves may share one
+    buffer.
     """
     return build_trainer(set_up(config, env, model, reward_fn))
 

@@ -64,7 +64,7 @@ def rlhf(
         width: width of the decoder
         num_layers: layers of the decoder
         sft_epochs: passes over the demonstrations
-        num_comparisons: comparisons that the reward model learns from
+        num_comparisons: comparisons that dpo learns from
         key: integer from which the random keys are made
         log: loggers in addition to metrics.csv: tensorboard, wandb
     """
@@ -117,14 +117,19 @@ def run(
 
     ``records`` are the paths of demonstrations, preferences and prompts, or None.
     """
+    from purejaxppo.cli.console import say
     from purejaxppo.cli.stage_screen import StageScreen
     from purejaxppo.rlhf.frontier import run_frontier
     from purejaxppo.rlhf.pipeline import make_task, run_pipeline
     from purejaxppo.rlhf.settings import PipelineSettings
 
     given = {name: path for name, path in records.items() if path is not None}
-    if given and task == "reviews":
+    if given and task == "arithmetic":
+        raise ConfigError(f"the arithmetic task has data of its own: leave {', '.join(given)} out")
+    if given:
         task = "records"
+    if frontier and algorithm == "dpo":
+        raise ConfigError("a frontier varies the anchor of reinforcement learning: not for dpo")
     settings = PipelineSettings.of(task, algorithm, **changes)
     data = make_records_task(settings, given) if task == "records" else None
     if directory is None:
@@ -132,6 +137,7 @@ def run(
             raise ConfigError("resume needs the directory of the pipeline to continue: --directory")
         stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
         directory = Path("runs") / f"rlhf-{task}-{algorithm}-{stamp}"
+    say(console, f"The results will be in {directory}.")
     screen = StageScreen(console)
     with screen.live():
         if data is None:
@@ -149,7 +155,7 @@ def make_records_task(settings: Any, given: dict[str, Path]) -> Any:
 
     for name in ("demonstrations", "preferences"):
         if name not in given:
-            raise ConfigError(f"one's own data need --{name}: give a file of JSON Lines")
+            raise ConfigError(f"--{name} is missing: give a file of JSON Lines")
     return records_task(
         settings, given["demonstrations"], given["preferences"], given.get("prompts")
     )

@@ -1,17 +1,17 @@
 """`run_frontier`: score and gold score against the KL divergence for several coefficients β."""
 
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
 
-import jax
 from matplotlib.figure import Figure
 
 from purejaxppo.analysis.plots import COLOURS, style_axes
 from purejaxppo.rlhf.json_files import write_json
-from purejaxppo.rlhf.judging import EVALUATION_KEY, Measurer
+from purejaxppo.rlhf.judging import Measurer, evaluation_key
 from purejaxppo.rlhf.model_files import load_model
-from purejaxppo.rlhf.pipeline import SILENT
+from purejaxppo.rlhf.pipeline import SILENT, fingerprint, opened
 from purejaxppo.rlhf.pipeline_stages import policy_setup, policy_stage, score_of
 from purejaxppo.rlhf.report import write_report
 from purejaxppo.rlhf.settings import PipelineSettings
@@ -25,7 +25,7 @@ BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 def run_frontier(
     settings: PipelineSettings,
-    directory: Path,
+    directory: str | os.PathLike,
     task: Task,
     betas: tuple[float, ...] = BETAS,
     *,
@@ -39,26 +39,31 @@ def run_frontier(
     """
     if settings.algorithm == "dpo":
         raise ConfigError("a frontier varies the anchor of reinforcement learning: not for dpo")
-    reference = load_model(directory / "sft" / "model").params
-    score = score_of(settings, task)
-    score_params = None
-    if task.pairs is not None:
-        score_params = load_model(directory / "reward" / "model").params
-    measurer = Measurer(settings, task, reference, score, score_params)
-    key = jax.random.key(EVALUATION_KEY)
-    points: dict[str, dict[str, float]] = {}
-    for beta in betas:
-        changed = dataclasses.replace(settings, ref_kl_coef=beta, ref_kl_target=None, eval_every=0)
-        setup = policy_setup(changed, task, score)
-        stage = policy_stage(changed, task, setup, reference, score, score_params)
-        stage = stage._replace(name=f"frontier_{beta:g}")
-        params = run_stage(stage, directory, events, loggers).params
-        texts = measurer.completions(params, task.held_out_prompts, key)
-        points[f"{beta:g}"] = measurer.numbers(params, texts)
-    write_json(directory / "frontier.json", points)
-    figure = frontier_figure(points, ["score", *task.judges()])
-    atomic_write(directory / "frontier.png", partial(figure.savefig, format="png"))
-    write_report(directory, settings)
+    directory = Path(directory)
+    data_sha256 = fingerprint(task)
+    with opened(directory, settings, data_sha256, resume=True):
+        reference = load_model(directory / "sft" / "model").params
+        score = score_of(settings, task)
+        score_params = None
+        if task.pairs is not None:
+            score_params = load_model(directory / "reward" / "model").params
+        measurer = Measurer(settings, task, reference, score, score_params)
+        points: dict[str, dict[str, float]] = {}
+        for beta in betas:
+            changed = dataclasses.replace(
+                settings, ref_kl_coef=beta, ref_kl_target=None, eval_every=0
+            )
+            setup = policy_setup(changed, task, score)
+            stage = policy_stage(changed, task, data_sha256, setup, reference, score, score_params)
+            stage = stage._replace(name=f"frontier_{beta:g}")
+            params = run_stage(stage, directory, events, loggers).params
+            key = evaluation_key(settings)
+            texts = measurer.completions(params, task.held_out_prompts, key)
+            points[f"{beta:g}"] = measurer.numbers(params, texts)
+            write_json(directory / "frontier.json", points)
+        figure = frontier_figure(points, ["score", *task.judges()])
+        atomic_write(directory / "frontier.png", partial(figure.savefig, format="png"))
+        write_report(directory, settings)
     return points
 
 

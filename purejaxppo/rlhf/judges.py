@@ -55,14 +55,14 @@ def fit_second_judge(texts: Sequence[str], labels: Int[np.ndarray, "n"]) -> Judg
 def pairwise_accuracy(judge: Judge, preferences: Sequence[Preference]) -> float:
     """The share of preferences whose chosen text has the higher score; equal scores count half.
 
-    The judge scores a completion alone, without its prompt.
+    The judge scores whole texts, prompt and completion.
     """
     if not preferences:
         raise ConfigError("there are no preferences: an accuracy needs at least one")
-    completions = [(preference.chosen, preference.rejected) for preference in preferences]
-    unique = sorted({text for pair in completions for text in pair})
+    pairs = [(x.prompt + x.chosen, x.prompt + x.rejected) for x in preferences]
+    unique = sorted({text for pair in pairs for text in pair})
     score = dict(zip(unique, judge.score(unique).tolist(), strict=True))
-    margin = np.array([score[chosen] - score[rejected] for chosen, rejected in completions])
+    margin = np.array([score[chosen] - score[rejected] for chosen, rejected in pairs])
     return _accuracy(margin, np.ones(len(margin)))
 
 

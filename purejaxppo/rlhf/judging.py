@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from numpy.typing import NDArray
 
 from purejaxppo.rlhf import arithmetic, reward_model, sft
@@ -94,6 +95,11 @@ def as_policy(params: PyTree) -> PyTree:
     return {"policy": policy_decoder(params), "value": {}}
 
 
+def evaluation_key(settings: PipelineSettings) -> PRNGKey:
+    """The base key of the evaluations of a pipeline."""
+    return jax.random.fold_in(jax.random.key(EVALUATION_KEY), settings.key)
+
+
 def make_text_evaluator(
     settings: PipelineSettings,
     task: Task,
@@ -105,12 +111,12 @@ def make_text_evaluator(
 ) -> Evaluator:
     """An `Evaluator` that measures completions of held-out prompts for ``evaluations.csv``."""
     measurer = Measurer(settings, task, reference, score, score_params)
-    prompts = Prompts(*(x[: settings.eval_prompts] for x in task.held_out_prompts))
 
     def step(best: PyTree, chunk: Chunk) -> tuple[PyTree, Table]:
-        key = jax.random.fold_in(jax.random.key(EVALUATION_KEY), chunk.done)
+        key = jax.random.fold_in(evaluation_key(settings), chunk.done)
         params = chunk.state.params
-        numbers = measurer.numbers(params, measurer.completions(params, prompts, key))
+        texts = measurer.completions(params, task.held_out_prompts, key)
+        numbers = measurer.numbers(params, texts)
         return best, {
             "iteration": np.full((1, 1), chunk.done),
             "timesteps": np.asarray(chunk.metrics.timesteps[:, -1:]),
@@ -133,11 +139,12 @@ def measure_policies(
     """Write ``evaluation.json`` and ``samples.jsonl``, and return the former.
 
     All policies continue the same held-out prompts: the fine-tuned one (sft), the final one, and
-    the best of 2, 4, … completions of the fine-tuned one by the score that training maximised.
+    the best of 2, 4, … completions of the fine-tuned one by the score that training maximised,
+    clipped and with the penalty for a missing end.
     """
     measurer = Measurer(settings, task, reference, score, score_params)
     prompts = task.held_out_prompts
-    key = jax.random.key(EVALUATION_KEY)
+    key = evaluation_key(settings)
     texts = {
         "sft": measurer.completions(reference, prompts, key),
         settings.algorithm: measurer.completions(final, prompts, key),
@@ -160,7 +167,9 @@ def measure_policies(
         "accuracies": _accuracies(task, trained_reward),
         "sft_held_out": _floats(sft.evaluate(measurer.model, measurer.reference, task.held_out)),
     }
-    if task.name == "arithmetic":
+    measured["notes"] = list(task.notes)
+    is_anchored = settings.ref_kl_target is None and settings.missing_end_penalty == 0
+    if task.name == "arithmetic" and is_anchored and settings.score_clip >= 1:
         measured["optimum"] = _against_optimum(settings, measurer, reference, final, numbers)
     write_json(directory / "evaluation.json", measured)
     columns = {name: measurer.strings(x) for name, x in texts.items()}
@@ -181,7 +190,13 @@ def _best_of(settings: PipelineSettings, measurer: Measurer, key: PRNGKey) -> di
     if settings.best_of == 1:
         return {}
     task = measurer.task
-    arguments = (settings.best_of, measurer.score)
+
+    def score(tokens: Array, lengths: Array, params: PyTree) -> Array:
+        raw = measurer.score(tokens, lengths, params)
+        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+        penalty = jnp.where(last == task.eos, 0.0, settings.missing_end_penalty)
+        return jnp.clip(raw, -settings.score_clip, settings.score_clip) - penalty
+
     best = jax.jit(
         lambda reference, score_params, prompts, lengths: best_of_n(
             measurer.model,
@@ -189,7 +204,8 @@ def _best_of(settings: PipelineSettings, measurer: Measurer, key: PRNGKey) -> di
             key,
             prompts,
             lengths,
-            *arguments,
+            settings.best_of,
+            score,
             score_params,
             task.max_new_tokens,
             task.eos,

@@ -35,7 +35,7 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
     decoders = {"own": ("policy", "value"), "shared": ("trunk",), "none": ("policy",)}[critic]
 
     def init(key: PRNGKey, obs: Int[Array, "B"]) -> PyTree:
-        keys = jax.random.split(key, len(decoders))
+        key_head, *keys = jax.random.split(key, len(decoders) + 1)
         inputs = _inputs(obs[None], jnp.zeros_like(obs, bool)[None], initial_carry(len(obs)))
         caches = {name: cache for name, cache in initial_carry(len(obs)).items() if name != "size"}
         params: dict[str, Any] = {"policy": {}, "value": {}}
@@ -44,7 +44,7 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
             params[name] = {"decoder": trunk} if name == "value" else trunk
         if critic != "none":
             hidden = jnp.zeros((1, sizes.width), jnp.result_type(float))
-            params["value"] |= {"head": head.init(keys[0], hidden)}
+            params["value"] |= {"head": head.init(key_head, hidden)}
         return params
 
     def initial_carry(batch_size: int) -> PyTree:
@@ -85,13 +85,16 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
             hidden[name], new[name] = decoder.apply(own, tokens, position, carry[name], mask)
         for_policy = hidden[decoders[0]]
         for_policy = jnp.where(position[..., None] < sizes.context, for_policy, jnp.nan)
+        # Time becomes the first axis before the logits, which are many times larger.
+        rows = jnp.swapaxes(for_policy, 0, 1).reshape(-1, sizes.width)
         policy_params = params[decoders[0]]
-        logits: Any = decoder.apply(policy_params, for_policy, method="logits")
+        logits: Any = decoder.apply(policy_params, rows, method="logits")
+        logits = logits.reshape((*obs.shape, -1))
         value = jnp.zeros(obs.shape, logits.dtype)
         if critic != "none":
             outputs: Any = head.apply(params["value"]["head"], hidden[decoders[-1]])
             value = outputs[..., 0].T
-        return Categorical(jnp.swapaxes(logits, 0, 1)), value, new, position
+        return Categorical(logits), value, new, position
 
     return Model(init, initial_carry, step, unroll)
 

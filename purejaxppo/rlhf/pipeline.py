@@ -41,6 +41,7 @@ from purejaxppo.rlhf.texts import require_pairs, require_texts
 from purejaxppo.rlhf.tokenizer import save_tokenizer
 from purejaxppo.runs import run_directory
 from purejaxppo.runs.disk import locked
+from purejaxppo.runs.loggers.open import checked_names
 from purejaxppo.types import ConfigError
 
 FIRST_STAGES = ("sft", "reward")
@@ -84,28 +85,33 @@ def run_pipeline(
     """
     directory = Path(directory)
     task = make_task(settings) if task is None else task
+    # Everything is checked before the directory is made.
     require_fits(task, settings)
     score = score_of(settings, task)
-    # Everything is checked before the directory is made.
     setup = None if settings.algorithm == "dpo" else policy_setup(settings, task, score)
-    identity: dict[str, Any] = {
-        "kind": "rlhf",
-        "settings": dataclasses.asdict(settings),
-        "data_sha256": fingerprint(task),
-    }
-    with _opened(directory, identity, resume):
+    checked_names(loggers, directory, 1)
+    data_sha256 = fingerprint(task)
+    if stages_from is not None:
+        require_stages(Path(stages_from), settings, task, data_sha256)
+    with opened(directory, settings, data_sha256, resume):
         if task.tokenizer is not None and not (directory / "tokenizer.json").exists():
             save_tokenizer(directory / "tokenizer.json", task.tokenizer)
         if stages_from is not None:
-            _copy_stages(Path(stages_from), directory, settings, identity["data_sha256"])
+            _copy_stages(Path(stages_from), directory)
         run = partial(run_stage, directory=directory, events=events, loggers=loggers)
-        reference = run(sft_stage(settings, task)).params
-        reward = None if task.pairs is None else run(reward_stage(settings, task, reference))
+        reference = run(sft_stage(settings, task, data_sha256)).params
+        reward = None
+        if task.pairs is not None:
+            reward = run(reward_stage(settings, task, data_sha256, reference))
         score_params = None if reward is None else reward.params
         if setup is None:
-            final = run(dpo_stage(settings, task, reference))
+            final = run(dpo_stage(settings, task, data_sha256, reference))
         else:
-            final = run(policy_stage(settings, task, setup, reference, score, score_params))
+            final = run(
+                policy_stage(settings, task, data_sha256, setup, reference, score, score_params)
+            )
+        if (directory / "evaluation.json").exists():
+            return json.loads((directory / "evaluation.json").read_text())
         events.on_note("evaluation of the policies on held-out prompts")
         measured = measure_policies(
             settings, task, directory, reference, final.params, score, score_params, reward
@@ -120,37 +126,75 @@ def make_task(settings: PipelineSettings) -> Task:
         return arithmetic_task(settings.key)
     if settings.task == "reviews":
         return reviews_task(settings)
-    raise ConfigError("task = 'records' needs records: give demonstrations and preferences")
+    raise ConfigError("task = 'records' has no data: make them by records_task")
 
 
 def require_fits(task: Task, settings: PipelineSettings) -> None:
     """Raise `ConfigError` unless the data of the task fit the vocabulary and the context."""
-    require_texts(task.demonstrations, task.vocab_size, task.context, "demonstration")
+    if (task.score is None) == (task.pairs is None):
+        raise ConfigError("a task must have either a score or pairs")
     if settings.algorithm == "dpo" and task.pairs is None:
         raise ConfigError("dpo learns from pairs of completions, and this task has none")
-    if task.pairs is not None:
-        require_pairs(task.pairs, task.vocab_size, task.context)
+    sizes = (task.vocab_size, task.context)
+    require_texts(task.demonstrations, *sizes, "demonstration")
+    require_texts(task.held_out, *sizes, "held-out text")
+    for name, prompts in (("prompt", task.prompts), ("held-out prompt", task.held_out_prompts)):
+        longest = int(np.max(prompts.length))
+        if longest + task.max_new_tokens > task.context:
+            raise ConfigError(
+                f"a {name} has {longest} tokens: {task.max_new_tokens} more exceed the context of "
+                f"{task.context}"
+            )
+    if task.ranked is not None:
+        require_texts(task.ranked.texts, *sizes, "rated text")
+    for pairs in (task.pairs, task.held_out_pairs):
+        if pairs is not None:
+            require_pairs(pairs, *sizes)
 
 
 def fingerprint(task: Task) -> str:
-    """The SHA-256 of the arrays of a task, which a resume compares."""
-    digest = hashlib.sha256()
-    data = (task.demonstrations, task.prompts, task.held_out_prompts, task.pairs)
-    for x in jax.tree.leaves(data):
-        digest.update(np.ascontiguousarray(x).tobytes())
+    """The SHA-256 of the arrays and sizes of a task, which a resume compares."""
+    arrays = (task.demonstrations, task.held_out, task.prompts, task.held_out_prompts)
+    digest = hashlib.sha256(repr((task.vocab_size, task.eos, task.max_new_tokens)).encode())
+    for x in jax.tree.leaves((arrays, task.pairs, task.ranked, task.held_out_pairs)):
+        array = np.ascontiguousarray(x)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------- directory
 
 
-def _copy_stages(
-    source: Path, directory: Path, settings: PipelineSettings, data_sha256: str
-) -> None:
-    """Copy the first stages of another pipeline, as far as they are not there.
+@contextlib.contextmanager
+def opened(
+    directory: Path, settings: PipelineSettings, data_sha256: str, resume: bool
+) -> Iterator[None]:
+    """Make the directory, or check that of the pipeline to resume, and lock it."""
+    identity = {
+        "kind": "rlhf",
+        "settings": dataclasses.asdict(settings),
+        "data_sha256": data_sha256,
+    }
+    if not (resume and directory.exists()):
+        run_directory.reserve(directory, identity)
+    with locked(directory):
+        before = _read_config(directory)
+        then = before.get("settings", {})
+        now = json.loads(json.dumps(identity["settings"]))
+        differing = [name for name, x in now.items() if then.get(name) != x]
+        if differing:
+            words = ", ".join(
+                f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing
+            )
+            raise ConfigError(f"the pipeline in {directory} has other settings: {words}")
+        if before.get("data_sha256") != data_sha256:
+            raise ConfigError(f"the pipeline in {directory} was started with other data")
+        yield
 
-    Raises `ConfigError` if one is missing, or was trained on other data or with other settings.
-    """
+
+def require_stages(source: Path, settings: PipelineSettings, task: Task, data_sha256: str) -> None:
+    """Raise `ConfigError` unless another pipeline has the first stages for these settings."""
     config = _read_config(source)
     then = config.get("settings", {})
     now = settings.of_first_stages()
@@ -161,13 +205,17 @@ def _copy_stages(
         raise ConfigError(
             f"the stages in {source} were trained with other settings: {', '.join(differing)}"
         )
-    for stage in FIRST_STAGES:
-        if not (source / stage).exists() or (directory / stage).exists():
-            continue
+    for stage in FIRST_STAGES[: 1 if task.pairs is None else 2]:
         if not (source / stage / "model").exists():
             raise ConfigError(f"the stage {stage} in {source} is not finished: resume it first")
-        shutil.copytree(source / stage, directory / f".{stage}", dirs_exist_ok=True)
-        (directory / f".{stage}").rename(directory / stage)
+
+
+def _copy_stages(source: Path, directory: Path) -> None:
+    """Copy the first stages of another pipeline, as far as they are not there."""
+    for stage in FIRST_STAGES:
+        if (source / stage).exists() and not (directory / stage).exists():
+            shutil.copytree(source / stage, directory / f".{stage}", dirs_exist_ok=True)
+            (directory / f".{stage}").rename(directory / stage)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -179,23 +227,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("kind") != "rlhf":
         raise ConfigError(f"{directory} is not a pipeline: it has no valid config.json of one")
     return config
-
-
-@contextlib.contextmanager
-def _opened(directory: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Make the directory, or check that of the pipeline to resume, and lock it."""
-    if not (resume and directory.exists()):
-        run_directory.reserve(directory, identity)
-    with locked(directory):
-        before = _read_config(directory)
-        then = before.get("settings", {})
-        now = json.loads(json.dumps(identity["settings"]))
-        differing = [name for name in now if then.get(name, now) != now[name]]
-        if differing:
-            words = ", ".join(
-                f"{name} = {then.get(name)!r} there and {now[name]!r} here" for name in differing
-            )
-            raise ConfigError(f"the pipeline in {directory} has other settings: {words}")
-        if before.get("data_sha256") != identity["data_sha256"]:
-            raise ConfigError(f"the pipeline in {directory} was started with other data")
-        yield

@@ -11,7 +11,7 @@ import numpy as np
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.rlhf import dpo, reward_model, sft
 from purejaxppo.rlhf.judging import make_text_evaluator
-from purejaxppo.rlhf.language_model import language_model, policy_decoder, with_critic
+from purejaxppo.rlhf.language_model import language_model, with_critic
 from purejaxppo.rlhf.model_files import REWARD, StoredModel
 from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.settings import PipelineSettings
@@ -22,10 +22,17 @@ from purejaxppo.rlhf.supervised_settings import SupervisedSettings
 from purejaxppo.rlhf.tasks import Task
 from purejaxppo.rlhf.texts import Score
 from purejaxppo.runs.agents import job_of
+from purejaxppo.runs.programs import first_metrics
 from purejaxppo.setup import Setup, set_up
-from purejaxppo.types import PyTree
+from purejaxppo.train import build_trainer
+from purejaxppo.types import PRNGKey, PyTree
 
 NUM_STANDARDIZED = 512  # samples that give the scores their mean and deviation
+
+
+def stage_key(settings: PipelineSettings, stage: int) -> int:
+    """A key of its own for each stage and each key of the settings."""
+    return 100 * settings.key + stage
 
 
 def score_of(settings: PipelineSettings, task: Task) -> Score:
@@ -37,7 +44,7 @@ def score_of(settings: PipelineSettings, task: Task) -> Score:
     return lambda tokens, lengths, params: model.score(params, tokens, lengths)
 
 
-def sft_stage(settings: PipelineSettings, task: Task) -> Stage:
+def sft_stage(settings: PipelineSettings, task: Task, data_sha256: str) -> Stage:
     """Supervised fine-tuning on the demonstrations, several of which share a row."""
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
     data: Any = task.demonstrations
@@ -55,15 +62,17 @@ def sft_stage(settings: PipelineSettings, task: Task) -> Stage:
         job=sft.sft_job(supervised, language_model(sizes, "none"), num_rows),
         params=None,
         frozen={"data": data},
-        key=settings.key,
-        identity={"settings": dataclasses.asdict(settings)},
+        key=stage_key(settings, 0),
+        identity={"settings": settings.of_first_stages(), "data_sha256": data_sha256},
         unit="tokens",
         units_per_iteration=num_tokens / num_rows * supervised.batch_size,
         result=partial(StoredModel, "none", sizes),
     )
 
 
-def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
+def reward_stage(
+    settings: PipelineSettings, task: Task, data_sha256: str, reference: PyTree
+) -> Stage:
     """A reward model on the comparisons, from the decoder of the fine-tuned policy.
 
     In the end its scores get mean 0 and deviation 1 on completions of the fine-tuned policy.
@@ -89,27 +98,27 @@ def reward_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> S
             partial(generate, policy, max_new_tokens=task.max_new_tokens, eos=task.eos)
         )(
             params=reference,
-            key=jax.random.key(settings.key),
+            key=jax.random.key(stage_key(settings, 3)),
             prompts=jnp.asarray(task.prompts.tokens[rows]),
             lengths=jnp.asarray(task.prompts.length[rows]),
         )
         return StoredModel(REWARD, sizes, reward_model.standardize(model, params, texts))
 
-    fresh = model.init(jax.random.key(settings.key))
+    fresh = model.init(jax.random.key(stage_key(settings, 4)))
     return Stage(
         name="reward",
         job=job,
         params=reward_model.from_policy(fresh, reference),
         frozen={"data": data},
-        key=settings.key + 1,
-        identity={"settings": dataclasses.asdict(settings)},
+        key=stage_key(settings, 1),
+        identity={"settings": settings.of_first_stages(), "data_sha256": data_sha256},
         unit="pairs" if task.ranked is None else "texts",
         units_per_iteration=supervised.batch_size,
         result=standardized,
     )
 
 
-def dpo_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stage:
+def dpo_stage(settings: PipelineSettings, task: Task, data_sha256: str, reference: PyTree) -> Stage:
     """DPO on the comparisons, from the fine-tuned policy, which is the reference."""
     assert task.pairs is not None, "checked before"
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
@@ -124,8 +133,8 @@ def dpo_stage(settings: PipelineSettings, task: Task, reference: PyTree) -> Stag
         job=dpo.dpo_job(supervised, model, num_pairs, beta=settings.dpo_beta),
         params=reference,
         frozen={"data": with_reference(reference, task.pairs)},
-        key=settings.key + 2,
-        identity={"settings": dataclasses.asdict(settings)},
+        key=stage_key(settings, 2),
+        identity={"settings": dataclasses.asdict(settings), "data_sha256": data_sha256},
         unit="pairs",
         units_per_iteration=supervised.batch_size,
         result=partial(StoredModel, "none", sizes),
@@ -155,12 +164,28 @@ def policy_setup(settings: PipelineSettings, task: Task, score: Score) -> Setup:
         missing_end_penalty=settings.missing_end_penalty,
     )
     model = language_model(sizes, settings.critic)
-    return set_up(settings.config(num_steps), env, model, reward)
+    setup = set_up(settings.config(num_steps), env, model, reward)
+    _require_valid_score(settings, task, setup)
+    return setup
+
+
+def _require_valid_score(settings: PipelineSettings, task: Task, setup: Setup) -> None:
+    """Raise the errors of the first iteration, such as a score of a wrong shape."""
+    sizes = settings.decoder_sizes(task.vocab_size, task.context)
+
+    def metrics(key: PRNGKey) -> PyTree:
+        reference = language_model(sizes, "none").init(key, jnp.zeros(1, jnp.int32))
+        score = None if task.score is not None else reward_model.reward_model(sizes).init(key)
+        frozen = {"reference": reference, "score": score}
+        return first_metrics(build_trainer(setup), key, None, frozen)
+
+    jax.eval_shape(metrics, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def policy_stage(
     settings: PipelineSettings,
     task: Task,
+    data_sha256: str,
     setup: Setup,
     reference: PyTree,
     score: Score,
@@ -180,11 +205,11 @@ def policy_stage(
         job=job_of(setup),
         params=with_critic(reference, sizes, settings.critic, value_decoder),
         frozen={
-            "reference": {"policy": policy_decoder(reference), "value": {}},
+            "reference": with_critic(reference, sizes, "none"),
             "score": score_params,
         },
-        key=settings.key + 2,
-        identity={"settings": dataclasses.asdict(settings)},
+        key=stage_key(settings, 2),
+        identity={"settings": dataclasses.asdict(settings), "data_sha256": data_sha256},
         unit="texts",
         units_per_iteration=settings.num_episodes,
         result=partial(StoredModel, settings.critic, sizes),

@@ -49,6 +49,7 @@ def write_report(directory: Path, settings: PipelineSettings) -> Path:
     parts = [
         f"# {settings.algorithm} on {settings.task}",
         _summary(settings, measured),
+        *measured["notes"],
         "## Policies on held-out prompts",
         _policies(measured),
         *_optimum(measured),
@@ -147,7 +148,9 @@ def _policies(measured: Mapping[str, Any]) -> str:
         [policy, *(_number(values.get(name)) for name in names)]
         for policy, values in measured["policies"].items()
     ]
-    note = "KL in nats per text; that of the best of n is an upper bound, log n − (n − 1) / n."
+    note = "KL in nats per text, lengths in tokens, entropy in nats per token."
+    if any(name.startswith("best of") for name in measured["policies"]):
+        note += " The KL of the best of n is an upper bound, log n − (n − 1) / n."
     return f"{_table(['policy', *names], rows)}\n\n{note}"
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from purejaxppo.config import Config
+from purejaxppo.config import Config, validate
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import (
@@ -14,6 +14,7 @@ from purejaxppo.validation import (
     UNIT,
     checked_int,
     checked_leaf,
+    integer,
     nearest,
 )
 
@@ -22,9 +23,10 @@ LAST_STAGE = frozenset(
     {
         *("algorithm", "num_iterations", "num_episodes", "group_size", "lr", "num_epochs"),
         *("num_minibatches", "ref_kl_coef", "ref_kl_target", "score_clip"),
-        *("missing_end_penalty", "dpo_beta", "eval_every", "eval_prompts", "best_of"),
+        *("missing_end_penalty", "dpo_beta", "eval_every", "best_of", "ref_kl_horizon"),
     }
 )
+OF_TEXTS = ("vocab_size", "context", "max_new_tokens", "num_comparisons")
 TASKS = ("reviews", "arithmetic", "records")
 ALGORITHMS = ("ppo", "trpo", "reinforce", "grpo", "rloo", "dpo")
 
@@ -67,13 +69,13 @@ class PipelineSettings:
     num_minibatches: int = 4
     ref_kl_coef: float = 0.05
     ref_kl_target: float | None = None  # nats per text
+    ref_kl_horizon: float = 1000.0  # texts; Ziegler et al. took 10,000 in longer runs
     score_clip: float = 5.0
     missing_end_penalty: float = 1.0
     dpo_beta: float = 0.1
 
     # Evaluation.
-    eval_every: int = 25  # iterations
-    eval_prompts: int = 128  # in evaluations during training
+    eval_every: int = 25  # iterations; 0: only at the end
     best_of: int = 16
 
     @classmethod
@@ -82,7 +84,12 @@ class PipelineSettings:
     ) -> "PipelineSettings":
         """The defaults of a task and an algorithm, with ``changes``; None leaves a default."""
         changes = {name: value for name, value in changes.items() if value is not None}
-        defaults = TASK_DEFAULTS.get(task, {}) | ALGORITHM_DEFAULTS.get(algorithm, {})
+        defaults = TASK_DEFAULTS.get(task, {})
+        fixed = [name for name in changes if task == "arithmetic" and name in OF_TEXTS]
+        if fixed:
+            raise ConfigError(
+                f"the arithmetic task has {', '.join(fixed)} of its own: leave it out"
+            )
         return cls(**{"task": task, "algorithm": algorithm, **defaults, **changes})
 
     def __post_init__(self) -> None:
@@ -96,8 +103,8 @@ class PipelineSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("key", "eval_every"):
-                continue
-            if field.name == "token_dropout":
+                integer(field.name, value, 0)
+            elif field.name == "token_dropout":
                 checked_leaf(field.name, value, UNIT)
             elif field.name in ("ref_kl_coef", "missing_end_penalty", "reward_weight_decay"):
                 checked_leaf(field.name, value, NOT_NEGATIVE)
@@ -113,6 +120,8 @@ class PipelineSettings:
                 "dpo learns from pairs of completions, and the arithmetic task has none: choose "
                 "another algorithm"
             )
+        if self.algorithm != "dpo":
+            validate(self.config(self.context))
 
     def of_first_stages(self) -> dict[str, Any]:
         """The settings on which the stages before the last one depend."""
@@ -162,6 +171,7 @@ class PipelineSettings:
             max_grad_norm=1.0,
             ref_kl_coef=self.ref_kl_coef,
             ref_kl_target=self.ref_kl_target,
+            ref_kl_horizon=self.ref_kl_horizon,
         )
 
 
@@ -176,7 +186,5 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "ref_kl_coef": 0.0,
         "missing_end_penalty": 0.0,
         "best_of": 1,
-        "eval_prompts": 1000,
     },
 }
-ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {}

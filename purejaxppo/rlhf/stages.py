@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purejaxppo.analysis.plots import metric_curve
+from purejaxppo.rlhf.json_files import write_json
 from purejaxppo.rlhf.model_files import StoredModel, load_model, save_model
 from purejaxppo.runs.chunks import Chunk
 from purejaxppo.runs.disk import atomic_write
@@ -50,14 +51,27 @@ def run_stage(
 ) -> StoredModel:
     """Train a stage in ``directory/name``, continue it if it was interrupted, or load its model.
 
-    ``model/`` holds the result; ``seconds.json`` the duration of training and its throughput, which
-    is that of the last part if the stage was interrupted. Raises `Interrupted`, and `ConfigError`
-    if training diverges, with the iteration.
+    ``model/`` holds the result; ``seconds.json`` the seconds of the compiled iterations and their
+    throughput, of the last part if the stage was interrupted. Raises `Interrupted`, and
+    `ConfigError` if training diverges, with the iteration, and if the stage in the directory has
+    other settings.
     """
     home = directory / stage.name
     if (home / "model").exists():
+        _require_same_stage(stage, home)
         events.on_note(f"{stage.name}: finished before, loaded from {home / 'model'}")
         return load_model(home / "model")
+    if home.exists() and not (home / "checkpoints").exists():
+        raise ConfigError(
+            f"the stage in {home} ended without a model, because it diverged: start a new pipeline "
+            "with other settings; it can use the earlier stages of this one (stages_from)"
+        )
+    seconds = 0.0
+
+    def on_chunk(chunk: Chunk) -> None:
+        nonlocal seconds
+        seconds += chunk.seconds
+        events.on_chunk(stage, chunk)
 
     def write(home: Path, result: SessionResult) -> None:
         figure = metric_curve(stage.job.metrics, result.metrics, stage.name)
@@ -65,11 +79,13 @@ def run_stage(
         if result.interrupted or first_divergence(stage.job, result.metrics) is not None:
             return
         iterations = stage.job.num_iterations - result.resumed_at
-        rate = iterations * stage.units_per_iteration / result.seconds
-        measured = {"seconds": result.seconds, "per_second": rate, "unit": stage.unit}
-        measured["resumed_at"] = result.resumed_at
-        text = json.dumps(measured, indent=2) + "\n"
-        atomic_write(home / "seconds.json", lambda path: path.write_text(text))
+        measured = {
+            "seconds": seconds,
+            "per_second": iterations * stage.units_per_iteration / seconds,
+            "unit": stage.unit,
+            "resumed_at": result.resumed_at,
+        }
+        write_json(home / "seconds.json", measured)
         save_model(home / "model", stage.result(result.state.params))
 
     result = run_job(
@@ -83,7 +99,7 @@ def run_stage(
         loggers=loggers,
         evaluator_of=stage.evaluator_of,
         on_start=lambda programs: events.on_start(stage, programs),
-        on_chunk=lambda chunk: events.on_chunk(stage, chunk),
+        on_chunk=on_chunk,
         on_end=write,
     )
     if result.interrupted:
@@ -95,6 +111,18 @@ def run_stage(
             f"not finite; see {home / 'metrics.csv'}"
         )
     return load_model(home / "model")
+
+
+def _require_same_stage(stage: Stage, home: Path) -> None:
+    """Raise `ConfigError` unless the finished stage was trained with the same identity."""
+    before = json.loads((home / "config.json").read_text())
+    now = json.loads(json.dumps(stage.identity))
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise ConfigError(
+            f"the stage in {home} was trained with other {' and '.join(differing)}: "
+            "choose another directory"
+        )
 
 
 def first_divergence(job: Job, metrics: PyTree) -> int | None:

@@ -1,6 +1,7 @@
-"""`Task`: what the pipeline learns from. Film reviews, one's own records, or arithmetic."""
+"""`Task`: the data of a pipeline. Film reviews, records of the user, or arithmetic."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.rlhf import arithmetic, corpora, judges
+from purejaxppo.rlhf.extra import import_extra
 from purejaxppo.rlhf.preferences import (
     Preference,
     Records,
@@ -37,7 +39,10 @@ class Prompts(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The data of a pipeline as tokens, and how its texts are scored and read."""
+    """The data of a pipeline as tokens, its score and its judges.
+
+    A task has either a ``score`` or ``pairs``, from which a reward model learns.
+    """
 
     name: str
     vocab_size: int
@@ -49,13 +54,14 @@ class Task(NamedTuple):
     prompts: Prompts  # for reinforcement learning
     held_out_prompts: Prompts  # for evaluation
     decode: Callable[[Any], str]  # tokens -> text
-    pairs: Pairs | None  # None: there is a ``score``, and no reward model is needed
-    ranked: Ranked | None  # what the reward model learns from, if not from the pairs
+    pairs: Pairs | None  # for the reward model and DPO
+    ranked: Ranked | None  # for the reward model instead of the pairs
     held_out_pairs: Pairs | None
     held_out_preferences: Sequence[Preference]  # the same ones as characters
     score: Score | None
     judges: Callable[[], Judges]  # of texts; not known to the reward model
     tokenizer: Tokenizer | None
+    notes: tuple[str, ...] = ()  # sentences about the data, for the report
 
 
 def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -> Task:
@@ -64,7 +70,9 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
     held_out = prompts[:num_held_out]
     train = prompts[num_held_out:]
     repeated = jnp.asarray(np.tile(train, (repeats, 1)))
-    answers = arithmetic.demonstrations(jax.random.key(seed), repeated)
+    key_train, key_held_out = jax.random.split(jax.random.key(seed))
+    answers = arithmetic.demonstrations(key_train, repeated)
+    others = jnp.asarray(held_out)
     return Task(
         name="arithmetic",
         vocab_size=arithmetic.VOCAB_SIZE,
@@ -72,7 +80,7 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
         context=arithmetic.PROMPT_LENGTH + arithmetic.MAX_NEW_TOKENS,
         max_new_tokens=arithmetic.MAX_NEW_TOKENS,
         demonstrations=arithmetic.as_texts(repeated, answers),
-        held_out=_right_answers(held_out),
+        held_out=arithmetic.as_texts(others, arithmetic.demonstrations(key_held_out, others)),
         prompts=_arithmetic_prompts(train),
         held_out_prompts=_arithmetic_prompts(held_out),
         decode=arithmetic.decode,
@@ -89,9 +97,12 @@ def arithmetic_task(seed: int = 0, num_held_out: int = 1000, repeats: int = 3) -
 def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) -> Task:
     """Sentences of film reviews, and preferences derived from people's ratings (`corpora`).
 
-    The prompts are the first words of sentences that are held out. Texts of comparisons that are
-    longer than the context are cut. The gold judge and the second judge score whole sentences.
+    The prompts are the first words of sentences that are held out, without duplicates. The reward
+    model learns from one person's rating of every snippet in each of several rounds, DPO from
+    comparisons of two such ratings. Snippets that are longer than the context are cut. The gold
+    judge and the second judge score whole sentences.
     """
+    import_extra("sklearn")  # of the judges, before anything is trained
     reviews = corpora.load_reviews()
     sentences = corpora.split_sentences(corpora.simple_sentences(reviews.texts))
     splits = corpora.split_ratings(corpora.load_ratings())
@@ -105,19 +116,29 @@ def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) ->
         }
 
     tokenizer = train_tokenizer(sentences.train, settings.vocab_size)
+    ranked = _ranked(settings, tokenizer, splits.preferences)
+    cut = float(np.mean(ranked.texts.tokens[np.arange(len(ranked.rating)), -1] != 0))
+    prompts = list(dict.fromkeys(sentences.prompts))
     return _text_task(
         settings,
         name="reviews",
         tokenizer=tokenizer,
-        ranked=_ranked(settings, tokenizer, splits.preferences),
+        ranked=ranked,
         demonstrations=[("", sentence) for sentence in sentences.train],
         held_out=[("", sentence) for sentence in sentences.held_out],
         preferences=comparisons(splits.preferences, settings.key, settings.num_comparisons),
         held_out_preferences=comparisons(splits.test, settings.key, NUM_HELD_OUT_COMPARISONS),
-        prompts=sentences.prompts[num_held_out_prompts:],
-        held_out_prompts=sentences.prompts[:num_held_out_prompts],
+        prompts=prompts[num_held_out_prompts:],
+        held_out_prompts=prompts[:num_held_out_prompts],
         judges=make_judges,
         truncate=True,
+    )._replace(
+        notes=(
+            "The preferences are derived: nobody compared two snippets. A comparison draws two "
+            "snippets and one person's rating of each; the higher rating wins.",
+            f"{100 * cut:.0f} % of the snippets fill the context of {settings.context} tokens or "
+            "are cut there. The accuracies of the judges are those on whole snippets.",
+        )
     )
 
 
@@ -128,11 +149,12 @@ def records_task(
     prompts: Records | None = None,
     judges: Judges | None = None,
 ) -> Task:
-    """One's own records: JSON Lines files or iterables of objects (`preferences`).
+    """Records of the user: JSON Lines files or iterables of objects (`preferences`).
 
-    Without ``prompts`` those of the demonstrations are used. A tenth of each kind of record, at
-    least one, is held out. ``judges`` score whole texts in the report. Raises `ConfigError` with
-    file and line for an invalid record, and for a text longer than the context.
+    Without ``prompts`` those of the demonstrations are used. A tenth of the prompts, at least one
+    of each kind of record, is held out with all records that have them; records without a prompt
+    are held out by their texts. ``judges`` score whole texts in the report. Raises `ConfigError`
+    with file and line for an invalid record, and for a text longer than the context.
     """
     shown = read_demonstrations(demonstrations)
     judged = read_preferences(preferences)
@@ -143,10 +165,15 @@ def records_task(
     starts = list(dict.fromkeys(starts))
     if not starts:
         raise ConfigError("there are no prompts: the demonstrations have none, so give prompts")
-    rng = np.random.default_rng(settings.key)
-    held_out, train = _split("demonstrations", shown, rng)
-    held_out_pairs, pairs = _split("preferences", judged, rng)
-    held_out_prompts, train_prompts = _split("prompts", starts, rng)
+    kinds = {
+        "demonstrations": [record.prompt or record.completion for record in shown],
+        "preferences": [record.prompt or record.chosen for record in judged],
+        "prompts": starts,
+    }
+    is_held_out = _held_out(kinds)
+    held_out, train = _split(shown, kinds["demonstrations"], is_held_out)
+    held_out_pairs, pairs = _split(judged, kinds["preferences"], is_held_out)
+    held_out_prompts, train_prompts = _split(starts, starts, is_held_out)
     corpus = [text for record in train for text in record]
     return _text_task(
         settings,
@@ -239,19 +266,36 @@ def _encoded_prompts(
     return Prompts(np.asarray(texts.tokens)[:, :longest], np.asarray(texts.length))
 
 
-def _right_answers(prompts: NDArray[np.int32]) -> Texts:
-    tokens = jnp.asarray(prompts)
-    return arithmetic.as_texts(tokens, arithmetic.answers(tokens))
-
-
 def _arithmetic_prompts(prompts: NDArray[np.int32]) -> Prompts:
     return Prompts(prompts, np.full(len(prompts), arithmetic.PROMPT_LENGTH, np.int32))
 
 
-def _split(kind: str, records: Sequence[Any], rng: np.random.Generator) -> tuple[list, list]:
-    """A tenth of the records, at least one, and the rest."""
-    if len(records) < 2:
-        raise ConfigError(f"there is one record of {kind}: it needs two, one of them held out")
-    order = rng.permutation(len(records))
-    count = max(1, len(records) // 10)
-    return [records[i] for i in order[:count]], [records[i] for i in order[count:]]
+def _held_out(kinds: Mapping[str, Sequence[str]]) -> set[str]:
+    """A tenth of all keys, and at least one of every kind: those with the smallest hashes.
+
+    Raises `ConfigError` for a kind with a single key, which cannot be held out and learnt from.
+    """
+    ordered = {name: sorted(set(keys), key=_hash) for name, keys in kinds.items()}
+    every = sorted({key for keys in ordered.values() for key in keys}, key=_hash)
+    held_out = set(every[: len(every) // 10])
+    for name, keys in ordered.items():
+        if len(keys) < 2:
+            raise ConfigError(
+                f"the {name} have one prompt only: they need two, one of which is held out"
+            )
+        held_out.add(keys[0])
+    return held_out
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _split(
+    records: Sequence[Any], keys: Sequence[str], held_out: set[str]
+) -> tuple[list[Any], list[Any]]:
+    """The records that are held out, and the others."""
+    pairs = list(zip(records, keys, strict=True))
+    return [x for x, key in pairs if key in held_out], [
+        x for x, key in pairs if key not in held_out
+    ]

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
             new.append(keys_and_values)
         return self.norm(x), tuple(new)
 
-    def logits(self, hidden: Float[Array, "B S W"]) -> Float[Array, "B S V"]:
+    def logits(self, hidden: Float[Array, "*n W"]) -> Float[Array, "*n V"]:
         return self.embedding.attend(hidden)
 
 

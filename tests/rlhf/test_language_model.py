@@ -167,3 +167,31 @@ def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
 )
 def test_sizes_that_do_not_fit_are_refused(make, sentence):
     assert sentence in sentence_of(make)
+
+
+def test_a_vocabulary_of_another_size_is_refused():
+    env = tokens([[1, 0]], [2], 2, 6, 7)
+    model = language_model(DecoderSizes(vocab_size=9, context=3, width=16))
+    config = Config(episodic=True, num_steps=3, num_envs=8, num_minibatches=2)
+    assert sentence_of(lambda: make_train(config, env, model)) == (
+        "the model has 9 actions, and tokens has 7: make a model for as many"
+    )
+
+
+def test_an_algorithm_with_a_value_function_refuses_a_model_without_a_critic():
+    env = tokens([[1, 0]], [2], 2, 6, 7)
+    model = language_model(DecoderSizes(vocab_size=7, context=3, width=16), "none")
+    config = Config(episodic=True, num_steps=3, num_envs=8, num_minibatches=2)
+    assert sentence_of(lambda: make_train(config, env, model)) == (
+        "ppo with advantage = 'gae' fits a value function, and the model has none: "
+        "give it a critic, or set advantage to grpo or rloo"
+    )
+
+
+def test_trpo_refuses_a_shared_decoder():
+    env = tokens([[1, 0]], [2], 2, 6, 7)
+    model = language_model(DecoderSizes(vocab_size=7, context=3, width=16), "shared")
+    config = Config(algorithm="trpo", episodic=True, num_steps=3, num_envs=8, num_minibatches=2)
+    train = make_train(config, env, model)
+    message = sentence_of(lambda: jax.eval_shape(train, jax.random.key(0)))
+    assert message.startswith("trpo needs params with the keys 'policy' and 'value' only")

@@ -20,7 +20,7 @@ from purejaxppo.rlhf.tokenizer import load_tokenizer
 from purejaxppo.types import ConfigError
 
 SMALL = {"width": 16, "num_layers": 1, "sft_epochs": 1, "num_iterations": 4, "num_episodes": 8}
-SMALL |= {"num_epochs": 1, "num_minibatches": 2, "eval_every": 2, "eval_prompts": 4}
+SMALL |= {"num_epochs": 1, "num_minibatches": 2, "eval_every": 2}
 GOOD = "a good film"
 BAD = "a bad film"
 
@@ -221,7 +221,19 @@ def test_a_score_that_is_not_finite_is_named_with_its_iteration(tmp_path):
         ),
         (
             ["--demonstrations", "x.jsonl"],
-            "one's own data need --preferences: give a file of JSON Lines",
+            "--preferences is missing: give a file of JSON Lines",
+        ),
+        (
+            ["--task", "arithmetic", "--demonstrations", "x.jsonl"],
+            "the arithmetic task has data of its own: leave demonstrations out",
+        ),
+        (
+            ["--task", "arithmetic", "--vocab-size", "300"],
+            "the arithmetic task has vocab_size of its own: leave it out",
+        ),
+        (
+            ["--task", "reviews", "--algorithm", "dpo", "--frontier"],
+            "a frontier varies the anchor of reinforcement learning: not for dpo",
         ),
         (
             ["--task", "arithmetic", "--algorithm", "grpo", "--num-episodes", "12"],
@@ -234,6 +246,75 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, capsy
         commands.main(["rlhf", *arguments])
     assert exit_code.value.code == 2
     assert capsys.readouterr().err == f"purejaxppo: {message}\n"
+
+
+def test_what_is_held_out_is_not_learnt_from():
+    settings = text_settings()
+    shown, judged = records()
+    others = [{"prompt": f"prompt {i}"} for i in range(30)]
+    task = records_task(settings, shown, judged, others)
+
+    def prompts_of(texts):
+        rows = zip(np.asarray(texts.tokens), np.asarray(texts.prompt_length), strict=True)
+        return {task.decode(tokens[:length]) for tokens, length in rows}
+
+    assert not prompts_of(task.demonstrations) & prompts_of(task.held_out)
+    assert not prompts_of(task.pairs.chosen) & prompts_of(task.held_out_pairs.chosen)
+    kinds = (task.prompts, task.held_out_prompts)
+    train, held_out = ({task.decode(x) for x in kind.tokens} for kind in kinds)
+    assert not train & held_out and len(train | held_out) == 30
+    assert not prompts_of(task.demonstrations) & prompts_of(task.held_out_pairs.chosen)
+
+
+def test_a_stage_of_other_settings_is_never_loaded(finished, tmp_path):
+    """Stages can be shared by pipelines that differ in the last stage only."""
+    directory, _, settings = finished
+    other = text_settings(sft_lr=0.5)
+    message = sentence_of(
+        lambda: run_pipeline(other, tmp_path / "a", text_task(other), stages_from=directory)
+    )
+    assert message == f"the stages in {directory} were trained with other settings: sft_lr"
+    missing = tmp_path / "missing"
+    message = sentence_of(
+        lambda: run_pipeline(settings, tmp_path / "a", text_task(settings), stages_from=missing)
+    )
+    assert message == f"{missing} is not a pipeline: it has no valid config.json of one"
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_score_of_a_wrong_shape_is_refused_before_any_training(tmp_path):
+    settings = PipelineSettings.of("arithmetic", **SMALL)
+    task = small_arithmetic()._replace(score=lambda tokens, lengths, params: tokens)
+    message = sentence_of(lambda: run_pipeline(settings, tmp_path / "run", task))
+    assert message.startswith("the score has the shape (8, 10): for 8 texts it must be (8,)")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.learning
+def test_the_command_runs_to_its_end(tmp_path, capsys):
+    """Arithmetic, and then another algorithm and a frontier from the same first stage."""
+    small = [
+        "--width",
+        "16",
+        "--num-layers",
+        "1",
+        "--sft-epochs",
+        "1",
+        "--num-iterations",
+        "2",
+        "--num-episodes",
+        "8",
+    ]
+    first = ["--directory", str(tmp_path / "first")]
+    commands.main(["rlhf", "--task", "arithmetic", *first, *small])
+    assert "report.md" in capsys.readouterr().out
+    second = ["--directory", str(tmp_path / "second"), "--stages-from", str(tmp_path / "first")]
+    anchor = ["--algorithm", "grpo", "--ref-kl-coef", "0.3", "--frontier"]
+    commands.main(["rlhf", "--task", "arithmetic", *second, *anchor, *small])
+    report = (tmp_path / "second" / "report.md").read_text()
+    assert "(frontier.png)" in report and "optimal objective" in report
+    points = json.loads((tmp_path / "second" / "frontier.json").read_text())
+    assert len(points) == 5 and len({x["kl"] for x in points.values()}) == 5
 
 
 def test_records_with_mistakes_name_file_and_line(tmp_path, capsys):
