@@ -91,7 +91,7 @@ def test_every_stage_leaves_its_files(finished):
     assert pd.read_csv(directory / "ppo" / "evaluations.csv")["iteration"].tolist() == [2, 4]
     assert load_model(directory / "ppo" / "model").kind == "own"
     assert load_model(directory / "reward" / "model").kind == "reward"
-    assert load_tokenizer(directory / "tokenizer.json").vocab_size == 294
+    assert load_tokenizer(directory / "tokenizer.json").vocab_size == 289
     assert json.loads((directory / "config.json").read_text())["settings"]["width"] == 16
 
 
