@@ -53,7 +53,7 @@ def rlhf(
         demonstrations: JSON Lines with prompt and completion, instead of a task
         preferences: JSON Lines with prompt, chosen and rejected
         prompts: JSON Lines with prompt; by default those of the demonstrations
-        ref_kl_coef: beta: coefficient of the KL divergence from the fine-tuned policy
+        ref_kl_coef: coefficient (beta) of the KL divergence from the fine-tuned policy
         ref_kl_target: KL divergence per text, in nats, to which ref_kl_coef is adapted
         num_iterations: iterations of reinforcement learning
         num_episodes: texts in an iteration

@@ -47,7 +47,10 @@ def answers(prompts: Int[Array, "n L"]) -> Int[Array, "n 4"]:
 def demonstrations(
     key: PRNGKey, prompts: Int[Array, "n L"], wrong: float = 0.6
 ) -> Int[Array, "n 4"]:
-    """Answers of which a share ``wrong`` has one digit redrawn uniformly, so some stay right."""
+    """Answers with one digit redrawn in a share ``wrong`` of them.
+
+    The new digit is uniform, so a tenth of these answers stays right.
+    """
     key_wrong, key_position, key_digit = jax.random.split(key, 3)
     right = answers(prompts)
     count = (right != END).sum(axis=1)

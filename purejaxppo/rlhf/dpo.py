@@ -56,8 +56,8 @@ def make_dpo(
     smoothing). ``reference_free`` sets log π_ref = 0. Raises `ConfigError` if there is neither a
     reference nor ``reference_free``, or both.
 
-    The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of pairs of which
-    the chosen completion has the higher implicit reward; a tie counts half), ``reward_margin``
+    The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of pairs whose
+    chosen completion has the higher implicit reward; a tie counts half), ``reward_margin``
     (mean of βh, nats), and ``chosen_log_ratio`` and ``rejected_log_ratio`` (means of log π / π_ref,
     nats). Check the data with `require_pairs` first.
     """

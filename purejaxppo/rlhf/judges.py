@@ -75,7 +75,7 @@ def human_accuracies(rated: RatedTexts, seed: int = 0, n: int = NUM_DRAWS) -> di
     """
     size = np.array([len(ratings) for ratings in rated.ratings])
     if size.min(initial=2) < 2:
-        raise ConfigError(f"text {size.argmin()} has fewer than two ratings: nobody agrees with it")
+        raise ConfigError(f"text {size.argmin()} has fewer than two ratings: agreement needs two")
     ratings = np.zeros((len(size), size.max(initial=2)))
     for i, individual in enumerate(rated.ratings):
         ratings[i, : len(individual)] = individual

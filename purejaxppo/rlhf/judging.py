@@ -85,7 +85,7 @@ class Measurer:
         return np.asarray(self.score(texts.tokens, texts.length, self.score_params))
 
     def strings(self, texts: Texts) -> list[str]:
-        """Prompts with their completions, as characters."""
+        """Prompts with their completions, as strings."""
         rows = zip(np.asarray(texts.tokens), np.asarray(texts.length), strict=True)
         return [self.task.decode(tokens[:length]) for tokens, length in rows]
 

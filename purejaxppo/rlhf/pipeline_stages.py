@@ -45,7 +45,7 @@ def score_of(settings: PipelineSettings, task: Task) -> Score:
 
 
 def sft_stage(settings: PipelineSettings, task: Task, data_sha256: str) -> Stage:
-    """Supervised fine-tuning on the demonstrations, several of which share a row."""
+    """Supervised fine-tuning on the demonstrations; short ones share a row."""
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
     data: Any = task.demonstrations
     if task.tokenizer is not None:

@@ -92,5 +92,5 @@ def log_ratio_difference(
 
 
 def share_above(first: Float[Array, "n"], second: Float[Array, "n"]) -> Float[Array, ""]:
-    """The share of pairs of which the first number is larger; a tie counts half."""
+    """The share of pairs whose first number is larger; a tie counts half."""
     return (jnp.sign(first - second).mean() + 1) / 2

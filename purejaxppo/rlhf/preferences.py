@@ -198,7 +198,7 @@ def comparisons(rated: RatedTexts, seed: int, n: int) -> list[Preference]:
 def ratings_of_people(rated: RatedTexts, seed: int, rounds: int) -> tuple[list[int], list[float]]:
     """In each of several rounds one person's rating of every text: indices of texts, and ratings.
 
-    Two of them make a comparison like those of `comparisons`.
+    Any two ratings of different texts make a comparison like those of `comparisons`.
     """
     integer("rounds", rounds, 1)
     rng = np.random.default_rng(integer("seed", seed, 0))

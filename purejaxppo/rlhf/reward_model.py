@@ -107,8 +107,8 @@ def make_reward_model(
     al. 2015, 'Deep unordered composition', section 3.1). ``params=None`` starts from new
     parameters; see `from_policy`.
 
-    The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of comparisons of
-    which the chosen text has the higher score; a tie counts half), ``score_difference`` (mean of
+    The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of comparisons
+    whose chosen text has the higher score; a tie counts half), ``score_difference`` (mean of
     r_w − r_l) and ``score`` (mean of all scores). Check the data with `require_pairs` first.
     """
     loss = _loss(model, centering_coef, token_dropout)
@@ -220,7 +220,7 @@ def _texts_of(examples: Pairs | Ranked) -> Texts:
 def _with_dropped_tokens(
     key: PRNGKey, texts: Texts, probability: float | Array
 ) -> Int[Array, "n L"]:
-    """The tokens, of which random ones between the first and the last of a text are 0."""
+    """The tokens; random ones between the first and the last of a text are replaced by 0."""
     if isinstance(probability, float | int) and probability == 0:
         return texts.tokens
     index = jnp.arange(texts.tokens.shape[1])[None]

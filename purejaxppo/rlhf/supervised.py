@@ -1,4 +1,4 @@
-"""What supervised fine-tuning, the reward model and DPO share: minibatches of labelled examples.
+"""Training on minibatches of examples, for fine-tuning, the reward model and DPO.
 
 One iteration is one gradient step on one minibatch. Every epoch visits the examples in a fresh
 random order, each at most once; the examples after the last complete minibatch of an epoch are

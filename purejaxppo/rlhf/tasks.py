@@ -57,7 +57,7 @@ class Task(NamedTuple):
     pairs: Pairs | None  # for the reward model and DPO
     ranked: Ranked | None  # for the reward model instead of the pairs
     held_out_pairs: Pairs | None
-    held_out_preferences: Sequence[Preference]  # the same ones as characters
+    held_out_preferences: Sequence[Preference]  # the same pairs as strings
     score: Score | None
     judges: Callable[[], Judges]  # of texts; not known to the reward model
     tokenizer: Tokenizer | None
@@ -281,7 +281,7 @@ def _held_out(kinds: Mapping[str, Sequence[str]]) -> set[str]:
     for name, keys in ordered.items():
         if len(keys) < 2:
             raise ConfigError(
-                f"the {name} have one prompt only: they need two, one of which is held out"
+                f"the {name} have one prompt only: they need two, because one is held out"
             )
         held_out.add(keys[0])
     return held_out
