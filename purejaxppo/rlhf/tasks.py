@@ -115,7 +115,9 @@ def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) ->
             "second": judges.fit_second_judge(reviews.texts, reviews.labels),
         }
 
-    tokenizer = train_tokenizer(sentences.train, settings.vocab_size)
+    # With the snippets, whose words are less common, the reward model is more accurate.
+    corpus = [*sentences.train, *splits.preferences.texts]
+    tokenizer = train_tokenizer(corpus, settings.vocab_size)
     ranked = _ranked(settings, tokenizer, splits.preferences)
     cut = float(np.mean(ranked.texts.tokens[np.arange(len(ranked.rating)), -1] != 0))
     prompts = list(dict.fromkeys(sentences.prompts))

@@ -13,6 +13,7 @@ from purejaxppo.rlhf.preferences import (
     comparisons,
     draw_ratings,
     encode_pairs,
+    ratings_of_people,
     read_demonstrations,
     read_preferences,
     read_prompts,
@@ -181,3 +182,15 @@ def test_preferences_become_two_texts_with_one_prompt():
     assert cut.rejected.tokens[1].tolist() == [START, b, c, b]
     message = sentence_of(lambda: encode_pairs(tokenizer, preferences, 4))
     assert message.startswith("text 1 has 5 tokens")
+
+
+def test_every_round_has_one_rating_of_every_text():
+    """The raters are uniform: 5 standard errors of 2,000 rounds."""
+    rated = RatedTexts(["a", "b"], [np.array([1, 2, 3, 4]), np.array([-1])])
+    texts, ratings = ratings_of_people(rated, seed=0, rounds=2000)
+    assert texts == [0, 1] * 2000
+    first = np.array(ratings[::2])
+    assert ratings[1::2] == [-1.0] * 2000
+    for rating in (1, 2, 3, 4):
+        assert abs((first == rating).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)
+    assert ratings_of_people(rated, 1, 3) != ratings_of_people(rated, 2, 3)
