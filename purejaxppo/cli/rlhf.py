@@ -68,8 +68,6 @@ def rlhf(
         key: integer from which the random keys are made
         log: loggers in addition to metrics.csv: tensorboard, wandb
     """
-    from purejaxppo.rlhf.stages import Interrupted
-
     console = Console(highlight=False, soft_wrap=True)
     try:
         run(
@@ -96,7 +94,7 @@ def rlhf(
             num_comparisons=num_comparisons,
             key=integer("key", key, 0),
         )
-    except Interrupted:
+    except KeyboardInterrupt:
         console.print("The same command with --resume and the directory continues from here.")
         raise SystemExit(INTERRUPTED) from None
 

@@ -81,7 +81,7 @@ def run_pipeline(
         events: callbacks of the progress.
 
     Raises `ConfigError` for arguments that do not fit together and for a stage that diverges, and
-    `Interrupted` after Ctrl-C.
+    `KeyboardInterrupt` after Ctrl-C or SIGTERM, when a checkpoint is saved.
     """
     directory = Path(directory)
     task = make_task(settings) if task is None else task

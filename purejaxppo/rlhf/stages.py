@@ -18,10 +18,6 @@ from purejaxppo.runs.session import Evaluator, SessionResult
 from purejaxppo.types import ConfigError, PRNGKey, PyTree
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM stopped a stage, which has saved a checkpoint."""
-
-
 class Stage(NamedTuple):
     """A training loop and its place in the directory of the pipeline."""
 
@@ -52,7 +48,7 @@ def run_stage(
     """Train a stage in ``directory/name``, continue it if it was interrupted, or load its model.
 
     ``model/`` holds the result; ``seconds.json`` the seconds of the compiled iterations and their
-    throughput, of the last part if the stage was interrupted. Raises `Interrupted`, and
+    throughput, of the last part if the stage was interrupted. Raises `KeyboardInterrupt`, and
     `ConfigError` if training diverges, with the iteration, and if the stage in the directory has
     other settings.
     """
@@ -103,7 +99,7 @@ def run_stage(
         on_end=write,
     )
     if result.interrupted:
-        raise Interrupted(stage.name)
+        raise KeyboardInterrupt
     diverged_at = first_divergence(stage.job, result.metrics)
     if diverged_at is not None:
         raise ConfigError(

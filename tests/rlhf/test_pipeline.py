@@ -14,7 +14,6 @@ from purejaxppo.cli import commands
 from purejaxppo.rlhf.model_files import load_model
 from purejaxppo.rlhf.pipeline import SILENT, run_pipeline
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.stages import Interrupted
 from purejaxppo.rlhf.tasks import Prompts, arithmetic_task, records_task
 from purejaxppo.rlhf.tokenizer import load_tokenizer
 from purejaxppo.types import ConfigError
@@ -163,7 +162,7 @@ def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, algorithm):
 
     events = SILENT._replace(on_chunk=stop_once)
     for _ in range(2):
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
     run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
     assert stopped == ["sft", algorithm]
