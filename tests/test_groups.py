@@ -141,7 +141,7 @@ def test_a_run_without_differences_in_reward_does_not_move(name):
     config = config.replace(total_episodes=16, num_epochs=1, num_minibatches=1)
     config = config.replace(normalize_advantage=False)
     train = make_train(
-        config, clock(limit=5), linear_model(actions=3), lambda t, *_: 0.1 * t.reward
+        config, clock(limit=5), linear_model(actions=2), lambda t, *_: 0.1 * t.reward
     )
     metrics = jax.jit(train)(jax.random.key(0)).metrics
     assert (metrics.grad_norm == 0).all() and (metrics.episode_return == 5).all()
