@@ -180,7 +180,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 13,
         "context": 10,
         "max_new_tokens": 4,
-        "sft_epochs": 8,
+        "sft_epochs": 12,
         "sft_batch_size": 128,
         "num_minibatches": 2,
         "ref_kl_coef": 0.0,
