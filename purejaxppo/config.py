@@ -213,7 +213,7 @@ class Config:
     normalize_advantage: bool = _static(True, "standardise advantages within each minibatch")
     clip_value: bool = _static(
         False,
-        "clip the change of the value estimate to ± clip_eps, as in OpenAI baselines",
+        "clip the change of the value estimate to within clip_eps, as in OpenAI baselines",
         of=["ppo"],
         variant=True,
     )

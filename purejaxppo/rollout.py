@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool
 
 from purejaxppo.envs.vector import where_rows
 from purejaxppo.keys import scan_keys
+from purejaxppo.networks.distributions import Categorical
 from purejaxppo.normalize import (
     ObsMoments,
     merge_obs,
@@ -18,6 +19,9 @@ from purejaxppo.normalize import (
 )
 from purejaxppo.shards import join_shards, split_shards
 from purejaxppo.types import (
+    ConfigError,
+    Discrete,
+    Distribution,
     Env,
     EpisodeSums,
     Model,
@@ -96,6 +100,7 @@ def make_rollout(
             valid = ~state.first_episode_done
             obs = normalize_obs(obs_moments, state.env.obs)
             carry, distribution, value = model.step(params, state.carry, obs, state.env.reset)
+            _require_same_actions(env, distribution)
             action = distribution.sample(key_action)
             env_state, timestep = vector_env.step(key_env, state.env, action)
 
@@ -169,6 +174,17 @@ def make_rollout(
         return transitions, env_state, end.carry, end.moments
 
     return rollout
+
+
+def _require_same_actions(env: Env, distribution: Distribution) -> None:
+    """Raise `ConfigError` for a model with another number of discrete actions."""
+    if isinstance(env.action_space, Discrete) and isinstance(distribution, Categorical):
+        given = distribution.logits.shape[-1]
+        if given != env.action_space.n:
+            raise ConfigError(
+                f"the model has {given} actions, and {env.name} has {env.action_space.n}: "
+                "make a model for as many"
+            )
 
 
 def reset_shards(

@@ -5,22 +5,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import purejaxppo.envs as envs
 from purejaxppo.config import Config, require_scalars, validate
 from purejaxppo.envs.consistency import require_allowed_actions, require_consistent
 from purejaxppo.envs.wrappers import bound_actions, warn_of_unreachable_actions
 from purejaxppo.networks.actor_critic import make_model
-from purejaxppo.networks.distributions import Categorical
 from purejaxppo.types import (
     Box,
     ConfigError,
     Dict,
-    Discrete,
     Env,
     Model,
-    PRNGKey,
     PyTree,
     Reward,
     Rewards,
@@ -70,8 +66,6 @@ def set_up(
     if model is None:
         warn_of_unreachable_actions(env, config.squash_actions)
         model = make_model(config, env.observation_space, action_space)
-    else:
-        _require_model_fits(config, env, model)
     _require_enough_sequences(config, env, model)
     return Setup(
         config=config,
@@ -114,31 +108,6 @@ def _require_supported_env(config: Config, env: Env) -> None:
         raise ConfigError(
             f"temperature = {temperature} divides the logits of discrete actions, and those of "
             f"{env.name} are continuous: leave it out"
-        )
-
-
-def _require_model_fits(config: Config, env: Env, model: Model) -> None:
-    """Raise `ConfigError` for a custom model with other actions, or without the value it needs."""
-
-    def first_step(key: PRNGKey) -> Any:
-        obs = jax.tree.map(lambda x: x[None], env.reset(key)[1])
-        params = model.init(key, obs)
-        _, distribution, _ = model.step(params, model.initial_carry(1), obs, jnp.ones(1, bool))
-        return params, distribution.logits if isinstance(distribution, Categorical) else None
-
-    params, logits = jax.eval_shape(first_step, jax.eval_shape(lambda: jax.random.key(0)))
-    space: Any = env.action_space
-    is_discrete = isinstance(space, Discrete) and logits is not None
-    if is_discrete and logits.shape[-1] != space.n:
-        raise ConfigError(
-            f"the model has {logits.shape[-1]} actions, and {env.name} has {space.n}: "
-            "make a model for as many"
-        )
-    has_no_value = isinstance(params, dict) and not jax.tree.leaves(params.get("value", True))
-    if config.fits_value and has_no_value:
-        raise ConfigError(
-            f"{config.algorithm} with advantage = {config.estimator!r} fits a value function, and "
-            "the model has none: give it a critic, or set advantage to grpo or rloo"
         )
 
 

@@ -29,6 +29,7 @@ from purejaxppo.setup import Setup, limit_num_steps_to_episode, set_up
 from purejaxppo.starting import Start, start_from
 from purejaxppo.types import (
     Batch,
+    ConfigError,
     Env,
     EpisodeSums,
     Metrics,
@@ -125,6 +126,7 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
             shapes = jax.eval_shape(model.init, key_params, obs)
             fresh = Start(shapes, _normalizer(config, env, obs))
             start = start_from(params, fresh, config, setup.env, setup.has_own_model)
+        _require_value(config, start.params)
         state = TrainState(
             params=start.params,
             update=update.init(start.params),
@@ -185,6 +187,16 @@ def build_trainer(setup: Setup, **hyperparameters: Any) -> Trainer:
 def _rollout_in_shards(config: Config, env: Env, vector_env: VectorEnv, model: Model) -> Rollout:
     rollout = make_rollout(env, vector_env, model, config.num_steps, config.whole_episodes)
     return in_shards(rollout, config.num_shards)
+
+
+def _require_value(config: Config, params: PyTree) -> None:
+    """Raise `ConfigError` if a value function is to be fitted and the model says it has none."""
+    has_none = isinstance(params, dict) and not jax.tree.leaves(params.get("value", True))
+    if config.fits_value and has_none and jax.tree.leaves(params):
+        raise ConfigError(
+            f"{config.algorithm} with advantage = {config.estimator!r} fits a value function, and "
+            "the model has none: give it a critic, or set advantage to grpo or rloo"
+        )
 
 
 def _normalizer(config: Config, env: Env, obs: PyTree) -> Normalizer:

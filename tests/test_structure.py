@@ -52,7 +52,7 @@ ONLY = {
     "losses": {"types"},
     "analysis": {"types", "config", "metrics"},
     "policies": {*ORDER[: ORDER.index("train")]},
-    "rollout": {"types", "envs", "keys", "normalize", "shards"},
+    "rollout": {"types", "envs", "keys", "networks", "normalize", "shards"},
     "updates": {"types", "config", "keys", "losses", "shards"},
     "__main__": {"cli"},
 }

@@ -131,20 +131,21 @@ def _learning_rates(config):
 def test_evaluations_of_the_model_after_the_last_step(truncates):
     """A model with a cache for an episode has no room for another step."""
     calls = []
+    model = linear_model(actions=2)
 
     def step(params, carry, obs, reset):
         calls.append(None)
-        return LINEAR.step(params, carry, obs, reset)
+        return model.step(params, carry, obs, reset)
 
     env = clock(limit=8, terminates=not truncates)._replace(truncates=truncates)
     config = REINFORCE.replace(total_episodes=8)
-    trainer = make_trainer(config, env, LINEAR._replace(step=step))
+    trainer = make_trainer(config, env, model._replace(step=step))
     state = jax.eval_shape(trainer.init, KEY)
     calls.clear()
     jax.make_jaxpr(trainer.step)(state)
     in_the_loop = 1
     assert len(calls) == in_the_loop + truncates
-    trainer = make_trainer(PPO.replace(episodic=False), env, LINEAR._replace(step=step))
+    trainer = make_trainer(PPO.replace(episodic=False), env, model._replace(step=step))
     calls.clear()
     jax.make_jaxpr(trainer.step)(state._replace(update=jax.eval_shape(trainer.init, KEY).update))
     assert len(calls) == in_the_loop + 1 + truncates

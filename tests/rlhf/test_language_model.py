@@ -173,7 +173,8 @@ def test_a_vocabulary_of_another_size_is_refused():
     env = tokens([[1, 0]], [2], 2, 6, 7)
     model = language_model(DecoderSizes(vocab_size=9, context=3, width=16))
     config = Config(episodic=True, num_steps=3, num_envs=8, num_minibatches=2)
-    assert sentence_of(lambda: make_train(config, env, model)) == (
+    train = make_train(config, env, model)
+    assert sentence_of(lambda: jax.eval_shape(train, jax.random.key(0))) == (
         "the model has 9 actions, and tokens has 7: make a model for as many"
     )
 
@@ -182,7 +183,8 @@ def test_an_algorithm_with_a_value_function_refuses_a_model_without_a_critic():
     env = tokens([[1, 0]], [2], 2, 6, 7)
     model = language_model(DecoderSizes(vocab_size=7, context=3, width=16), "none")
     config = Config(episodic=True, num_steps=3, num_envs=8, num_minibatches=2)
-    assert sentence_of(lambda: make_train(config, env, model)) == (
+    train = make_train(config, env, model)
+    assert sentence_of(lambda: jax.eval_shape(train, jax.random.key(0))) == (
         "ppo with advantage = 'gae' fits a value function, and the model has none: "
         "give it a critic, or set advantage to grpo or rloo"
     )
