@@ -161,18 +161,19 @@ def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = Fa
     general_benchmark.show()
 
 
-def rlhf(task: str = "arithmetic", seeds: int = 5, show: bool = False) -> None:
+def rlhf(task: str = "arithmetic", seeds: int = 5, workers: int = 1, show: bool = False) -> None:
     """Train language models over several seeds and store the measurements.
 
     Args:
         task: arithmetic (PPO, GRPO and RLOO beside the exact optimum) or reviews (PPO)
         seeds: number of pipelines of each kind, from different keys
+        workers: number of seeds that run at once, each on one core
         show: only print the stored table
     """
     from benchmarks import rlhf as rlhf_benchmark
 
     if not show:
-        rlhf_benchmark.run(task, seeds)
+        rlhf_benchmark.run(task, seeds, workers)
     else:
         rlhf_benchmark.show(task)
 

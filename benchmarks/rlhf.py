@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +23,45 @@ CASES = {
     "arithmetic": (("ppo", 0.0), ("ppo", 0.3), ("grpo", 0.3), ("rloo", 0.3)),
     "reviews": (("ppo", None),),
 }
-SHARED = ("sft", "reward")  # stages that all cases of a seed share
 
 
-def run(task: str, seeds: int) -> None:
-    """Run every case with each seed and store the measurements after each run."""
+def run(task: str, seeds: int, workers: int = 1) -> None:
+    """Run every case with each seed and store the measurements after each seed.
+
+    With several ``workers``, that many seeds run at once, each on one core; their times are then
+    longer than that of a run alone.
+    """
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(seeds):
-            first: Path | None = None  # its first stages are used by the other cases
-            for algorithm, beta in CASES[task]:
-                settings = PipelineSettings.of(task, algorithm, key=seed, ref_kl_coef=beta)
-                directory = Path(scratch) / f"{seed}-{algorithm}-{beta}"
-                started = time.perf_counter()
-                measured = run_pipeline(settings, directory, stages_from=first)
-                first = first or directory
-                runs.append(
-                    {
-                        "settings": dataclasses.asdict(settings),
-                        "seconds": round(time.perf_counter() - started, 1),
-                        "stages": _stages(directory, algorithm),
-                        "measured": measured,
-                    }
-                )
-                _store(task, seed + 1, runs)
-                print(f"seed {seed}, {algorithm}: {runs[-1]['seconds']} s", flush=True)
+    if workers > 1:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # of the new processes
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for seed, runs_of_seed in enumerate(pool.map(partial(_run_seed, task), range(seeds))):
+            runs.extend(runs_of_seed)
+            _store(task, seed + 1, workers, runs)
+            print(f"seed {seed}: {[run['seconds'] for run in runs_of_seed]} s", flush=True)
     show(task)
+
+
+def _run_seed(task: str, seed: int) -> list[dict[str, Any]]:
+    """The settings, times and measurements of every case with this seed."""
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        first: Path | None = None  # its first stages are used by the other cases
+        for algorithm, beta in CASES[task]:
+            settings = PipelineSettings.of(task, algorithm, key=seed, ref_kl_coef=beta)
+            directory = Path(scratch) / f"{algorithm}-{beta}"
+            started = time.perf_counter()
+            measured = run_pipeline(settings, directory, stages_from=first)
+            first = first or directory
+            runs.append(
+                {
+                    "settings": dataclasses.asdict(settings),
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "stages": _stages(directory, algorithm),
+                    "measured": measured,
+                }
+            )
+    return runs
 
 
 def _stages(directory: Path, algorithm: str) -> dict[str, Any]:
@@ -56,9 +73,9 @@ def _stages(directory: Path, algorithm: str) -> dict[str, Any]:
     }
 
 
-def _store(task: str, seeds: int, runs: list[dict[str, Any]]) -> None:
+def _store(task: str, seeds: int, workers: int, runs: list[dict[str, Any]]) -> None:
     result = {
-        "command": f"python -m benchmarks rlhf --task {task} --seeds {seeds}",
+        "command": f"python -m benchmarks rlhf --task {task} --seeds {seeds} --workers {workers}",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "runs": runs,

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.rlhf.texts import Texts
 from purejaxppo.types import Env, PRNGKey, PyTree
+from purejaxppo.validation import POSITIVE, checked_leaf
 
 PLUS = 10
 EQUALS = 11
@@ -102,8 +103,10 @@ def optimum(p0: Float[Array, "*n"], beta: float) -> tuple[Float[Array, "*n"], Fl
         q* = p₀ e^{1/β} / (1 − p₀ + p₀ e^{1/β}),     J* = β log(1 − p₀ + p₀ e^{1/β})
 
     where p₀ and q are the probabilities of the one right answer under π_ref and π, and β > 0. The
-    optimum is π* ∝ π_ref · e^{r/β} (Rafailov et al. 2023, eq. 4). Returns q* and J*.
+    optimum is π* ∝ π_ref · e^{r/β} (Rafailov et al. 2023, eq. 4). Returns q* and J*. Raises
+    `ConfigError` unless β > 0.
     """
+    checked_leaf("beta", beta, POSITIVE)
     log_right = jnp.log(p0) + 1 / beta
     log_total = jnp.logaddexp(jnp.log1p(-p0), log_right)
     return jnp.exp(log_right - log_total), beta * log_total

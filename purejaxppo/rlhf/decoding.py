@@ -99,22 +99,28 @@ def vocab_size_of(model: Model, params: PyTree, prompts: Array, max_new_tokens: 
             f"prompts have the shape {prompts.shape}: they must be [n, L], with at least one token"
         )
 
-    def first_step(params: PyTree) -> tuple[PyTree, Array]:
+    def first_step(params: PyTree) -> Array:
         start = (model.initial_carry(1), jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
-        carry, distribution, _ = model.step(params, *start)
-        return carry, logits_of(distribution)
+        _, distribution, _ = model.step(params, *start)
+        return logits_of(distribution)
 
-    carry, logits = jax.eval_shape(first_step, params)
-    if isinstance(carry, dict) and "size" in carry:  # the cache of `language_model`
-        caches = [leaf for name, leaf in carry.items() if name != "size"]
-        context = jax.tree.leaves(caches)[0].shape[1]
-        needed = prompts.shape[1] - 1 + max_new_tokens
-        if needed > context:
-            raise ConfigError(
-                f"prompts of {prompts.shape[1]} tokens and max_new_tokens = {max_new_tokens} need "
-                f"a context of {needed} tokens; that of the model is {context}"
-            )
-    return logits.shape[-1]
+    context = context_of(model)
+    needed = prompts.shape[1] - 1 + max_new_tokens
+    if needed > context:
+        raise ConfigError(
+            f"prompts of {prompts.shape[1]} tokens and max_new_tokens = {max_new_tokens} need "
+            f"a context of {needed} tokens; that of the model is {context}"
+        )
+    return jax.eval_shape(first_step, params).shape[-1]
+
+
+def context_of(model: Model) -> int | float:
+    """The number of tokens that fit into the cache of a `language_model`; ∞ for other models."""
+    carry = jax.eval_shape(lambda: model.initial_carry(1))
+    if not isinstance(carry, dict) or "size" not in carry:
+        return math.inf
+    caches = [leaf for name, leaf in carry.items() if name != "size"]
+    return jax.tree.leaves(caches)[0].shape[1]
 
 
 def require_prompts(prompts: Array, lengths: Array, eos: int, vocab_size: int) -> None:

@@ -12,10 +12,18 @@ from numpy.typing import ArrayLike
 from purejaxppo.analysis.statistics import Estimate
 from purejaxppo.networks.distributions import Categorical
 from purejaxppo.rlhf.decoding import logits_of
-from purejaxppo.rlhf.sampling import generate, scores_of
-from purejaxppo.rlhf.texts import Score, Texts, unroll_texts, with_padding_of_zeros
+from purejaxppo.rlhf.sampling import generate
+from purejaxppo.rlhf.texts import (
+    Score,
+    Texts,
+    scores_of,
+    unroll_texts,
+    with_padding_of_zeros,
+)
 from purejaxppo.types import ConfigError, Model, PRNGKey, PyTree
 
+# The names of `evaluate_texts`.
+MEASUREMENTS = ("score", "kl", "kl_k1", "length", "ended", "distinct_2", "entropy")
 NORMAL_975 = 1.959964  # the 0.975 quantile of the normal distribution
 
 

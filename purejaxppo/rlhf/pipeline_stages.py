@@ -55,6 +55,7 @@ def sft_stage(settings: PipelineSettings, task: Task, data_sha256: str) -> Stage
         num_epochs=settings.sft_epochs,
         batch_size=min(settings.sft_batch_size, num_rows),
         lr=settings.sft_lr,
+        weight_decay=settings.sft_weight_decay,
     )
     num_tokens = int(np.sum(task.demonstrations.length))
     return Stage(
@@ -83,6 +84,7 @@ def reward_stage(
     data: Any = task.pairs if task.ranked is None else task.ranked
     num_examples = num_examples_of(data)
     supervised = SupervisedSettings(
+        num_epochs=settings.reward_epochs,
         batch_size=min(settings.reward_batch_size, num_examples),
         lr=settings.reward_lr,
         weight_decay=settings.reward_weight_decay,

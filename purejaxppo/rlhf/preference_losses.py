@@ -6,9 +6,7 @@ over their tokens.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from purejaxppo.losses import masked_mean
+from jaxtyping import Array, Float, Int
 
 
 def bradley_terry_loss(
@@ -32,18 +30,37 @@ def centering_penalty(
     return (chosen + rejected) ** 2
 
 
-def all_pairs_loss(
-    score: Float[Array, "n"], rating: Float[Array, "n"], prompt: Int[Array, "n"]
-) -> tuple[Float[Array, ""], Bool[Array, "n n"]]:
-    """The mean of −log σ(r_i − r_j) over all comparisons of a batch, and which pairs they are.
+def all_pairs_loss(score: Float[Array, "n"], preference: Float[Array, "n n"]) -> Float[Array, ""]:
+    """Σ p_ij (−log σ(r_i − r_j)) / Σ p_ij over the texts of a batch; 0 without any comparison.
 
-    Text i is preferred to text j if they continue the same prompt and i has the higher rating.
-    Comparing all texts of a batch costs no more passes of the model than comparing each with one
-    other (Ouyang et al. 2022, section 3.5, eq. 1). 0 without any comparison.
+    ``preference`` p_ij is the probability that text i is preferred to text j in a comparison of the
+    two, so the loss is the expected one of `bradley_terry_loss`. Comparing all texts of a batch
+    costs no more passes of the model than comparing each with one other (Ouyang et al. 2022,
+    section 3.5, eq. 1).
     """
-    is_preferred = (prompt[:, None] == prompt[None]) & (rating[:, None] > rating[None])
     losses = -jax.nn.log_sigmoid(score[:, None] - score[None])
-    return masked_mean(losses, is_preferred), is_preferred
+    return weighted_mean(losses, preference)
+
+
+def preference_of_ratings(
+    rating: Float[Array, "n R"], prompt: Int[Array, "n"]
+) -> Float[Array, "n n"]:
+    """The probability that a rating of text i, drawn at random, is above one of text j.
+
+    ``rating`` has the ratings of each text by up to R people; NaN stands for no rating. Only
+    different texts with the same ``prompt`` are compared; other pairs have the probability 0.
+    """
+    is_above = rating[:, None, :, None] > rating[None, :, None, :]  # False for NaN
+    count = jnp.maximum(jnp.isfinite(rating).sum(axis=1), 1)
+    share = is_above.sum(axis=(2, 3)) / (count[:, None] * count[None])
+    is_compared = (prompt[:, None] == prompt[None]) & ~jnp.eye(len(prompt), dtype=bool)
+    return jnp.where(is_compared, share, 0)
+
+
+def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Float[Array, ""]:
+    """Σ w x / Σ w; 0 if all weights are 0. An entry with weight 0 does not count, NaN included."""
+    total = weight.sum()
+    return jnp.where(weight > 0, weight * x, 0).sum() / jnp.where(total > 0, total, 1)
 
 
 def dpo_loss(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.rlhf.corpora import RatedTexts
-from purejaxppo.rlhf.texts import Pairs
+from purejaxppo.rlhf.texts import Pairs, Ranked
 from purejaxppo.rlhf.tokenizer import Tokenizer, require_unicode
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import integer, nearest, wrong
@@ -195,18 +195,23 @@ def comparisons(rated: RatedTexts, seed: int, n: int) -> list[Preference]:
     return result[:n]
 
 
-def ratings_of_people(rated: RatedTexts, seed: int, rounds: int) -> tuple[list[int], list[float]]:
-    """In each of several rounds one person's rating of every text: indices of texts, and ratings.
+def encode_rated(
+    tokenizer: Tokenizer, rated: RatedTexts, context: int, truncate: bool = False
+) -> Ranked:
+    """The texts as tokens with the ratings of all people, NumPy arrays of n rows.
 
-    Any two ratings of different texts make a comparison like those of `comparisons`.
+    Any two of them can be compared; comparisons like those of `comparisons` then have the
+    probabilities of `preference_of_ratings`.
     """
-    integer("rounds", rounds, 1)
-    rng = np.random.default_rng(integer("seed", seed, 0))
-    sizes = np.array([len(ratings) for ratings in rated.ratings])
-    people = rng.integers(sizes, size=(rounds, len(sizes))).ravel().tolist()
-    texts = list(range(len(sizes))) * rounds
-    chosen = zip(texts, people, strict=True)
-    return texts, [float(rated.ratings[text][person]) for text, person in chosen]
+    rating = np.full((len(rated.texts), max(map(len, rated.ratings))), np.nan, np.float32)
+    for row, ratings in zip(rating, rated.ratings, strict=True):
+        row[: len(ratings)] = ratings
+    prompts = [""] * len(rated.texts)
+    return Ranked(
+        texts=tokenizer.encode_texts(prompts, rated.texts, context, truncate),
+        rating=rating,  # type: ignore[arg-type]
+        prompt=np.zeros(len(rated.texts), np.int32),  # type: ignore[arg-type]
+    )
 
 
 def encode_pairs(

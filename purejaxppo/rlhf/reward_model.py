@@ -9,13 +9,14 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from purejaxppo.losses import masked_mean
 from purejaxppo.rlhf.language_model import policy_decoder
 from purejaxppo.rlhf.preference_losses import (
     all_pairs_loss,
     bradley_terry_loss,
     centering_penalty,
+    preference_of_ratings,
     share_above,
+    weighted_mean,
 )
 from purejaxppo.rlhf.supervised import (
     Loss,
@@ -100,12 +101,12 @@ def make_reward_model(
     """``train(key, params, data) -> SupervisedResult``: pure, for jit, and for vmap over keys.
 
     ``data`` are `Pairs`, with the mean of `bradley_terry_loss` over the pairs of a minibatch as the
-    loss, or `Ranked` texts, with `all_pairs_loss`. Either way all texts of a minibatch go through
-    the decoder together. The mean `centering_penalty` of the compared texts is added with the
-    coefficient ``centering_coef``. ``token_dropout`` is the probability with which a token between
-    the first and the last of a text is replaced by token 0, a regulariser for small data (Iyyer et
-    al. 2015, 'Deep unordered composition', section 3.1). ``params=None`` starts from new
-    parameters; see `from_policy`.
+    loss, or `Ranked` texts, with the `all_pairs_loss` of their ratings. Either way all texts of a
+    minibatch go through the decoder together. The mean `centering_penalty` of the compared texts is
+    added with the coefficient ``centering_coef``. ``token_dropout`` is the probability with which a
+    token between the first and the last of a text is replaced by token 0, a regulariser for small
+    data (Iyyer et al. 2015, 'Deep unordered composition', section 3.1). ``params=None`` starts from
+    new parameters; see `from_policy`.
 
     The metrics are those of `make_supervised_trainer` and ``accuracy`` (the share of comparisons
     whose chosen text has the higher score; a tie counts half), ``score_difference`` (mean of
@@ -193,18 +194,19 @@ def _loss(model: RewardModel, centering_coef: float | Array, token_dropout: floa
         tokens = _with_dropped_tokens(key, texts, token_dropout)
         score = model.score(params, tokens, texts.length)
         if isinstance(examples, Ranked):
-            value, is_preferred = all_pairs_loss(score, examples.rating, examples.prompt)
+            weight = preference_of_ratings(examples.rating, examples.prompt)
+            value = all_pairs_loss(score, weight)
             chosen, rejected = jnp.broadcast_arrays(score[:, None], score[None])
         else:
             chosen, rejected = jnp.split(score, 2)
             value = bradley_terry_loss(chosen, rejected, examples.margin).mean()
-            is_preferred = jnp.ones_like(chosen, bool)
+            weight = jnp.ones_like(chosen)
         metrics = {
-            "accuracy": masked_mean((1 + jnp.sign(chosen - rejected)) / 2, is_preferred),
-            "score_difference": masked_mean(chosen - rejected, is_preferred),
+            "accuracy": weighted_mean((1 + jnp.sign(chosen - rejected)) / 2, weight),
+            "score_difference": weighted_mean(chosen - rejected, weight),
             "score": score.mean(),
         }
-        penalty = masked_mean(centering_penalty(chosen, rejected), is_preferred)
+        penalty = weighted_mean(centering_penalty(chosen, rejected), weight)
         return value + centering_coef * penalty, metrics
 
     return loss

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo.networks.distributions import Categorical
@@ -17,8 +18,8 @@ from purejaxppo.rlhf.decoding import (
     sampling_logits,
     vocab_size_of,
 )
-from purejaxppo.rlhf.texts import Score, Texts
-from purejaxppo.types import ConfigError, Model, PRNGKey, PyTree
+from purejaxppo.rlhf.texts import Score, Texts, scores_of
+from purejaxppo.types import Model, PRNGKey, PyTree
 from purejaxppo.validation import integer
 
 
@@ -43,8 +44,8 @@ def generate(
     model: Model,
     params: PyTree,
     key: PRNGKey,
-    prompts: Int[Array, "n L"],
-    lengths: Int[Array, "n"],
+    prompts: Int[ArrayLike, "n L"],
+    lengths: Int[ArrayLike, "n"],
     max_new_tokens: int,
     eos: int,
     temperature: float | Array = 1.0,
@@ -63,7 +64,7 @@ def generate(
     depends on no other row. All arguments but params, key, arrays and temperature are static.
 
     Arguments:
-        prompts: tokens; those after the length are not used.
+        prompts: tokens, also of NumPy; those after the length are not used.
         lengths: tokens of each prompt, at least 1.
         eos: the end of text. In a prompt it does not end the text.
 
@@ -79,8 +80,8 @@ def generate_with_log_prob(
     model: Model,
     params: PyTree,
     key: PRNGKey,
-    prompts: Int[Array, "n L"],
-    lengths: Int[Array, "n"],
+    prompts: Int[ArrayLike, "n L"],
+    lengths: Int[ArrayLike, "n"],
     max_new_tokens: int,
     eos: int,
     temperature: float | Array = 1.0,
@@ -92,6 +93,8 @@ def generate_with_log_prob(
     p is the distribution from which the tokens were drawn, with temperature and truncation. For the
     temperature 0 it is 1.
     """
+    prompts = jnp.asarray(prompts)
+    lengths = jnp.asarray(lengths)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
     vocab_size = vocab_size_of(model, params, prompts, max_new_tokens)
     require_prompts(prompts, lengths, eos, vocab_size)
@@ -138,8 +141,8 @@ def best_of_n(
     model: Model,
     params: PyTree,
     key: PRNGKey,
-    prompts: Int[Array, "P L"],
-    lengths: Int[Array, "P"],
+    prompts: Int[ArrayLike, "P L"],
+    lengths: Int[ArrayLike, "P"],
     n: int,
     score: Score,
     score_params: PyTree,
@@ -166,7 +169,7 @@ def best_of_n(
         return Best(texts, scores_of(score, texts, score_params))
 
     draws = jax.lax.map(draw, jnp.arange(n))
-    row = jnp.arange(len(prompts))
+    row = jnp.arange(len(jnp.asarray(prompts)))
 
     def best_of_first(size: int) -> Best:
         best = jnp.argmax(draws.score[:size], axis=0)
@@ -182,17 +185,6 @@ def best_of_n_kl(n: int) -> float:
     arXiv:2401.01879).
     """
     return math.log(integer("n", n, 1)) - (n - 1) / n
-
-
-def scores_of(score: Score, texts: Texts, score_params: PyTree) -> Float[Array, "n"]:
-    """The score of each text. Raises `ConfigError` unless it is one number for each."""
-    scores = jnp.asarray(score(texts.tokens, texts.length, score_params))
-    if scores.shape != texts.length.shape:
-        raise ConfigError(
-            f"the score of {len(texts.length)} texts has the shape {scores.shape}: it must be "
-            f"{texts.length.shape}, one number for each text"
-        )
-    return scores.astype(jnp.result_type(float))
 
 
 def _uniform_stream(key: PRNGKey, length: int, row: Array) -> Float[Array, "length"]:

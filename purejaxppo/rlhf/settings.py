@@ -26,6 +26,9 @@ LAST_STAGE = frozenset(
         *("missing_end_penalty", "dpo_beta", "eval_every", "best_of", "ref_kl_horizon"),
     }
 )
+CAN_BE_ZERO = frozenset(
+    {"ref_kl_coef", "missing_end_penalty", "sft_weight_decay", "reward_weight_decay"}
+)
 OF_TEXTS = ("vocab_size", "context", "max_new_tokens", "num_comparisons")
 TASKS = ("reviews", "arithmetic", "records")
 ALGORITHMS = ("ppo", "trpo", "reinforce", "grpo", "rloo", "dpo")
@@ -53,9 +56,10 @@ class PipelineSettings:
     sft_epochs: int = 3
     sft_batch_size: int = 32  # rows of packed texts
     sft_lr: float = 3e-3
+    sft_weight_decay: float = 0.0
     num_comparisons: int = 20_000
-    reward_rounds: int = 16  # ratings of each text, by another person each time
-    reward_batch_size: int = 64  # pairs, or texts that are all compared
+    reward_epochs: int = 16
+    reward_batch_size: int = 64  # pairs, or rated texts that are all compared
     reward_lr: float = 1e-3
     reward_weight_decay: float = 0.1
     token_dropout: float = 0.2  # probability
@@ -82,7 +86,14 @@ class PipelineSettings:
     def of(
         cls, task: str = "reviews", algorithm: str = "ppo", **changes: Any
     ) -> "PipelineSettings":
-        """The defaults of a task and an algorithm, with ``changes``; None leaves a default."""
+        """The defaults of a task and an algorithm, with ``changes``; None leaves a default.
+
+        Raises `ConfigError` for a name that is no setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"there is no setting {name}{nearest(name, names)}")
         changes = {name: value for name, value in changes.items() if value is not None}
         defaults = TASK_DEFAULTS.get(task, {})
         fixed = [name for name in changes if task == "arithmetic" and name in OF_TEXTS]
@@ -106,7 +117,7 @@ class PipelineSettings:
                 integer(field.name, value, 0)
             elif field.name == "token_dropout":
                 checked_leaf(field.name, value, UNIT)
-            elif field.name in ("ref_kl_coef", "missing_end_penalty", "reward_weight_decay"):
+            elif field.name in CAN_BE_ZERO:
                 checked_leaf(field.name, value, NOT_NEGATIVE)
             elif field.name == "ref_kl_target":
                 if value is not None:
@@ -120,8 +131,23 @@ class PipelineSettings:
                 "dpo learns from pairs of completions, and the arithmetic task has none: choose "
                 "another algorithm"
             )
+        fixed = TASK_DEFAULTS["arithmetic"]
+        if self.task == "arithmetic" and any(
+            name in fixed and getattr(self, name) != fixed[name] for name in OF_TEXTS
+        ):
+            raise ConfigError(
+                "the arithmetic task has texts of its own: make its settings by "
+                "PipelineSettings.of('arithmetic')"
+            )
         if self.algorithm != "dpo":
+            self._require_valid_config()
+
+    def _require_valid_config(self) -> None:
+        """Raise `ConfigError` with the names of these settings for what the config refuses."""
+        try:
             validate(self.config(self.context))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("num_envs", "num_episodes")) from None
 
     def of_first_stages(self) -> dict[str, Any]:
         """The settings on which the stages before the last one depend."""
@@ -176,12 +202,15 @@ class PipelineSettings:
 
 
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "records": {"reward_epochs": 1},
     "arithmetic": {
         "vocab_size": 13,
         "context": 10,
         "max_new_tokens": 4,
-        "sft_epochs": 12,
-        "sft_batch_size": 128,
+        "width": 64,
+        "sft_epochs": 16,
+        "sft_batch_size": 64,
+        "sft_weight_decay": 0.3,
         "num_minibatches": 2,
         "ref_kl_coef": 0.0,
         "missing_end_penalty": 0.0,

@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from purejaxppo.losses import MAX_LOG_RATIO
 from purejaxppo.networks.temperature import with_temperature
-from purejaxppo.rlhf.texts import Score, Texts
+from purejaxppo.rlhf.decoding import context_of
+from purejaxppo.rlhf.texts import Score, Texts, scores_of
 from purejaxppo.types import ConfigError, Model, PyTree, Reward, Rewards, Transition
 
 
@@ -58,8 +59,11 @@ def kl_shaped(
         score_clip: bound on the absolute value of the score.
         missing_end_penalty: subtracted from the score of a text without an end.
 
-    Raises `ConfigError` without whole episodes, for a missing reference and for a score of another
-    shape.
+    Evaluations of the trained policy (``eval_every`` of `fit`) know the environment only, whose
+    reward is 0.
+
+    Raises `ConfigError` without whole episodes, for a missing reference, for texts that are longer
+    than the context of the model, and for a score of another shape.
     """
 
     def init(config: Any) -> PyTree:
@@ -70,12 +74,13 @@ def kl_shaped(
     def step(state: PyTree, transitions: Transition, config: Any, frozen: PyTree) -> Rewards:
         if not config.whole_episodes:
             raise ConfigError("kl_shaped scores whole texts: set episodic=True")
+        _require_context(model, len(transitions.obs))
         beta = config.ref_kl_coef if config.ref_kl_target is None else state
         has_reference = _has_reference(config, frozen)
         score_params = frozen.get("score") if isinstance(frozen, dict) else None
         texts = texts_of(transitions)
         ended = has_end(transitions, eos)
-        raw_score = _checked_score(score, texts, score_params)
+        raw_score = scores_of(score, texts, score_params)
         bounded = raw_score if score_clip is None else jnp.clip(raw_score, -score_clip, score_clip)
         bounded = jnp.where(ended, bounded, bounded - missing_end_penalty)
         reward = jnp.where(is_last_step(transitions), bounded[None], 0)
@@ -144,15 +149,13 @@ def has_end(transitions: Transition, eos: int) -> Bool[Array, "B"]:
     return (transitions.mask & (transitions.action == eos)).any(axis=0)
 
 
-def _checked_score(score: Score, texts: Texts, params: PyTree) -> Float[Array, "B"]:
-    """The score of every text as a float. Raises `ConfigError` for another shape."""
-    scores = jnp.asarray(score(texts.tokens, texts.length, params))
-    if scores.shape != texts.length.shape:
+def _require_context(model: Model, num_steps: int) -> None:
+    """Raise `ConfigError` if the environment has texts that are longer than the context."""
+    if num_steps > context_of(model):
         raise ConfigError(
-            f"the score has the shape {scores.shape}: for {len(texts.length)} texts it must be "
-            f"{texts.length.shape}, one number for each"
+            f"the episodes of the environment have up to {num_steps} steps, a token each, and the "
+            f"context of the model has {context_of(model)}"
         )
-    return scores.astype(jnp.result_type(float))
 
 
 def _has_reference(config: Any, frozen: PyTree) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.rlhf import arithmetic, corpora, judges
+from purejaxppo.rlhf.evaluation import MEASUREMENTS
 from purejaxppo.rlhf.extra import import_extra
 from purejaxppo.rlhf.preferences import (
     Preference,
     Records,
     comparisons,
     encode_pairs,
-    ratings_of_people,
+    encode_rated,
     read_demonstrations,
     read_preferences,
     read_prompts,
@@ -98,9 +99,8 @@ def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) ->
     """Sentences of film reviews, and preferences derived from people's ratings (`corpora`).
 
     The prompts are the first words of sentences that are held out, without duplicates. The reward
-    model learns from one person's rating of every snippet in each of several rounds, DPO from
-    comparisons of two such ratings. Snippets that are longer than the context are cut. The gold
-    judge and the second judge score whole sentences.
+    model learns from the ratings of all people, DPO from comparisons of two ratings. Snippets that
+    are longer than the context are cut. The gold judge and the second judge score whole sentences.
     """
     import_extra("sklearn")  # of the judges, before anything is trained
     reviews = corpora.load_reviews()
@@ -118,7 +118,7 @@ def reviews_task(settings: PipelineSettings, num_held_out_prompts: int = 512) ->
     # With the snippets, whose words are less common, the reward model is more accurate.
     corpus = [*sentences.train, *splits.preferences.texts]
     tokenizer = train_tokenizer(corpus, settings.vocab_size)
-    ranked = _ranked(settings, tokenizer, splits.preferences)
+    ranked = encode_rated(tokenizer, splits.preferences, settings.context, truncate=True)
     cut = float(np.mean(ranked.texts.tokens[np.arange(len(ranked.rating)), -1] != 0))
     prompts = list(dict.fromkeys(sentences.prompts))
     return _text_task(
@@ -156,8 +156,12 @@ def records_task(
     Without ``prompts`` those of the demonstrations are used. A tenth of the prompts, at least one
     of each kind of record, is held out with all records that have them; records without a prompt
     are held out by their texts. ``judges`` score whole texts in the report. Raises `ConfigError`
-    with file and line for an invalid record, and for a text longer than the context.
+    with file and line for an invalid record, for a text longer than the context, and for a judge
+    with the name of another measurement.
     """
+    taken = sorted(set(judges or {}) & set(MEASUREMENTS))
+    if taken:
+        raise ConfigError(f"a judge has the name {taken[0]}, which is that of a measurement")
     shown = read_demonstrations(demonstrations)
     judged = read_preferences(preferences)
     if prompts is not None:
@@ -237,18 +241,6 @@ def _text_task(
         score=None,
         judges=judges,
         tokenizer=tokenizer,
-    )
-
-
-def _ranked(settings: PipelineSettings, tokenizer: Tokenizer, rated: corpora.RatedTexts) -> Ranked:
-    """One person's rating of every text, in each of several rounds; all can be compared."""
-    prompts = [""] * len(rated.texts)
-    texts = tokenizer.encode_texts(prompts, rated.texts, settings.context, truncate=True)
-    index, rating = ratings_of_people(rated, settings.key, settings.reward_rounds)
-    return Ranked(
-        texts=jax.tree.map(lambda x: x[np.array(index)], texts),
-        rating=np.array(rating, np.float32),  # type: ignore[arg-type]
-        prompt=np.zeros(len(index), np.int32),  # type: ignore[arg-type]
     )
 
 

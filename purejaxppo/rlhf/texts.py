@@ -50,10 +50,10 @@ class Pairs(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Completions with a rating each; of two that continue the same prompt, the higher one wins."""
+    """Completions with ratings; of two that continue the same prompt, the higher rating wins."""
 
     texts: Texts
-    rating: Float[Array, "n"]
+    rating: Float[Array, "n R"]  # of each text by up to R people; NaN: no rating
     prompt: Int[Array, "n"]  # which prompt it is; only equal ones are compared
 
 
@@ -102,6 +102,17 @@ def completion_log_prob(model: Model, params: PyTree, texts: Texts) -> Float[Arr
     """log π(completion | prompt), the sum over the tokens of the completion, in nats."""
     log_prob = token_log_probs(model, params, texts)
     return jnp.where(texts.completion_mask, log_prob, 0).sum(axis=0)
+
+
+def scores_of(score: Score, texts: Texts, score_params: PyTree) -> Float[Array, "n"]:
+    """The score of each text. Raises `ConfigError` unless it is one number for each."""
+    scores = jnp.asarray(score(texts.tokens, texts.length, score_params))
+    if scores.shape != texts.length.shape:
+        raise ConfigError(
+            f"the score of {len(texts.length)} texts has the shape {scores.shape}: it must be "
+            f"{texts.length.shape}, one number for each text"
+        )
+    return scores.astype(jnp.result_type(float))
 
 
 # ---------------------------------------------------------------------------------------- checks

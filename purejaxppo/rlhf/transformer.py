@@ -103,10 +103,10 @@ class Block(nn.Module):
         sizes = self.sizes
         dtype = jnp.result_type(float)
         # The output of 2 · num_layers sublayers is added up, so each begins smaller.
-        init_out = nn.initializers.normal(0.02 / (2 * sizes.num_layers) ** 0.5)
+        init_out = nn.initializers.normal(sizes.width**-0.5 / (2 * sizes.num_layers) ** 0.5)
 
         def linear(name: str, *features: int) -> Any:
-            init = nn.initializers.normal(0.02)
+            init = nn.initializers.normal(sizes.width**-0.5)
             return nn.DenseGeneral(
                 features, use_bias=False, name=name, kernel_init=init, param_dtype=dtype
             )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import sentence_of
 
 from purejaxppo.rlhf import arithmetic
 
@@ -83,3 +84,4 @@ def test_the_optimum_is_that_of_all_policies():
         assert objective[best] == pytest.approx(float(expected), abs=1e-4)
         assert q[best] == pytest.approx(float(expected_q), abs=5e-3)
         assert objective.max() <= expected + 1e-12
+    assert "beta = 0" in sentence_of(lambda: arithmetic.optimum(jnp.asarray(0.2), 0.0))

@@ -150,6 +150,25 @@ def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
     assert action.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("precision", "bound"), [("x32", 1e-4), ("x64", 1e-9)])
+def test_without_learning_the_ratio_stays_1_in_all_epochs(precision, bound, request):
+    """k3 of a log-ratio x is about x² / 2; its mean is over all minibatches of all epochs."""
+    if precision == "x64":
+        request.getfixturevalue("x64")
+    env = tokens([[1, 0, 4], [2, 3, 0], [3, 2, 5]], [3, 1, 2], 4, 6, 7)
+    settings = {"num_envs": 32, "num_steps": 6, "num_epochs": 4, "num_minibatches": 2}
+    config = Config(episodic=True, total_episodes=64, lr=0.0, temperature=1.7, **settings)
+    model = language_model(DecoderSizes(vocab_size=7, context=6, width=16))
+
+    def score(transitions, config, frozen):
+        return 1.0 * transitions.mask
+
+    metrics = jax.jit(make_train(config, env, model, score))(jax.random.key(0)).metrics
+    assert metrics.first_ratio_deviation.max() < bound
+    assert metrics.approx_kl.max() < bound**2 / 2
+    assert metrics.clip_fraction.max() == 0
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

@@ -145,13 +145,24 @@ def test_a_new_pipeline_never_overwrites(finished):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, algorithm):
+@pytest.mark.parametrize(
+    ("task_name", "stages"),
+    [
+        ("arithmetic", ["sft", "grpo"]),
+        ("records", ["sft", "reward", "ppo"]),
+        ("records", ["sft", "reward", "dpo"]),
+    ],
+)
+def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, task_name, stages):
     """Ctrl-C in each stage; the coefficient of the anchor adapts."""
-    settings = PipelineSettings.of(
-        "arithmetic", algorithm, **SMALL, ref_kl_target=0.01, ref_kl_coef=0.1
-    )
-    task = small_arithmetic()
+    algorithm = stages[-1]
+    anchor = {"ref_kl_target": 0.01, "ref_kl_coef": 0.1}
+    if task_name == "arithmetic":
+        settings = PipelineSettings.of("arithmetic", algorithm, **SMALL, **anchor)
+        task = small_arithmetic()
+    else:
+        settings = text_settings(algorithm, **anchor, reward_batch_size=4)
+        task = text_task(settings)
     run_pipeline(settings, tmp_path / "whole", task)
     stopped = []
 
@@ -161,11 +172,11 @@ def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, algorithm):
             os.kill(os.getpid(), signal.SIGINT)
 
     events = SILENT._replace(on_chunk=stop_once)
-    for _ in range(2):
+    for _ in stages:
         with pytest.raises(KeyboardInterrupt):
             run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
     run_pipeline(settings, tmp_path / "parts", task, resume=True, events=events)
-    assert stopped == ["sft", algorithm]
+    assert stopped == stages
     for stage in stopped:
         whole = load_model(tmp_path / "whole" / stage / "model").params
         parts = load_model(tmp_path / "parts" / stage / "model").params
@@ -236,7 +247,7 @@ def test_a_score_that_is_not_finite_is_named_with_its_iteration(tmp_path):
         ),
         (
             ["--task", "arithmetic", "--algorithm", "grpo", "--num-episodes", "12"],
-            "group_size = 8 does not divide num_envs = 12",
+            "group_size = 8 does not divide num_episodes = 12",
         ),
     ],
 )
@@ -245,6 +256,28 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, capsy
         commands.main(["rlhf", *arguments])
     assert exit_code.value.code == 2
     assert capsys.readouterr().err == f"purejaxppo: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: PipelineSettings.of("records", widht=3),
+            "there is no setting widht; did you mean 'width'?",
+        ),
+        (
+            lambda: PipelineSettings(task="arithmetic"),
+            "the arithmetic task has texts of its own: make its settings by "
+            "PipelineSettings.of('arithmetic')",
+        ),
+        (
+            lambda: records_task(text_settings(), *records(), judges={"kl": _judge()}),
+            "a judge has the name kl, which is that of a measurement",
+        ),
+    ],
+)
+def test_wrong_settings_are_one_sentence(make, message):
+    assert sentence_of(make) == message
 
 
 def test_what_is_held_out_is_not_learnt_from():
@@ -285,7 +318,7 @@ def test_a_score_of_a_wrong_shape_is_refused_before_any_training(tmp_path):
     settings = PipelineSettings.of("arithmetic", **SMALL)
     task = small_arithmetic()._replace(score=lambda tokens, lengths, params: tokens)
     message = sentence_of(lambda: run_pipeline(settings, tmp_path / "run", task))
-    assert message.startswith("the score has the shape (8, 10): for 8 texts it must be (8,)")
+    assert message.startswith("the score of 8 texts has the shape (8, 10): it must be (8,)")
     assert not (tmp_path / "run").exists()
 
 

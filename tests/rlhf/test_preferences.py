@@ -2,18 +2,20 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sentences import sentence_of
 
 from purejaxppo.rlhf.corpora import RatedTexts
+from purejaxppo.rlhf.preference_losses import preference_of_ratings
 from purejaxppo.rlhf.preferences import (
     Demonstration,
     Preference,
     comparisons,
     draw_ratings,
     encode_pairs,
-    ratings_of_people,
+    encode_rated,
     read_demonstrations,
     read_preferences,
     read_prompts,
@@ -184,13 +186,21 @@ def test_preferences_become_two_texts_with_one_prompt():
     assert message.startswith("text 1 has 5 tokens")
 
 
-def test_every_round_has_one_rating_of_every_text():
-    """The raters are uniform: 5 standard errors of 2,000 rounds."""
-    rated = RatedTexts(["a", "b"], [np.array([1, 2, 3, 4]), np.array([-1])])
-    texts, ratings = ratings_of_people(rated, seed=0, rounds=2000)
-    assert texts == [0, 1] * 2000
-    first = np.array(ratings[::2])
-    assert ratings[1::2] == [-1.0] * 2000
-    for rating in (1, 2, 3, 4):
-        assert abs((first == rating).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)
-    assert ratings_of_people(rated, 1, 3) != ratings_of_people(rated, 2, 3)
+def test_rated_texts_have_the_preferences_of_comparisons():
+    """The probability of every ordered pair: over all pairs of ratings, and in 20,000 draws."""
+    tokenizer = train_tokenizer(["abc"], 259)
+    rated = encode_rated(tokenizer, RATED, 4)
+    a = tokenizer.encode("a")[0][0]
+    assert rated.texts.tokens[0].tolist() == [START, a, END, 0]
+    assert rated.texts.length.tolist() == [3, 3, 3]
+    probability = np.asarray(preference_of_ratings(*map(jnp.asarray, rated[1:])))
+    drawn = [(x.chosen, x.rejected) for x in comparisons(RATED, 0, 20_000)]
+    share = np.zeros((3, 3))
+    for i in range(3):
+        for j in range(3):
+            pairs = [(x, y) for x in RATED.ratings[i] for y in RATED.ratings[j]]
+            above = np.mean([x > y for x, y in pairs]) if i != j else 0
+            assert probability[i, j] == pytest.approx(above, abs=1e-6)
+            share[i, j] = drawn.count((RATED.texts[i], RATED.texts[j])) / len(drawn)
+    expected = probability / probability.sum()
+    np.testing.assert_allclose(share, expected, atol=5 * np.sqrt(0.25 / 20_000))

@@ -12,6 +12,7 @@ from purejaxppo.rlhf.preference_losses import (
     all_pairs_loss,
     bradley_terry_loss,
     centering_penalty,
+    preference_of_ratings,
 )
 from purejaxppo.rlhf.reward_model import (
     from_policy,
@@ -266,21 +267,25 @@ def test_pairs_that_do_not_fit_are_refused(make, sentence):
 
 @pytest.mark.usefixtures("x64")
 def test_all_texts_of_a_prompt_are_compared():
-    """Against a loop over the pairs of each prompt; equal ratings are no comparison."""
+    """Against a loop over the pairs of ratings; equal ones are no comparison, nor are NaN."""
     rng = np.random.default_rng(0)
     score = rng.normal(size=9)
-    rating = rng.integers(-2, 3, 9).astype(float)
+    rating = rng.integers(-2, 3, (9, 3)).astype(float)
+    rating[2, 1:] = rating[5, 2] = np.nan
     prompt = np.array([0, 0, 0, 0, 1, 1, 1, 2, 0])
-    losses = []
+    losses, weights = [], []
     for i in range(9):
         for j in range(9):
-            if prompt[i] == prompt[j] and rating[i] > rating[j]:
+            people = [rating[k][np.isfinite(rating[k])] for k in (i, j)]
+            share = np.mean([x > y for x in people[0] for y in people[1]])
+            if prompt[i] == prompt[j] and i != j and share > 0:
                 losses.append(np.log1p(np.exp(score[j] - score[i])))
-    loss, is_preferred = all_pairs_loss(*map(jnp.asarray, (score, rating, prompt)))
-    assert len(losses) == int(is_preferred.sum()) > 5
-    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-12)
-    alone = all_pairs_loss(jnp.ones(2), jnp.ones(2), jnp.zeros(2, int))
-    assert float(alone[0]) == 0
+                weights.append(share)
+    preference = preference_of_ratings(jnp.asarray(rating), jnp.asarray(prompt))
+    loss = all_pairs_loss(jnp.asarray(score), preference)
+    assert len(losses) == int((preference > 0).sum()) > 5
+    assert float(loss) == pytest.approx(np.average(losses, weights=weights), rel=1e-12)
+    assert float(all_pairs_loss(jnp.ones(2), jnp.zeros((2, 2)))) == 0
 
 
 def test_two_ranked_texts_are_a_pair():
@@ -288,7 +293,7 @@ def test_two_ranked_texts_are_a_pair():
     params = perturbed_params()
     pairs = make_pairs(n=1)
     both = concatenated(pairs.chosen, pairs.rejected)
-    ranked = Ranked(both, jnp.array([2.0, -1.0]), jnp.zeros(2, jnp.int32))
+    ranked = Ranked(both, jnp.array([[2.0], [-1.0]]), jnp.zeros(2, jnp.int32))
     pairs = pairs._replace(margin=jnp.zeros(1))
     loss = jax.value_and_grad(module._loss(MODEL, 0.3, 0.0), has_aux=True)
     results = [loss(params, data, {}, jax.random.key(0)) for data in (pairs, ranked)]

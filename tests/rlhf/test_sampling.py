@@ -458,6 +458,13 @@ def test_invalid_arguments_are_refused(make, sentence):
     assert sentence in sentence_of(make)
 
 
+def test_prompts_of_numpy_need_no_jit():
+    arguments = (MODEL, PARAMS, jax.random.key(0))
+    texts = generate(*arguments, np.asarray(PROMPTS), np.asarray(LENGTHS), 3, 6)
+    expected = generate(*arguments, PROMPTS, LENGTHS, 3, 6)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, texts, expected)))
+
+
 def test_the_longest_text_that_fits_is_generated():
     texts, log_prob = jitted(MODEL, PARAMS, jax.random.key(0), PROMPTS, LENGTHS, 9, 0)
     assert texts.tokens.shape == (5, 13)

@@ -463,11 +463,20 @@ def test_errors_are_one_sentence():
         (lambda x, n, p: x[:3, 0] * 1.0, "(3,)"),
     ):
         sentence = sentence_of(run(score=wrong))
-        assert f"the score has the shape {shape}" in sentence and "(16,)" in sentence
+        assert f"the score of 16 texts has the shape {shape}: it must be (16,)" in sentence
     sentence = sentence_of(
         run(Config(num_envs=16, num_steps=8, total_timesteps=128), env=counter(), model=LINEAR)
     )
     assert "episodic=True" in sentence
+    small = language_model(DecoderSizes(vocab_size=3, context=2, width=16), "none")
+    reward = kl_shaped(score, small, END)
+    sentence = sentence_of(
+        lambda: jax.eval_shape(make_train(CONFIG, ENV, MODEL, reward), key, None, frozen)
+    )
+    assert sentence == (
+        f"the episodes of the environment have up to {ENV.max_episode_steps} steps, a token each, "
+        "and the context of the model has 2"
+    )
 
 
 def test_an_adaptive_coefficient_cannot_start_at_0():
