@@ -149,7 +149,7 @@ def run(
 
 def make_records_task(settings: Any, given: dict[str, Path]) -> Any:
     """The task of one's own files. Raises `ConfigError` if one is missing."""
-    from purejaxppo.rlhf.tasks import records_task
+    from purejaxppo.rlhf.text_tasks import records_task
 
     for name in ("demonstrations", "preferences"):
         if name not in given:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from purejaxppo.analysis.plots import COLOURS, style_axes
 from purejaxppo.rlhf.json_files import write_json
-from purejaxppo.rlhf.judging import Measurer, evaluation_key
+from purejaxppo.rlhf.measurer import Measurer, evaluation_key
 from purejaxppo.rlhf.model_files import load_model
 from purejaxppo.rlhf.pipeline import SILENT, fingerprint, opened
 from purejaxppo.rlhf.pipeline_stages import policy_setup, policy_stage, score_of

@@ -36,7 +36,8 @@ from purejaxppo.rlhf.pipeline_stages import (
 from purejaxppo.rlhf.report import write_report
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.stages import StageEvents, run_stage
-from purejaxppo.rlhf.tasks import Task, arithmetic_task, reviews_task
+from purejaxppo.rlhf.tasks import Task, arithmetic_task
+from purejaxppo.rlhf.text_tasks import reviews_task
 from purejaxppo.rlhf.texts import require_pairs, require_texts
 from purejaxppo.rlhf.tokenizer import save_tokenizer
 from purejaxppo.runs import run_directory

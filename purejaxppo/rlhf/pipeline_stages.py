@@ -10,8 +10,8 @@ import numpy as np
 
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.rlhf import dpo, reward_model, sft
-from purejaxppo.rlhf.judging import make_text_evaluator
 from purejaxppo.rlhf.language_model import language_model, with_critic
+from purejaxppo.rlhf.measurer import make_text_evaluator
 from purejaxppo.rlhf.model_files import REWARD, StoredModel
 from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.settings import PipelineSettings

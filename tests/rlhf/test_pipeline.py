@@ -14,7 +14,8 @@ from purejaxppo.cli import commands
 from purejaxppo.rlhf.model_files import load_model
 from purejaxppo.rlhf.pipeline import SILENT, run_pipeline
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.tasks import Prompts, arithmetic_task, records_task
+from purejaxppo.rlhf.tasks import Prompts, arithmetic_task
+from purejaxppo.rlhf.text_tasks import records_task
 from purejaxppo.rlhf.tokenizer import load_tokenizer
 from purejaxppo.types import ConfigError
 
