@@ -114,7 +114,10 @@ def numbers(run: dict[str, Any]) -> dict[str, float]:
     result["distinct_2, share of sft"] = (
         policy["distinct_2"] / measured["policies"]["sft"]["distinct_2"]
     )
-    result |= measured.get("optimum", {})
+    if "optimum" in measured:
+        optimum = measured["optimum"]
+        result |= {"right before": optimum["right_before"], "right after": optimum["right_after"]}
+        result["J* - J"] = optimum["optimal_objective"] - optimum["objective"]
     result |= {f"accuracy: {name}": x for name, x in measured["accuracies"].items()}
     for judge, rates in measured["win_rates"].items():
         result |= {f"wins: {judge}, {name}": share for name, (share, _, _) in rates.items()}

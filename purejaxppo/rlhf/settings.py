@@ -61,7 +61,7 @@ class PipelineSettings:
     reward_epochs: int = 16
     reward_batch_size: int = 64  # pairs, or rated texts that are all compared
     reward_lr: float = 1e-3
-    reward_weight_decay: float = 0.1
+    reward_weight_decay: float = 1.0
     token_dropout: float = 0.2  # probability
 
     # Stage 3: reinforcement learning, or DPO on the comparisons (`LAST_STAGE`).
