@@ -22,7 +22,7 @@ from purejaxppo import Config, make_trainer
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.rlhf.language_model import language_model, policy_decoder, with_critic
-from purejaxppo.rlhf.reward_model import reward_model
+from purejaxppo.rlhf.reward_network import reward_model
 from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.shaping import kl_shaped
 from purejaxppo.rlhf.texts import Texts, completion_log_prob

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from purejaxppo.rlhf import arithmetic, reward_model, sft
+from purejaxppo.rlhf import arithmetic, reward_model, reward_network, sft
 from purejaxppo.rlhf.evaluation import win_rate
 from purejaxppo.rlhf.json_files import write_json, write_json_lines
 from purejaxppo.rlhf.judges import pairwise_accuracy
@@ -125,7 +125,7 @@ def _accuracies(task: Task, trained_reward: StoredModel | None) -> dict[str, flo
     """The accuracies of the reward model and of the judges on held-out preferences."""
     if trained_reward is None or task.held_out_pairs is None:
         return {}
-    model = reward_model.reward_model(trained_reward.sizes)
+    model = reward_network.reward_model(trained_reward.sizes)
     evaluated = reward_model.evaluate(model, trained_reward.params, task.held_out_pairs)
     return {"reward model": float(evaluated["accuracy"])} | {
         name: pairwise_accuracy(judge, task.held_out_preferences)

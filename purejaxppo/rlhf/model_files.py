@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from purejaxppo.policies.arrays import read_arrays, write_arrays
 from purejaxppo.rlhf.language_model import CRITICS, language_model
-from purejaxppo.rlhf.reward_model import reward_model
+from purejaxppo.rlhf.reward_network import reward_model
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.trees import from_named, named_leaves
 from purejaxppo.types import ConfigError, PyTree

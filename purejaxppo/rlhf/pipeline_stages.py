@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.envs.tokens import tokens
-from purejaxppo.rlhf import dpo, reward_model, sft
+from purejaxppo.rlhf import dpo, reward_model, reward_network, sft
 from purejaxppo.rlhf.language_model import language_model, with_critic
 from purejaxppo.rlhf.measurer import make_text_evaluator
 from purejaxppo.rlhf.model_files import REWARD, StoredModel
@@ -40,7 +40,7 @@ def score_of(settings: PipelineSettings, task: Task) -> Score:
     if task.score is not None:
         return task.score
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    model = reward_model.reward_model(sizes)
+    model = reward_network.reward_model(sizes)
     return lambda tokens, lengths, params: model.score(params, tokens, lengths)
 
 
@@ -80,7 +80,7 @@ def reward_stage(
     """
     assert task.pairs is not None, "a task without a score has pairs"
     sizes = settings.decoder_sizes(task.vocab_size, task.context)
-    model = reward_model.reward_model(sizes)
+    model = reward_network.reward_model(sizes)
     data: Any = task.pairs if task.ranked is None else task.ranked
     num_examples = num_examples_of(data)
     supervised = SupervisedSettings(
@@ -90,7 +90,11 @@ def reward_stage(
         weight_decay=settings.reward_weight_decay,
     )
     job = reward_model.reward_model_job(
-        supervised, model, num_examples, token_dropout=settings.token_dropout
+        supervised,
+        model,
+        num_examples,
+        token_dropout=settings.token_dropout,
+        lm_coef=settings.reward_lm_coef,
     )
 
     def standardized(params: PyTree) -> StoredModel:
@@ -104,13 +108,13 @@ def reward_stage(
             prompts=jnp.asarray(task.prompts.tokens[rows]),
             lengths=jnp.asarray(task.prompts.length[rows]),
         )
-        return StoredModel(REWARD, sizes, reward_model.standardize(model, params, texts))
+        return StoredModel(REWARD, sizes, reward_network.standardize(model, params, texts))
 
     fresh = model.init(jax.random.key(stage_key(settings, 4)))
     return Stage(
         name="reward",
         job=job,
-        params=reward_model.from_policy(fresh, reference),
+        params=reward_network.from_policy(fresh, reference),
         frozen={"data": data},
         key=stage_key(settings, 1),
         identity={"settings": settings.of_first_stages(), "data_sha256": data_sha256},
@@ -177,7 +181,7 @@ def _require_valid_score(settings: PipelineSettings, task: Task, setup: Setup) -
 
     def metrics(key: PRNGKey) -> PyTree:
         reference = language_model(sizes, "none").init(key, jnp.zeros(1, jnp.int32))
-        score = None if task.score is not None else reward_model.reward_model(sizes).init(key)
+        score = None if task.score is not None else reward_network.reward_model(sizes).init(key)
         frozen = {"reference": reference, "score": score}
         return first_metrics(build_trainer(setup), key, None, frozen)
 

@@ -27,7 +27,10 @@ LAST_STAGE = frozenset(
     }
 )
 CAN_BE_ZERO = frozenset(
-    {"ref_kl_coef", "missing_end_penalty", "sft_weight_decay", "reward_weight_decay"}
+    {
+        *("ref_kl_coef", "missing_end_penalty"),
+        *("sft_weight_decay", "reward_weight_decay", "reward_lm_coef"),
+    }
 )
 OF_TEXTS = ("vocab_size", "context", "max_new_tokens", "num_comparisons")
 TASKS = ("reviews", "arithmetic", "records")
@@ -62,16 +65,17 @@ class PipelineSettings:
     reward_batch_size: int = 64  # pairs, or rated texts that are all compared
     reward_lr: float = 1e-3
     reward_weight_decay: float = 1.0
+    reward_lm_coef: float = 0.5  # coefficient of the cross-entropy of the rated texts
     token_dropout: float = 0.2  # probability
 
     # Stage 3: reinforcement learning, or DPO on the comparisons (`LAST_STAGE`).
     num_iterations: int = 300
     num_episodes: int = 128  # in an iteration
     group_size: int = 8  # completions of a prompt, for grpo and rloo
-    lr: float = 3e-4
+    lr: float = 1.5e-4
     num_epochs: int = 2
     num_minibatches: int = 4
-    ref_kl_coef: float = 0.3
+    ref_kl_coef: float = 0.25
     ref_kl_target: float | None = None  # nats per text
     ref_kl_horizon: float = 1000.0  # texts; Ziegler et al. took 10,000 in longer runs
     score_clip: float = 5.0
@@ -211,6 +215,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "sft_epochs": 16,
         "sft_batch_size": 64,
         "sft_weight_decay": 0.3,
+        "lr": 3e-4,
         "num_minibatches": 2,
         "ref_kl_coef": 0.0,
         "missing_end_penalty": 0.0,

@@ -137,7 +137,7 @@ def test_a_new_pipeline_never_overwrites(finished):
     other = text_settings(lr=0.5)
     message = sentence_of(lambda: run_pipeline(other, directory, text_task(other), resume=True))
     assert message == (
-        f"the pipeline in {directory} has other settings: lr = 0.0003 there and 0.5 here"
+        f"the pipeline in {directory} has other settings: lr = 0.00015 there and 0.5 here"
     )
     other_task = text_task(settings)
     other_task.demonstrations.tokens[0, 1] += 1

@@ -14,16 +14,17 @@ from purejaxppo.rlhf.preference_losses import (
     centering_penalty,
     preference_of_ratings,
 )
-from purejaxppo.rlhf.reward_model import (
-    from_policy,
-    make_reward_model,
-    reward_model,
-    reward_model_job,
-    scores,
-    standardize,
-)
+from purejaxppo.rlhf.reward_model import make_reward_model, reward_model_job
+from purejaxppo.rlhf.reward_network import from_policy, reward_model, scores, standardize
 from purejaxppo.rlhf.supervised_settings import SupervisedSettings
-from purejaxppo.rlhf.texts import Pairs, Ranked, Texts, concatenated, require_pairs
+from purejaxppo.rlhf.texts import (
+    Pairs,
+    Ranked,
+    Texts,
+    concatenated,
+    require_pairs,
+    token_log_probs,
+)
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.runs.programs import first_metrics, require_valid_metrics
 
@@ -100,7 +101,7 @@ def test_the_loss_is_bradley_terrys_with_margins_and_centring():
     model = reward_model(SIZES)
     params = perturbed_params(model)
     pairs = make_pairs()
-    loss = jax.jit(jax.value_and_grad(module._loss(model, coef, 0.0), has_aux=True))
+    loss = jax.jit(jax.value_and_grad(module._loss(model, coef, 0.0, 0.0), has_aux=True))
     (value, metrics), gradient = loss(params, pairs, {}, jax.random.key(0))
     score = jax.jit(lambda texts: model.score(params, texts.tokens, texts.length))
     w = np.asarray(score(pairs.chosen))
@@ -295,9 +296,34 @@ def test_two_ranked_texts_are_a_pair():
     both = concatenated(pairs.chosen, pairs.rejected)
     ranked = Ranked(both, jnp.array([[2.0], [-1.0]]), jnp.zeros(2, jnp.int32))
     pairs = pairs._replace(margin=jnp.zeros(1))
-    loss = jax.value_and_grad(module._loss(MODEL, 0.3, 0.0), has_aux=True)
+    loss = jax.value_and_grad(module._loss(MODEL, 0.3, 0.0, 0.0), has_aux=True)
     results = [loss(params, data, {}, jax.random.key(0)) for data in (pairs, ranked)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_language_loss_is_that_of_fine_tuning():
+    """The mean cross-entropy of all texts, of the policy with the same decoder."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), perturbed_params())
+    pairs = make_pairs(n=6)
+    texts = concatenated(pairs.chosen, pairs.rejected)
+    policy = {"policy": params["decoder"], "value": {}}
+    log_prob = token_log_probs(language_model(SIZES, "none"), policy, texts)
+    expected = -np.asarray(log_prob)[np.asarray(texts.text_mask)].mean()
+
+    def loss(lm_coef, pairs):
+        return module._loss(MODEL, 0.0, 0.0, lm_coef)(params, pairs, {}, jax.random.key(0))[0]
+
+    without = loss(0.0, pairs)
+    assert float(loss(0.5, pairs) - without) == pytest.approx(0.5 * expected, rel=1e-9)
+    padded = pairs._replace(
+        chosen=pairs.chosen._replace(
+            tokens=jnp.where(pairs.chosen.is_padding, 99, pairs.chosen.tokens)
+        )
+    )
+    assert float(loss(0.5, padded)) == float(loss(0.5, pairs))
+    traced = jax.jit(loss)(0.0, pairs)
+    assert float(traced) == pytest.approx(float(without), rel=1e-12)
 
 
 def test_dropped_tokens_are_inside_a_text():
