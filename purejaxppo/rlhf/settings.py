@@ -75,7 +75,7 @@ class PipelineSettings:
     lr: float = 1.5e-4
     num_epochs: int = 2
     num_minibatches: int = 4
-    ref_kl_coef: float = 0.25
+    ref_kl_coef: float = 0.27
     ref_kl_target: float | None = None  # nats per text
     ref_kl_horizon: float = 1000.0  # texts; Ziegler et al. took 10,000 in longer runs
     score_clip: float = 5.0

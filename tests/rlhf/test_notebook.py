@@ -54,17 +54,17 @@ def test_the_notebook_runs_in_three_minutes_and_approaches_the_optimum():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # CPU seconds, because other tests run at the same time. Three minutes of two cores are 360.
-    assert 0 < seconds < 300  # 166 measured
+    assert 0 < seconds < 300  # 178 measured
     assert pictures(notebook) == 2
 
     results = json.loads(notebook.cells[-1].outputs[0]["text"])
-    assert 0.3 < results["before"] < 0.6
+    assert 0.4 < results["before"] < 0.6
     rows = results["against_optimum"]
     assert len(rows) == 6
     for row in rows:
-        # The KL divergence in J is an estimate. The largest gap was 0.20, of GRPO at β = 0.1.
-        assert -0.01 < row["J*"] - row["J"] < 0.25, row
-        assert results["before"] < row["q"] < row["q*"] + 0.01, row
+        # The KL divergence in J is an estimate. The largest gap was 0.040, of GRPO at β = 0.1.
+        assert -0.01 < row["J*"] - row["J"] < 0.06, row
+        assert abs(row["q*"] - row["q"]) < 0.07, row
     reference, unanchored, weak, strong = results["over_optimised"]
     assert unanchored["nines"] > 3.9 and unanchored["right"] < 0.01 and unanchored["KL"] > 20
     assert weak["nines"] > 2 * reference["nines"]
