@@ -110,14 +110,8 @@ def test_rotations_depend_on_the_difference_of_positions():
     assert abs(product(0, 3) - product(0, 4)) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        pytest.param("ppo", marks=pytest.mark.learning),
-        pytest.param("trpo", marks=pytest.mark.learning),
-        "reinforce",
-    ],
-)
+@pytest.mark.learning
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "reinforce"])
 def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
     """The answer to a prompt is its first token, which the model has to remember."""
     env = tokens([[1, 0], [2, 0], [3, 0]], [2, 2, 2], 1, 6, 7)
@@ -150,7 +144,9 @@ def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
     assert action.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("x32", 1e-4), ("x64", 1e-9)])
+@pytest.mark.parametrize(
+    ("precision", "bound"), [pytest.param("x32", 1e-4, marks=pytest.mark.learning), ("x64", 1e-9)]
+)
 def test_without_learning_the_ratio_stays_1_in_all_epochs(precision, bound, request):
     """k3 of a log-ratio x is about x² / 2; its mean is over all minibatches of all epochs."""
     if precision == "x64":

@@ -1,5 +1,7 @@
 """Reward models: scores that depend on the text alone, the losses, and learning a preference."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,7 +298,7 @@ def test_two_ranked_texts_are_a_pair():
     both = concatenated(pairs.chosen, pairs.rejected)
     ranked = Ranked(both, jnp.array([[2.0], [-1.0]]), jnp.zeros(2, jnp.int32))
     pairs = pairs._replace(margin=jnp.zeros(1))
-    loss = jax.value_and_grad(module._loss(MODEL, 0.3, 0.0, 0.0), has_aux=True)
+    loss = jax.jit(jax.value_and_grad(module._loss(MODEL, 0.3, 0.0, 0.0), has_aux=True))
     results = [loss(params, data, {}, jax.random.key(0)) for data in (pairs, ranked)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *results)
 
@@ -308,13 +310,14 @@ def test_the_language_loss_is_that_of_fine_tuning():
     pairs = make_pairs(n=6)
     texts = concatenated(pairs.chosen, pairs.rejected)
     policy = {"policy": params["decoder"], "value": {}}
-    log_prob = token_log_probs(language_model(SIZES, "none"), policy, texts)
-    expected = -np.asarray(log_prob)[np.asarray(texts.text_mask)].mean()
+    log_probs = jax.jit(partial(token_log_probs, language_model(SIZES, "none")))
+    expected = -np.asarray(log_probs(policy, texts))[np.asarray(texts.text_mask)].mean()
 
     def loss(lm_coef, pairs):
         return module._loss(MODEL, 0.0, 0.0, lm_coef)(params, pairs, {}, jax.random.key(0))[0]
 
-    without = loss(0.0, pairs)
+    without = jax.jit(partial(loss, 0.0))(pairs)
+    loss = jax.jit(loss)
     assert float(loss(0.5, pairs) - without) == pytest.approx(0.5 * expected, rel=1e-9)
     padded = pairs._replace(
         chosen=pairs.chosen._replace(
@@ -322,8 +325,7 @@ def test_the_language_loss_is_that_of_fine_tuning():
         )
     )
     assert float(loss(0.5, padded)) == float(loss(0.5, pairs))
-    traced = jax.jit(loss)(0.0, pairs)
-    assert float(traced) == pytest.approx(float(without), rel=1e-12)
+    assert float(loss(0.0, pairs)) == pytest.approx(float(without), rel=1e-12)
 
 
 def test_dropped_tokens_are_inside_a_text():
