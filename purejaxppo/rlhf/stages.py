@@ -75,13 +75,14 @@ def run_stage(
         if result.interrupted or first_divergence(stage.job, result.metrics) is not None:
             return
         iterations = stage.job.num_iterations - result.resumed_at
-        measured = {
-            "seconds": seconds,
-            "per_second": iterations * stage.units_per_iteration / seconds,
-            "unit": stage.unit,
-            "resumed_at": result.resumed_at,
-        }
-        write_json(home / "seconds.json", measured)
+        if iterations > 0:  # else it was interrupted after the last one
+            measured = {
+                "seconds": seconds,
+                "per_second": iterations * stage.units_per_iteration / seconds,
+                "unit": stage.unit,
+                "resumed_at": result.resumed_at,
+            }
+            write_json(home / "seconds.json", measured)
         save_model(home / "model", stage.result(result.state.params))
 
     result = run_job(

@@ -127,7 +127,7 @@ def test_the_first_minibatch_has_ratio_1_and_a_text_is_learnt(algorithm):
         total_episodes=64 * 60,
         num_epochs=1 if algorithm == "reinforce" else 4,
         num_minibatches=1 if algorithm == "reinforce" else 2,
-        lr=0.01,
+        lr=0.005,
         gamma=1.0,
         normalize_advantage=False,
     )

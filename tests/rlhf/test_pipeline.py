@@ -17,6 +17,7 @@ from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.tasks import Prompts, arithmetic_task
 from purejaxppo.rlhf.text_tasks import records_task
 from purejaxppo.rlhf.tokenizer import load_tokenizer
+from purejaxppo.runs import chunks
 from purejaxppo.types import ConfigError
 
 SMALL = {"width": 16, "num_layers": 1, "sft_epochs": 1, "num_iterations": 4, "num_episodes": 8}
@@ -147,28 +148,32 @@ def test_a_new_pipeline_never_overwrites(finished):
 
 @pytest.mark.learning
 @pytest.mark.parametrize(
-    ("task_name", "stages"),
+    ("task_name", "stages", "at"),
     [
-        ("arithmetic", ["sft", "grpo"]),
-        ("records", ["sft", "reward", "ppo"]),
-        ("records", ["sft", "reward", "dpo"]),
+        ("arithmetic", ["sft", "grpo"], "first"),
+        ("records", ["sft", "reward", "ppo"], "first"),
+        ("records", ["sft", "reward", "dpo"], "last"),
     ],
 )
-def test_an_interrupted_pipeline_continues_bit_for_bit(tmp_path, task_name, stages):
-    """Ctrl-C in each stage; the coefficient of the anchor adapts."""
+def test_an_interrupted_pipeline_continues_bit_for_bit(
+    tmp_path, monkeypatch, task_name, stages, at
+):
+    """Ctrl-C after the first or the last iteration of each stage; the coefficient adapts."""
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0)  # every chunk is one iteration
     algorithm = stages[-1]
     anchor = {"ref_kl_target": 0.01, "ref_kl_coef": 0.1}
     if task_name == "arithmetic":
         settings = PipelineSettings.of("arithmetic", algorithm, **SMALL, **anchor)
         task = small_arithmetic()
     else:
-        settings = text_settings(algorithm, **anchor, reward_batch_size=4)
+        settings = text_settings(algorithm, **anchor, sft_batch_size=4, reward_batch_size=12)
         task = text_task(settings)
     run_pipeline(settings, tmp_path / "whole", task)
     stopped = []
 
     def stop_once(stage, chunk):
-        if stage.name not in stopped:
+        is_here = chunk.done == (1 if at == "first" else stage.job.num_iterations)
+        if is_here and stage.name not in stopped:
             stopped.append(stage.name)
             os.kill(os.getpid(), signal.SIGINT)
 
