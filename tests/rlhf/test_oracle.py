@@ -302,7 +302,6 @@ def test_training_closes_the_span(case):
     params, metrics = trained(config_of(case), MODEL, reference, scores, 2)
     for seed in range(2):
         share = share_closed(MODEL, member(params, seed), reference, scores)
-        print("SHARE", case, share)
         assert CASES[case][1] < share <= 1
     assert (metrics.first_ratio_deviation < 1e-12).all()
     last = metrics.extra["shaped_return"][:, -20:].mean()
@@ -334,7 +333,6 @@ def test_training_a_language_model_closes_the_span(case):
     params, _ = trained(config, model, reference, scores, 2)
     for seed in range(2):
         share = share_closed(model, member(params, seed), reference, scores)
-        print("SHARE", case, share)
         assert CASES[case][1] < share <= 1
 
 
