@@ -68,7 +68,6 @@ def measure_policies(
     is_anchored = settings.ref_kl_target is None and settings.missing_end_penalty == 0
     if task.name == "arithmetic" and is_anchored and settings.score_clip >= 1:
         measured["optimum"] = _against_optimum(settings, measurer, reference, final, numbers)
-    write_json(directory / "evaluation.json", measured)
     columns = {name: measurer.strings(x) for name, x in texts.items()}
     starts = measurer.strings(Texts(*map(jnp.asarray, (*prompts, prompts.length))))
     rows = [
@@ -76,6 +75,7 @@ def measure_policies(
         for i, start in enumerate(starts[:NUM_SAMPLES])
     ]
     write_json_lines(directory / "samples.jsonl", rows)
+    write_json(directory / "evaluation.json", measured)  # last: a resume takes it for the end
     return measured
 
 

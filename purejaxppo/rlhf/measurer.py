@@ -73,7 +73,7 @@ class Measurer:
         return {name: judge.score(strings) for name, judge in judges.items()}
 
     def scores(self, texts: Texts) -> NDArray[Any]:
-        """The score that training maximises, of every text."""
+        """The score of every text, before clipping and without the penalty for a missing end."""
         return np.asarray(self.score(texts.tokens, texts.length, self.score_params))
 
     def strings(self, texts: Texts) -> list[str]:

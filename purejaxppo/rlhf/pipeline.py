@@ -112,12 +112,14 @@ def run_pipeline(
                 policy_stage(settings, task, data_sha256, setup, reference, score, score_params)
             )
         if (directory / "evaluation.json").exists():
-            return json.loads((directory / "evaluation.json").read_text())
-        events.on_note("evaluation of the policies on held-out prompts")
-        measured = measure_policies(
-            settings, task, directory, reference, final.params, score, score_params, reward
-        )
-        write_report(directory, settings)
+            measured = json.loads((directory / "evaluation.json").read_text())
+        else:
+            events.on_note("evaluation of the policies on held-out prompts")
+            measured = measure_policies(
+                settings, task, directory, reference, final.params, score, score_params, reward
+            )
+        if not (directory / "report.md").exists():
+            write_report(directory, settings)
     return measured
 
 

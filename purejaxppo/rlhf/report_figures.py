@@ -63,10 +63,10 @@ def judges_figure(
 def _standardized_against_score(
     axes: Axes, along: pd.DataFrame, start: Mapping[str, float], judges: Sequence[str]
 ) -> None:
-    """The judges' scores against the score that training maximises, as shares of their range."""
+    """The change of each judge's score since sft against the score, as a share of the largest."""
     for judge, colour in zip(judges, COLOURS, strict=False):
         change = along[judge] - start[judge]
-        largest = np.abs(change).max()
+        largest = np.abs(change).max() or 1.0
         axes.plot(along["score"], change / largest, "o-", color=colour, markersize=4, label=judge)
     style_axes(axes, "score of the reward model", "change of a judge, share of the largest", "")
     axes.legend(frameon=False, fontsize="small")

@@ -208,6 +208,11 @@ def _held_out(kinds: Mapping[str, Sequence[str]]) -> set[str]:
                 f"the {name} have one prompt only: they need two, because one is held out"
             )
         held_out.add(keys[0])
+    for name, keys in ordered.items():
+        if held_out.issuperset(keys):
+            raise ConfigError(
+                f"all {len(keys)} prompts of the {name} are held out: give more different prompts"
+            )
     return held_out
 
 

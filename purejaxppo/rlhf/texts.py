@@ -50,7 +50,11 @@ class Pairs(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Completions with ratings; of two that continue the same prompt, the higher rating wins."""
+    """Completions with the ratings of several people.
+
+    Of two with the same prompt, one is preferred with the probability that its rating by a random
+    person is higher (`preference_of_ratings`).
+    """
 
     texts: Texts
     rating: Float[Array, "n R"]  # of each text by up to R people; NaN: no rating

@@ -15,13 +15,14 @@ from purejaxppo.rlhf.model_files import load_model
 from purejaxppo.rlhf.pipeline import SILENT, run_pipeline
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.tasks import Prompts, arithmetic_task
-from purejaxppo.rlhf.text_tasks import records_task
+from purejaxppo.rlhf.text_tasks import _held_out, records_task
 from purejaxppo.rlhf.tokenizer import load_tokenizer
 from purejaxppo.runs import chunks
 from purejaxppo.types import ConfigError
 
 SMALL = {"width": 16, "num_layers": 1, "sft_epochs": 1, "num_iterations": 4, "num_episodes": 8}
 SMALL |= {"num_epochs": 1, "num_minibatches": 2, "eval_every": 2}
+SHOWN = ["The film was", "I think"]
 GOOD = "a good film"
 BAD = "a bad film"
 
@@ -129,6 +130,10 @@ def test_a_finished_pipeline_trains_nothing_again(finished):
     again = run_pipeline(settings, directory, text_task(settings), resume=True, events=events)
     assert again == measured
     assert sum("finished before" in note for note in notes) == 3
+    report = (directory / "report.md").read_text()
+    (directory / "report.md").unlink()  # as after an interruption before the report
+    run_pipeline(settings, directory, text_task(settings), resume=True, events=events)
+    assert (directory / "report.md").read_text() == report
 
 
 def test_a_new_pipeline_never_overwrites(finished):
@@ -262,6 +267,12 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, capsy
             lambda: PipelineSettings(task="arithmetic"),
             "the arithmetic task has texts of its own: make its settings by "
             "PipelineSettings.of('arithmetic')",
+        ),
+        (
+            lambda: _held_out(
+                {"demonstrations": SHOWN, "preferences": ["I think", "Write a poem"]}
+            ),
+            "all 2 prompts of the preferences are held out: give more different prompts",
         ),
         (
             lambda: records_task(text_settings(), *records(), judges={"kl": _judge()}),
