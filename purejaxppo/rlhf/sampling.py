@@ -169,7 +169,7 @@ def best_of_n(
         return Best(texts, scores_of(score, texts, score_params))
 
     draws = jax.lax.map(draw, jnp.arange(n))
-    row = jnp.arange(len(jnp.asarray(prompts)))
+    row = jnp.arange(jnp.shape(prompts)[0])
 
     def best_of_first(size: int) -> Best:
         best = jnp.argmax(draws.score[:size], axis=0)
