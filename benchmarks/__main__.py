@@ -1,5 +1,7 @@
 """``python -m benchmarks COMMAND``: reproduce the numbers of the README."""
 
+from typing import Literal
+
 import tyro
 
 from benchmarks import learning as learning_benchmark
@@ -161,7 +163,12 @@ def general(envs: tuple[str, ...] | None = None, seeds: int = 4, show: bool = Fa
     general_benchmark.show()
 
 
-def rlhf(task: str = "arithmetic", seeds: int = 5, workers: int = 1, show: bool = False) -> None:
+def rlhf(
+    task: Literal["arithmetic", "reviews"] = "arithmetic",
+    seeds: int = 5,
+    workers: int = 1,
+    show: bool = False,
+) -> None:
     """Train language models over several seeds and store the measurements.
 
     Args:
@@ -178,6 +185,16 @@ def rlhf(task: str = "arithmetic", seeds: int = 5, workers: int = 1, show: bool 
         rlhf_benchmark.show(task)
 
 
+def rlhf_judges() -> None:
+    """Measure how often people, judges and a ridge regression agree with one person's comparison.
+
+    The texts are the film-review snippets T, which no judge has learnt from.
+    """
+    from benchmarks import rlhf as rlhf_benchmark
+
+    rlhf_benchmark.judges()
+
+
 if __name__ == "__main__":
     commands = {
         "learning": learning,
@@ -190,5 +207,6 @@ if __name__ == "__main__":
         "population": population,
         "general": general,
         "rlhf": rlhf,
+        "rlhf_judges": rlhf_judges,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmarks")

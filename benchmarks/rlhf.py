@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from purejaxppo.analysis.statistics import estimate
+from purejaxppo.rlhf import corpora
+from purejaxppo.rlhf.judges import judge_report
 from purejaxppo.rlhf.pipeline import run_pipeline
 from purejaxppo.rlhf.settings import PipelineSettings
 
@@ -86,7 +88,10 @@ def _store(task: str, seeds: int, workers: int, runs: list[dict[str, Any]]) -> N
 
 def show(task: str) -> None:
     """Print the stored results: interquartile means over the seeds with 95 % intervals."""
-    runs = json.loads((RESULTS / f"{task}.json").read_text())["runs"]
+    path = RESULTS / f"{task}.json"
+    if not path.exists():
+        raise SystemExit(f"there are no results: run python -m benchmarks rlhf --task {task} first")
+    runs = json.loads(path.read_text())["runs"]
     for algorithm, beta in CASES[task]:
         chosen = [run for run in runs if _is_case(run["settings"], algorithm, beta)]
         if not chosen:
@@ -121,5 +126,18 @@ def numbers(run: dict[str, Any]) -> dict[str, float]:
     result |= {f"accuracy: {name}": x for name, x in measured["accuracies"].items()}
     for judge, rates in measured["win_rates"].items():
         result |= {f"wins: {judge}, {name}": share for name, (share, _, _) in rates.items()}
-    result["seconds"] = run["seconds"]
+    first = CASES[run["settings"]["task"]][0]
+    whole = _is_case(run["settings"], *first)
+    result["seconds" if whole else "seconds, without fine-tuning"] = run["seconds"]
     return result
+
+
+def judges() -> None:
+    """Print and store how often people and judges agree with one person's comparison of T."""
+    splits = corpora.split_ratings(corpora.load_ratings())
+    accuracies = judge_report(splits, corpora.load_reviews())
+    for name, accuracy in accuracies.items():
+        print(f"{name:<14} {accuracy:.3f}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {"command": "python -m benchmarks rlhf_judges", "accuracies": accuracies}
+    (RESULTS / "judges.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -27,12 +27,12 @@ def tokens(
 ) -> Env:
     """An environment in which an action is the next token of a text.
 
-    An episode begins with a prompt drawn uniformly from ``prompts`` [n, L], of which the first
-    ``lengths`` [n] tokens count. The observation is the current token; a model with memory sees the
-    text before it. While the prompt lasts, the next token is that of the prompt whatever the action
-    is, and the step is not in the mask. Every later action is appended. The episode terminates with
-    the action ``eos``, or with ``max_new_tokens`` appended tokens. A token ``eos`` in a prompt does
-    not end it.
+    An episode begins with a prompt drawn uniformly from ``prompts`` [n, L]. Row i has
+    ``lengths[i]`` tokens, and what follows them is not used. The observation is the current token;
+    a model with memory sees the text before it. While the prompt lasts, the next token is that of
+    the prompt whatever the action is, and the step is not in the mask. Every later action is
+    appended. The episode terminates with the action ``eos``, or with ``max_new_tokens`` appended
+    tokens. A token ``eos`` in a prompt does not end it.
 
     The reward is 0: a ``reward_fn`` scores the text. ``max_episode_steps`` is the bound
     max(lengths) − 1 + max_new_tokens, and nothing truncates.

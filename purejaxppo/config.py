@@ -26,6 +26,7 @@ from purejaxppo.validation import (
     checked_leaf,
     checked_sizes,
     nearest,
+    one_of,
     require_compatible,
     wrong,
 )
@@ -534,9 +535,7 @@ def _validated_field(name: str, value: Any) -> Any:
         return checked_int(name, value, check)
     if not isinstance(value, str):
         raise wrong(name, value, "a string")
-    if check and value not in check:
-        raise wrong(name, value, f"one of {', '.join(check)}", nearest(value, check))
-    return value
+    return one_of(name, value, check) if check else value
 
 
 def _require_known(values: Mapping[str, Any]) -> None:

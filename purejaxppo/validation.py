@@ -6,7 +6,7 @@ Every failed check raises a `ConfigError`, whose message is one sentence.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ POSITIVE_INT = Check(lambda x: 1 <= x < 2**62, "an integer of at least 1")
 NONE_OR_POSITIVE_INT = Check(POSITIVE_INT.ok, "None or an integer of at least 1")
 POSITIVE = Check(lambda x: x > 0, "a finite number above 0")
 NONE_OR_POSITIVE = Check(lambda x: x > 0, "None or a finite number above 0")
+NOT_NEGATIVE_INT = Check(lambda x: 0 <= x < 2**62, "an integer of at least 0")
 NOT_NEGATIVE = Check(lambda x: x >= 0, "a finite number of at least 0")
 UNIT = Check(lambda x: 0 <= x <= 1, "a number between 0 and 1")
 INSIDE_UNIT = Check(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
@@ -69,6 +70,13 @@ def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise wrong(name, value, "a sequence of positive integers, such as (64, 64)")
     return tuple(checked_int(f"{name}[{i}]", size, POSITIVE_INT) for i, size in enumerate(value))
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """The value, if it is one of ``choices``; the error suggests the nearest one."""
+    if not isinstance(value, str) or value not in choices:
+        raise wrong(name, value, f"one of {', '.join(choices)}", nearest(value, choices))
+    return value
 
 
 def checked_env_settings(name: str, value: Any) -> EnvSettings | None:
@@ -119,6 +127,13 @@ def checked_leaf(name: str, value: Any, check: Check) -> Any:
         if not math.isfinite(element) or not check.ok(element):
             raise wrong(name, element, check.words)
     return float(value) if array.ndim == 0 and not isinstance(value, jax.Array) else value
+
+
+def checked_number(name: str, value: Any, check: Check) -> float:
+    """The value, a single number, as a float."""
+    if isinstance(value, jax.core.Tracer) or np.ndim(value):
+        raise wrong(name, value, check.words)
+    return float(checked_leaf(name, value, check))
 
 
 def wrong(name: str, value: Any, allowed: str, hint: str = "") -> ConfigError:

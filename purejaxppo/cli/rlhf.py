@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from purejaxppo.types import ConfigError
-from purejaxppo.validation import integer
+from purejaxppo.validation import one_of
 
 INTERRUPTED = 130  # exit code
 
@@ -24,6 +24,7 @@ def rlhf(
     prompts: Path | None = None,
     ref_kl_coef: float | None = None,
     ref_kl_target: float | None = None,
+    dpo_beta: float | None = None,
     num_iterations: int | None = None,
     num_episodes: int | None = None,
     lr: float | None = None,
@@ -45,7 +46,8 @@ def rlhf(
         task: reviews (sentences and ratings of film reviews; needs the extra rlhf) or arithmetic
             (two-digit addition with a verifiable reward)
         algorithm: ppo, trpo, reinforce, grpo, rloo or dpo
-        directory: directory for the results; must be new
+        directory: directory for the results; must be new, unless resume is given; by default one
+            in runs/ with the time in its name
         resume: continue the pipeline in the directory; finished stages are kept
         frontier: also train with five coefficients of the anchor
         stages_from: directory of another run with the same data, whose fine-tuned policy and
@@ -55,6 +57,7 @@ def rlhf(
         prompts: JSON Lines with prompt; by default those of the demonstrations
         ref_kl_coef: coefficient (beta) of the KL divergence from the fine-tuned policy
         ref_kl_target: KL divergence per text, in nats, to which ref_kl_coef is adapted
+        dpo_beta: coefficient of the KL divergence that dpo assumes
         num_iterations: iterations of reinforcement learning
         num_episodes: texts in an iteration
         lr: learning rate of the last stage
@@ -64,7 +67,7 @@ def rlhf(
         width: width of the decoder
         num_layers: layers of the decoder
         sft_epochs: passes over the demonstrations
-        num_comparisons: comparisons that dpo learns from
+        num_comparisons: comparisons that dpo learns from, in the task reviews
         key: integer from which the random keys are made
         log: loggers in addition to metrics.csv: tensorboard, wandb
     """
@@ -82,6 +85,7 @@ def rlhf(
             algorithm,
             ref_kl_coef=ref_kl_coef,
             ref_kl_target=ref_kl_target,
+            dpo_beta=dpo_beta,
             num_iterations=num_iterations,
             num_episodes=num_episodes,
             lr=lr,
@@ -92,7 +96,7 @@ def rlhf(
             num_layers=num_layers,
             sft_epochs=sft_epochs,
             num_comparisons=num_comparisons,
-            key=integer("key", key, 0),
+            key=key,
         )
     except KeyboardInterrupt:
         console.print("The same command with --resume and the directory continues from here.")
@@ -119,8 +123,10 @@ def run(
     from purejaxppo.cli.stage_screen import StageScreen
     from purejaxppo.rlhf.frontier import run_frontier
     from purejaxppo.rlhf.pipeline import make_task, run_pipeline
+    from purejaxppo.rlhf.setting_rules import TASKS
     from purejaxppo.rlhf.settings import PipelineSettings
 
+    one_of("task", task, TASKS)
     given = {name: path for name, path in records.items() if path is not None}
     if given and task == "arithmetic":
         raise ConfigError(f"the arithmetic task has data of its own: leave {', '.join(given)} out")

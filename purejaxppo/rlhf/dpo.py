@@ -24,7 +24,7 @@ from purejaxppo.rlhf.supervised_settings import SupervisedSettings
 from purejaxppo.rlhf.texts import Pairs, completion_log_prob, concatenated
 from purejaxppo.runs.programs import Job
 from purejaxppo.types import ConfigError, Model, PRNGKey, PyTree
-from purejaxppo.validation import POSITIVE, Check, checked_leaf
+from purejaxppo.validation import POSITIVE, Check, checked_leaf, one_of
 
 KINDS = ("dpo", "ipo")
 BELOW_HALF = Check(lambda x: 0 <= x < 0.5, "a number of at least 0 and below 0.5")
@@ -126,8 +126,7 @@ def _loss(
     label_smoothing: float | Array,
     reference_free: bool,
 ) -> Loss:
-    if kind not in KINDS:
-        raise ConfigError(f"kind = {kind!r}: it must be one of {', '.join(KINDS)}")
+    one_of("kind", kind, KINDS)
     checked_leaf("beta", beta, POSITIVE)
     checked_leaf("label_smoothing", label_smoothing, BELOW_HALF)
     is_smoothed = isinstance(label_smoothing, jax.core.Tracer) or label_smoothing != 0

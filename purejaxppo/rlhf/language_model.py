@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 from purejaxppo.networks.distributions import Categorical
 from purejaxppo.rlhf.transformer import Decoder, DecoderSizes
-from purejaxppo.types import ConfigError, Distribution, Model, PRNGKey, PyTree
+from purejaxppo.types import Distribution, Model, PRNGKey, PyTree
+from purejaxppo.validation import one_of
 
 CRITICS = ("own", "shared", "none")
 
@@ -28,8 +29,7 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
     token. ``unroll`` computes the same for a whole rollout in one pass, in which attention is
     limited to the tokens of an episode. A text of more than C tokens gives NaN.
     """
-    if critic not in CRITICS:
-        raise ConfigError(f"critic = {critic!r}: it must be one of {', '.join(CRITICS)}")
+    one_of("critic", critic, CRITICS)
     decoder = Decoder(sizes)
     head = nn.Dense(1, kernel_init=nn.initializers.zeros, param_dtype=jnp.result_type(float))
     decoders = {"own": ("policy", "value"), "shared": ("trunk",), "none": ("policy",)}[critic]

@@ -14,6 +14,7 @@ from purejaxppo.rlhf.reward_network import reward_model
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.trees import from_named, named_leaves
 from purejaxppo.types import ConfigError, PyTree
+from purejaxppo.validation import one_of
 
 FORMAT = "purejaxppo language model"
 FORMAT_VERSION = 1
@@ -59,8 +60,6 @@ def load_model(directory: str | os.PathLike) -> StoredModel:
 
 def _initial_params(kind: str, sizes: DecoderSizes) -> Any:
     key = jax.random.key(0)
-    if kind == REWARD:
+    if one_of("kind", kind, (REWARD, *CRITICS)) == REWARD:
         return reward_model(sizes).init(key)
-    if kind not in CRITICS:
-        raise ConfigError(f"kind = {kind!r}: it must be one of {', '.join((REWARD, *CRITICS))}")
     return language_model(sizes, kind).init(key, jnp.zeros(1, jnp.int32))

@@ -35,7 +35,7 @@ from purejaxppo.rlhf.pipeline_stages import (
 )
 from purejaxppo.rlhf.report import write_report
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.stages import StageEvents, run_stage
+from purejaxppo.rlhf.stages import FIRST_STAGES, StageEvents, run_stage
 from purejaxppo.rlhf.tasks import Task, arithmetic_task
 from purejaxppo.rlhf.text_tasks import reviews_task
 from purejaxppo.rlhf.texts import require_pairs, require_texts
@@ -45,7 +45,6 @@ from purejaxppo.runs.disk import locked
 from purejaxppo.runs.loggers.open import checked_names
 from purejaxppo.types import ConfigError
 
-FIRST_STAGES = ("sft", "reward")
 SILENT = StageEvents(
     on_start=lambda stage, programs: None,
     on_chunk=lambda stage, chunk: None,
@@ -133,11 +132,18 @@ def make_task(settings: PipelineSettings) -> Task:
 
 
 def require_fits(task: Task, settings: PipelineSettings) -> None:
-    """Raise `ConfigError` unless the data of the task fit the vocabulary and the context."""
+    """Raise `ConfigError` unless the data of the task fit the settings and the vocabulary."""
     if (task.score is None) == (task.pairs is None):
         raise ConfigError("a task must have either a score or pairs")
     if settings.algorithm == "dpo" and task.pairs is None:
         raise ConfigError("dpo learns from pairs of completions, and this task has none")
+    for name in ("context", "max_new_tokens"):
+        of_task, of_settings = getattr(task, name), getattr(settings, name)
+        if of_task != of_settings:
+            raise ConfigError(
+                f"the task was made with {name} = {of_task} and the settings have {of_settings}: "
+                "use the same"
+            )
     sizes = (task.vocab_size, task.context)
     require_texts(task.demonstrations, *sizes, "demonstration")
     require_texts(task.held_out, *sizes, "held-out text")

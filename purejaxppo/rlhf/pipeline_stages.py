@@ -14,6 +14,7 @@ from purejaxppo.rlhf.language_model import language_model, with_critic
 from purejaxppo.rlhf.measurer import make_text_evaluator
 from purejaxppo.rlhf.model_files import REWARD, StoredModel
 from purejaxppo.rlhf.sampling import generate
+from purejaxppo.rlhf.setting_rules import KEYS_PER_PIPELINE
 from purejaxppo.rlhf.settings import PipelineSettings
 from purejaxppo.rlhf.shaping import kl_shaped
 from purejaxppo.rlhf.stages import Stage
@@ -32,7 +33,7 @@ NUM_STANDARDIZED = 512  # samples that give the scores their mean and deviation
 
 def stage_key(settings: PipelineSettings, stage: int) -> int:
     """A key of its own for each stage and each key of the settings."""
-    return 100 * settings.key + stage
+    return KEYS_PER_PIPELINE * settings.key + stage
 
 
 def score_of(settings: PipelineSettings, task: Task) -> Score:

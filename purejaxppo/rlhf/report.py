@@ -10,9 +10,9 @@ import pandas as pd
 
 from purejaxppo.rlhf.report_figures import judges_figure, training_figure
 from purejaxppo.rlhf.settings import PipelineSettings
+from purejaxppo.rlhf.stages import FIRST_STAGES
 from purejaxppo.runs.disk import atomic_write
 
-STAGES = ("sft", "reward")
 SHOWN_SAMPLES = 12
 
 
@@ -124,7 +124,7 @@ def _frontier(directory: Path) -> list[str]:
 
 def _stages(directory: Path, settings: PipelineSettings) -> str:
     rows = []
-    for stage in (*STAGES, settings.algorithm):
+    for stage in (*FIRST_STAGES, settings.algorithm):
         path = directory / stage / "seconds.json"
         if path.exists():
             x = json.loads(path.read_text())

@@ -4,37 +4,26 @@ import dataclasses
 from typing import Any
 
 from purejaxppo.config import Config, validate
+from purejaxppo.rlhf.setting_rules import (
+    ALGORITHMS,
+    CHECKS,
+    FIXED,
+    LAST_STAGE,
+    OF_TEXTS,
+    TASK_DEFAULTS,
+    TASKS,
+    USED_BY,
+)
 from purejaxppo.rlhf.transformer import DecoderSizes
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import (
-    NONE_OR_POSITIVE,
-    NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_INT,
-    UNIT,
     checked_int,
-    checked_leaf,
-    integer,
+    checked_number,
     nearest,
+    one_of,
 )
-
-# Fields that only the last stage and the evaluation use.
-LAST_STAGE = frozenset(
-    {
-        *("algorithm", "num_iterations", "num_episodes", "group_size", "lr", "num_epochs"),
-        *("num_minibatches", "ref_kl_coef", "ref_kl_target", "score_clip"),
-        *("missing_end_penalty", "dpo_beta", "eval_every", "best_of", "ref_kl_horizon"),
-    }
-)
-CAN_BE_ZERO = frozenset(
-    {
-        *("ref_kl_coef", "missing_end_penalty"),
-        *("sft_weight_decay", "reward_weight_decay", "reward_lm_coef"),
-    }
-)
-OF_TEXTS = ("vocab_size", "context", "max_new_tokens", "num_comparisons")
-TASKS = ("reviews", "arithmetic", "records")
-ALGORITHMS = ("ppo", "trpo", "reinforce", "grpo", "rloo", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,44 +81,32 @@ class PipelineSettings:
     ) -> "PipelineSettings":
         """The defaults of a task and an algorithm, with ``changes``; None leaves a default.
 
-        Raises `ConfigError` for a name that is no setting.
+        Raises `ConfigError` for a name that is no setting, and for a setting that has no effect
+        with this task or algorithm.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in changes:
             if name not in names:
                 raise ConfigError(f"there is no setting {name}{nearest(name, names)}")
         changes = {name: value for name, value in changes.items() if value is not None}
+        for name in changes:
+            if algorithm in ALGORITHMS and algorithm not in USED_BY.get(name, ALGORITHMS):
+                raise ConfigError(
+                    f"{name} is for {', '.join(USED_BY[name])} and has no effect with {algorithm}: "
+                    "leave it out"
+                )
         defaults = TASK_DEFAULTS.get(task, {})
-        fixed = [name for name in changes if task == "arithmetic" and name in OF_TEXTS]
+        fixed = [name for name in changes if name in FIXED.get(task, ())]
         if fixed:
-            raise ConfigError(
-                f"the arithmetic task has {', '.join(fixed)} of its own: leave it out"
-            )
+            raise ConfigError(f"the {task} task fixes {', '.join(fixed)}: leave it out")
         return cls(**{"task": task, "algorithm": algorithm, **defaults, **changes})
 
     def __post_init__(self) -> None:
-        for name, choices in (("task", TASKS), ("algorithm", ALGORITHMS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(
-                    f"{name} = {value!r}: it must be one of {', '.join(choices)}"
-                    f"{nearest(value, choices)}"
-                )
+        one_of("task", self.task, TASKS)
+        one_of("algorithm", self.algorithm, ALGORITHMS)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("key", "eval_every"):
-                integer(field.name, value, 0)
-            elif field.name == "token_dropout":
-                checked_leaf(field.name, value, UNIT)
-            elif field.name in CAN_BE_ZERO:
-                checked_leaf(field.name, value, NOT_NEGATIVE)
-            elif field.name == "ref_kl_target":
-                if value is not None:
-                    checked_leaf(field.name, value, NONE_OR_POSITIVE)
-            elif isinstance(field.default, float):
-                checked_leaf(field.name, value, POSITIVE)
-            elif isinstance(field.default, int):
-                checked_int(field.name, value, POSITIVE_INT)
+            converted = _converted(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, converted)
         if self.task == "arithmetic" and self.algorithm == "dpo":
             raise ConfigError(
                 "dpo learns from pairs of completions, and the arithmetic task has none: choose "
@@ -148,8 +125,14 @@ class PipelineSettings:
 
     def _require_valid_config(self) -> None:
         """Raise `ConfigError` with the names of these settings for what the config refuses."""
+        config = self.config(self.context)
+        if self.num_episodes % config.num_minibatches:
+            raise ConfigError(
+                f"num_minibatches = {config.num_minibatches} does not divide num_episodes = "
+                f"{self.num_episodes}: minibatches have whole texts, equally many"
+            )
         try:
-            validate(self.config(self.context))
+            validate(config)
         except ConfigError as error:
             raise ConfigError(str(error).replace("num_envs", "num_episodes")) from None
 
@@ -205,20 +188,10 @@ class PipelineSettings:
         )
 
 
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "records": {"reward_epochs": 1},
-    "arithmetic": {
-        "vocab_size": 13,
-        "context": 10,
-        "max_new_tokens": 4,
-        "width": 64,
-        "sft_epochs": 16,
-        "sft_batch_size": 64,
-        "sft_weight_decay": 0.3,
-        "lr": 3e-4,
-        "num_minibatches": 2,
-        "ref_kl_coef": 0.0,
-        "missing_end_penalty": 0.0,
-        "best_of": 1,
-    },
-}
+def _converted(field: dataclasses.Field, value: Any) -> Any:
+    """The value of a setting as a plain number. Raises `ConfigError` if it is invalid."""
+    if (value is None and field.default is None) or isinstance(field.default, str):
+        return value
+    if isinstance(field.default, int):
+        return checked_int(field.name, value, CHECKS.get(field.name, POSITIVE_INT))
+    return checked_number(field.name, value, CHECKS.get(field.name, POSITIVE))

@@ -115,8 +115,10 @@ def adapt_ref_kl_coef(
 ) -> Float[Array, ""]:
     """β (1 + clip(KL / target − 1, ±0.2) · n / horizon), with the KL per episode, in nats.
 
-    n is the number of episodes in which the KL was measured (Ziegler et al. 2019, section 2.2). The
-    mean of k1 over few episodes can be negative; β then falls, as for any KL below the target.
+    n is the number of episodes in which the KL was measured. Ziegler et al. 2019, section 2.2, have
+    the factor K_β = 0.1; their code has n / horizon, with which β adapts equally fast per episode
+    whatever the batch. The mean of k1 over few episodes can be negative; β then falls, as for any
+    KL below the target.
     """
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return beta * (1 + error * num_episodes / horizon)

@@ -17,6 +17,8 @@ from purejaxppo.runs.programs import Job, Programs
 from purejaxppo.runs.session import Evaluator, SessionResult
 from purejaxppo.types import ConfigError, PRNGKey, PyTree
 
+FIRST_STAGES = ("sft", "reward")  # the directories of the stages before the last one
+
 
 class Stage(NamedTuple):
     """A training loop and its place in the directory of the pipeline."""
@@ -48,7 +50,8 @@ def run_stage(
     """Train a stage in ``directory/name``, continue it if it was interrupted, or load its model.
 
     ``model/`` holds the result; ``seconds.json`` the seconds of the compiled iterations and their
-    throughput, of the last part if the stage was interrupted. Raises `KeyboardInterrupt`, and
+    throughput, of the last part if the stage was interrupted. It is missing if the interruption
+    came after the last iteration. Raises `KeyboardInterrupt`, and
     `ConfigError` if training diverges, with the iteration, and if the stage in the directory has
     other settings.
     """

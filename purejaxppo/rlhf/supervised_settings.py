@@ -16,6 +16,8 @@ from purejaxppo.validation import (
     UNIT,
     checked_int,
     checked_leaf,
+    checked_number,
+    one_of,
 )
 
 DECAYS = ("cosine", "linear", "constant")
@@ -38,14 +40,17 @@ class SupervisedSettings:
     weight_decay: float | Array = 0.0
 
     def __post_init__(self) -> None:
-        checked_int("num_epochs", self.num_epochs, POSITIVE_INT)
-        checked_int("batch_size", self.batch_size, POSITIVE_INT)
-        checked_leaf("lr", self.lr, NOT_NEGATIVE)
-        checked_leaf("warmup", self.warmup, UNIT)
-        checked_leaf("max_grad_norm", self.max_grad_norm, POSITIVE)
-        checked_leaf("weight_decay", self.weight_decay, NOT_NEGATIVE)
-        if self.decay not in DECAYS:
-            raise ConfigError(f"decay = {self.decay!r}: it must be one of {', '.join(DECAYS)}")
+        converted = {
+            "num_epochs": checked_int("num_epochs", self.num_epochs, POSITIVE_INT),
+            "batch_size": checked_int("batch_size", self.batch_size, POSITIVE_INT),
+            "lr": checked_leaf("lr", self.lr, NOT_NEGATIVE),
+            "warmup": checked_number("warmup", self.warmup, UNIT),
+            "decay": one_of("decay", self.decay, DECAYS),
+            "max_grad_norm": checked_leaf("max_grad_norm", self.max_grad_norm, POSITIVE),
+            "weight_decay": checked_leaf("weight_decay", self.weight_decay, NOT_NEGATIVE),
+        }
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
 
     def num_iterations(self, num_examples: int) -> int:
         """The number of gradient steps, ``num_epochs`` · ⌊``num_examples`` / ``batch_size``⌋.

@@ -9,12 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purejaxppo.rlhf import arithmetic
+from purejaxppo.rlhf.evaluation import MEASUREMENTS
 from purejaxppo.rlhf.judges import Judge
 from purejaxppo.rlhf.preferences import Preference
 from purejaxppo.rlhf.texts import Pairs, Ranked, Score, Texts
 from purejaxppo.rlhf.tokenizer import Tokenizer
+from purejaxppo.types import ConfigError
 
 Judges = Mapping[str, Judge]
+
+
+# Names that a judge cannot have, because the evaluations or the report use them.
+TAKEN = (*MEASUREMENTS, "iteration", "timesteps", "reward model")
+
+
+def require_judges(judges: Judges) -> None:
+    """Raise `ConfigError` for a judge that is no `Judge` or has the name of a measurement."""
+    for name, judge in judges.items():
+        if not isinstance(judge, Judge):
+            raise ConfigError(
+                f"the judge {name} is a {type(judge).__name__}: give Judge(score), with a function "
+                "from texts to an array of scores"
+            )
+        if name in TAKEN:
+            raise ConfigError(f"a judge has the name {name}, which is that of a measurement")
 
 
 class Prompts(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.rlhf import corpora, judges
-from purejaxppo.rlhf.evaluation import MEASUREMENTS
 from purejaxppo.rlhf.extra import import_extra
 from purejaxppo.rlhf.preferences import (
     Preference,
@@ -21,9 +20,9 @@ from purejaxppo.rlhf.preferences import (
     read_prompts,
 )
 from purejaxppo.rlhf.settings import PipelineSettings
-from purejaxppo.rlhf.tasks import Judges, Prompts, Task
+from purejaxppo.rlhf.tasks import Judges, Prompts, Task, require_judges
 from purejaxppo.rlhf.texts import Ranked, Texts
-from purejaxppo.rlhf.tokenizer import END, Tokenizer, train_tokenizer
+from purejaxppo.rlhf.tokenizer import END, Tokenizer, quoted, train_tokenizer
 from purejaxppo.types import ConfigError
 
 NUM_HELD_OUT_COMPARISONS = 8000
@@ -90,12 +89,14 @@ def records_task(
     Without ``prompts`` those of the demonstrations are used. A tenth of the prompts, at least one
     of each kind of record, is held out with all records that have them; records without a prompt
     are held out by their texts. ``judges`` score whole texts in the report. Raises `ConfigError`
-    with file and line for an invalid record, for a text longer than the context, and for a judge
-    with the name of another measurement.
+    with file and line for an invalid record, for a text longer than the context, for a judge that
+    is no `Judge` or has the name of another measurement, and for settings of another task.
     """
-    taken = sorted(set(judges or {}) & set(MEASUREMENTS))
-    if taken:
-        raise ConfigError(f"a judge has the name {taken[0]}, which is that of a measurement")
+    if settings.task != "records":
+        raise ConfigError(
+            f"task = {settings.task!r}: the settings of records are PipelineSettings.of('records')"
+        )
+    require_judges(judges or {})
     shown = read_demonstrations(demonstrations)
     judged = read_preferences(preferences)
     if prompts is not None:
@@ -185,11 +186,11 @@ def _encoded_prompts(
     texts = tokenizer.encode_texts(prompts, None, context)
     longest = int(np.max(texts.length))
     if longest + max_new_tokens > context:
-        i = int(np.argmax(texts.length))
+        prompt = prompts[int(np.argmax(texts.length))]
         raise ConfigError(
-            f"prompt {i} has {longest} tokens with its start, and max_new_tokens = "
-            f"{max_new_tokens} more exceed the context of {context}: shorten it, or choose a "
-            "longer context"
+            f"the prompt {quoted(prompt)} has {longest} tokens with its start, and "
+            f"max_new_tokens = {max_new_tokens} more exceed the context of {context}: shorten it, "
+            "or choose a longer context"
         )
     return Prompts(np.asarray(texts.tokens)[:, :longest], np.asarray(texts.length))
 

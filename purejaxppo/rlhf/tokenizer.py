@@ -23,6 +23,7 @@ PADDING = 0
 START = 1
 END = 2
 NUM_SPECIAL = 3
+QUOTED = 60  # characters
 SMALLEST_VOCABULARY = NUM_SPECIAL + 256  # one token for each byte
 Tokens = Sequence[int] | Int[np.ndarray, "L"] | Int[Array, "L"]
 FORMAT = "purejaxppo tokenizer"
@@ -41,8 +42,8 @@ class Tokenizer(NamedTuple):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, without start and end."""
-        for i, text in enumerate(texts):
-            require_unicode(f"text {i}", text)
+        for text in texts:
+            require_unicode(f"the text {quoted(text)}", text)
         unique = list(dict.fromkeys(texts))  # texts of comparisons appear several times
         tokens = {}
         for text, encoding in zip(unique, self.bpe.encode_batch(unique), strict=True):
@@ -99,9 +100,10 @@ class Tokenizer(NamedTuple):
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if completions is None and len(start) == 1:
                 raise ConfigError(f"prompt {i} is empty: give it at least one character")
-            _require_fits(f"prompt {i}", start, context)
-            if not truncate:
-                _require_fits(f"text {i}", start + end, context)
+            _require_fits(f"the prompt {quoted(prompts[i])}", start, context)
+            if not truncate and completions is not None:
+                shown = quoted(prompts[i] + completions[i])
+                _require_fits(f"the text {shown}", start + end, context)
             tokens = (start + end)[:context]
             texts[i, : len(tokens)] = tokens
             length[i] = len(tokens)
@@ -120,6 +122,11 @@ def require_unicode(name: str, text: str) -> None:
         ) from None
 
 
+def quoted(text: str) -> str:
+    """The beginning of a text on one line, in quotation marks, for messages."""
+    return repr(text if len(text) <= QUOTED else text[: QUOTED - 1] + "…")
+
+
 def _require_fits(name: str, tokens: list[int], context: int) -> None:
     if len(tokens) > context:
         raise ConfigError(
@@ -129,7 +136,7 @@ def _require_fits(name: str, tokens: list[int], context: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, sections 3.2) of bytes (Radford et al. 2019, 2.2).
+    """Byte-pair encoding (Sennrich et al. 2016, section 3.2) of bytes (Radford et al. 2019, 2.2).
 
     The first 3 tokens are special, the next 256 the bytes. Each further token joins the two tokens
     that follow one another most often within the words of ``texts``, until there are ``vocab_size``

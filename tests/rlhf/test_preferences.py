@@ -183,7 +183,7 @@ def test_preferences_become_two_texts_with_one_prompt():
     cut = encode_pairs(tokenizer, preferences, 4, truncate=True)
     assert cut.rejected.tokens[1].tolist() == [START, b, c, b]
     message = sentence_of(lambda: encode_pairs(tokenizer, preferences, 4))
-    assert message.startswith("text 1 has 5 tokens")
+    assert message.startswith("the text 'bcb' has 5 tokens")
 
 
 def test_rated_texts_have_the_preferences_of_comparisons():

@@ -140,19 +140,22 @@ def test_a_file_holds_the_whole_tokenizer(tmp_path):
         (lambda: BYTES.encode_texts(["a", ""], None, 4), "prompt 1 is empty"),
         (
             lambda: BYTES.encode_texts(["a", "abcd"], None, 4),
-            "prompt 1 has 5 tokens with its start, and the context has 4",
+            "the prompt 'abcd' has 5 tokens with its start, and the context has 4",
         ),
         (
             lambda: BYTES.encode_texts(["abcd"], ["a"], 4, truncate=True),
-            "prompt 0 has 5 tokens with its start, and the context has 4",
+            "the prompt 'abcd' has 5 tokens with its start, and the context has 4",
         ),
         (
             lambda: BYTES.encode_texts(["ab"], ["a"], 4),
-            "text 0 has 5 tokens with its start, and the context has 4",
+            "the text 'aba' has 5 tokens with its start, and the context has 4",
         ),
         (lambda: BYTES.encode_texts(["a"], [], 4), "there are 1 prompts and 0 completions"),
         (lambda: BYTES.encode_texts(["a"], None, 0), "context = 0: it must be an integer"),
-        (lambda: BYTES.encode(["a", "b\ud800"]), "text 1 has the lone surrogate U+D800"),
+        (
+            lambda: BYTES.encode(["a", "b\ud800"]),
+            "the text 'b\\ud800' has the lone surrogate U+D800",
+        ),
         (
             lambda: train_tokenizer(["a"], 258),
             "vocab_size = 258: it must be an integer of at least",
