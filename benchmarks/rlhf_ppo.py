@@ -27,6 +27,7 @@ from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.shaping import kl_shaped
 from purejaxppo.rlhf.texts import Texts, completion_log_prob
 from purejaxppo.rlhf.transformer import DecoderSizes
+from purejaxppo.rlhf.weights import hugging_face_arrays
 from purejaxppo.rollout import make_rollout
 from purejaxppo.types import Discrete, Env, PyTree, Trainer
 from purejaxppo.version import __version__
@@ -204,35 +205,12 @@ def same_model_checks(settings: Settings, weights: Weights) -> dict[str, list[fl
 
 
 def llama_weights(weights: Weights) -> dict[str, NDArray[np.float32]]:
-    """The weights under the names of the peer's Llama, which has its matrices transposed."""
-    policy = _llama_decoder(policy_decoder(weights.policy))
-    reward = _llama_decoder(weights.reward["decoder"])
+    """The weights under the names of the peer's models."""
+    policy = hugging_face_arrays(policy_decoder(weights.policy))
+    reward = hugging_face_arrays(weights.reward["decoder"])
     reward["score.weight"] = np.asarray(weights.reward["head"]["params"]["kernel"]).T
     named = {f"policy.{name}": x for name, x in policy.items()}
     return named | {f"reward.{name}": x for name, x in reward.items()}
-
-
-def _llama_decoder(decoder: PyTree) -> dict[str, NDArray[np.float32]]:
-    params = jax.tree.map(np.asarray, decoder["params"])
-    width = params["norm"]["scale"].size
-    named = {
-        "embed_tokens.weight": params["embedding"]["embedding"],
-        "norm.weight": params["norm"]["scale"],
-    }
-    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-    for index in range(sum(name.startswith("blocks_") for name in params)):
-        block = params[f"blocks_{index}"]
-        layer = f"layers.{index}"
-        named[f"{layer}.input_layernorm.weight"] = block["attention_norm"]["scale"]
-        named[f"{layer}.post_attention_layernorm.weight"] = block["mlp_norm"]["scale"]
-        for ours, theirs in projections.items():
-            kernel = block[ours]["kernel"].reshape(width, -1)
-            named[f"{layer}.self_attn.{theirs}.weight"] = kernel.T
-        out = block["attention_out"]["kernel"].reshape(-1, width)
-        named[f"{layer}.self_attn.o_proj.weight"] = out.T
-        for part in ("gate", "up", "down"):
-            named[f"{layer}.mlp.{part}_proj.weight"] = block[part]["kernel"].T
-    return named
 
 
 if __name__ == "__main__":

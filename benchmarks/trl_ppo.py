@@ -112,7 +112,7 @@ def make_models(settings, weights):
     for kind, prefix in kinds:
         model = kind(sizes)
         named = {
-            name.removeprefix(f"{prefix}."): torch.from_numpy(weights[name])
+            name.removeprefix(f"{prefix}.").removeprefix("model."): torch.from_numpy(weights[name])
             for name in weights
             if name.startswith(f"{prefix}.")
         }

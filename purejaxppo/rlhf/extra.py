@@ -12,5 +12,5 @@ def import_extra(name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"texts need the package {error.name}: pip install 'purejaxppo[rlhf]'"
+            f"this needs the package {error.name}: pip install 'purejaxppo[rlhf]'"
         ) from None

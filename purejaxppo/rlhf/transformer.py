@@ -26,11 +26,14 @@ class DecoderSizes:
     num_kv_heads: int = 2  # each is shared by num_heads / num_kv_heads heads (Ainslie et al. 2023)
     mlp_width: int = 352
     rope_base: float = 10_000.0
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self) -> None:
         for name in (field.name for field in dataclasses.fields(self)):
-            if not getattr(self, name) >= 1:
+            if name != "norm_eps" and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: it must be at least 1")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"norm_eps = {self.norm_eps!r}: it must be above 0")
         if self.width % (2 * self.num_heads):
             raise ConfigError(
                 f"width = {self.width}: it must be a multiple of 2 · num_heads = "
@@ -63,7 +66,7 @@ class Decoder(nn.Module):
             sizes.vocab_size, sizes.width, embedding_init=init, param_dtype=dtype
         )
         self.blocks = [Block(sizes) for _ in range(sizes.num_layers)]
-        self.norm = nn.RMSNorm(param_dtype=dtype)
+        self.norm = nn.RMSNorm(sizes.norm_eps, param_dtype=dtype)
 
     def __call__(
         self,
@@ -111,7 +114,7 @@ class Block(nn.Module):
                 features, use_bias=False, name=name, kernel_init=init, param_dtype=dtype
             )
 
-        h = nn.RMSNorm(name="attention_norm", param_dtype=dtype)(x)
+        h = nn.RMSNorm(sizes.norm_eps, name="attention_norm", param_dtype=dtype)(x)
         query = rotate(linear("query", sizes.num_heads, sizes.head_width)(h), position, sizes)
         key = rotate(linear("key", sizes.num_kv_heads, sizes.head_width)(h), position, sizes)
         value = linear("value", sizes.num_kv_heads, sizes.head_width)(h)
@@ -127,7 +130,7 @@ class Block(nn.Module):
             param_dtype=dtype,
         )(attended)
 
-        h = nn.RMSNorm(name="mlp_norm", param_dtype=dtype)(x)
+        h = nn.RMSNorm(sizes.norm_eps, name="mlp_norm", param_dtype=dtype)(x)
         gated = nn.silu(linear("gate", sizes.mlp_width)(h)) * linear("up", sizes.mlp_width)(h)
         x += nn.Dense(
             sizes.width, use_bias=False, name="down", kernel_init=init_out, param_dtype=dtype
