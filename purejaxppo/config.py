@@ -39,6 +39,7 @@ GROUP_ESTIMATORS = ("grpo", "rloo")  # compare the episodes of a group and need 
 LOSS_REDUCTIONS = ("token", "sequence", "constant")
 BASELINES = ("value", "leave_one_out", "running_mean", "none")
 NETWORKS = ("mlp",)
+REF_KL_LOSSES = ("none", "k1", "k3")
 ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 
 
@@ -277,6 +278,15 @@ class Config:
         "beta: coefficient of the KL divergence from a reference policy in the reward of a "
         "language model (initial value with ref_kl_target)",
         NOT_NEGATIVE,
+        kw_only=True,
+    )
+    ref_kl_loss: str = _static(
+        "none",
+        "estimator of the KL divergence from a reference policy in the loss (none: it is in the "
+        "reward)",
+        REF_KL_LOSSES,
+        of=["ppo"],
+        variant=True,
         kw_only=True,
     )
     ref_kl_target: float | None = _leaf(

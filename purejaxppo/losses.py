@@ -150,6 +150,30 @@ def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Sc
     return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)
 
 
+def reference_kl(
+    log_prob: Float[Array, "*n"],
+    ref_log_prob: Float[Array, "*n"],
+    mask: Bool[Array, "*n"],
+    estimator: str,
+    mean: Reduction = masked_mean,
+) -> Scalar:
+    """An estimate of KL(π ‖ π_ref) from actions of π, in nats, as a term of a loss:
+
+        k1    E[log π(a|s) − log π_ref(a|s)]
+        k3    E[d − 1 − log d], d = π_ref(a|s) / π(a|s) (Schulman 2020), with d at most e²⁰
+
+    Both have the right mean, but actions were drawn before the gradient is taken, so neither has
+    the gradient of that mean. In the first step on a batch, k1 has the expected gradient 0 and
+    regularises nothing. k3 has that of KL(π_ref ‖ π). For one action and rewards r, the optimum is
+    then β π_ref / (λ − r) with Σ π = 1, instead of π_ref exp(r / β) / Z. GRPO has k3 in its loss
+    (Shao et al. 2024, eqs. 3 and 4).
+    """
+    log_d = jnp.where(mask, ref_log_prob - log_prob, 0)
+    if estimator == "k1":
+        return mean(-log_d, mask)
+    return mean(jnp.expm1(jnp.minimum(log_d, MAX_LOG_RATIO)) - log_d, mask)
+
+
 def clip_fraction(
     ratio: Float[Array, "*n"],
     mask: Bool[Array, "*n"],

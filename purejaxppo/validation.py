@@ -207,6 +207,11 @@ def require_compatible(config: Any) -> None:
             "ref_kl_coef = 0: ref_kl_target multiplies it in every iteration, so it must start "
             "above 0"
         )
+    if config.ref_kl_loss != "none" and config.ref_kl_target is not None:
+        raise ConfigError(
+            f"ref_kl_loss = {config.ref_kl_loss!r}: ref_kl_target adapts the coefficient of the "
+            "reward only: leave one of them out"
+        )
     if config.critic_obs and config.shared_trunk:
         raise ConfigError(
             "critic_obs is for the value function only, and with a shared trunk the policy would "

@@ -17,6 +17,7 @@ OTHERS = {
     "early_stop_kl": 0.1,
     "clip_eps_high": 0.3,
     "loss_reduction": "constant",
+    "ref_kl_loss": "k3",
     "clip_value": True,
     "baseline": "none",
 }
@@ -25,7 +26,7 @@ OTHERS = {
 def test_every_variant_has_a_case_here():
     assert set(OTHERS) == {name for name, field in FIELDS.items() if field.metadata["variant"]}
     own = [name for algorithm in ALGORITHMS for name in fields_of(algorithm)]
-    assert len(own) == len(set(own)) == 16
+    assert len(own) == len(set(own)) == 17
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -10,6 +10,7 @@ from purejaxppo.networks.temperature import with_temperature
 from purejaxppo.rlhf.decoding import context_of
 from purejaxppo.rlhf.texts import Score, Texts, scores_of
 from purejaxppo.types import ConfigError, Model, PyTree, Reward, Rewards, Transition
+from purejaxppo.updates.ppo import REF_LOG_PROB
 
 
 class KLDivergence(NamedTuple):
@@ -35,6 +36,9 @@ def kl_shaped(
     2019, eq. 2; Ouyang et al. 2022, eq. 2). The best policy is π* ∝ π_ref · exp(score / β). Only
     chosen tokens are penalised. The estimate k3 is measured but is no reward: its gradient has no
     optimum (tokens that are rarer than in the reference lose all probability).
+
+    With ``config.ref_kl_loss`` the reward is the score alone, and the divergence is a term of the
+    loss, which is another objective (`losses.reference_kl`).
 
     β is ``config.ref_kl_coef``, and with ``config.ref_kl_target`` it adapts (`adapt_ref_kl_coef`).
     The temperature of the config applies to the reference too.
@@ -89,10 +93,19 @@ def kl_shaped(
             "completion_length": (texts.length - texts.prompt_length).mean(dtype=reward.dtype),
             "share_ended": ended.mean(dtype=reward.dtype),
         }
+        is_in_loss = config.ref_kl_loss != "none"
+        extras = {}
+        if is_in_loss:  # without a reference β is 0
+            extras[REF_LOG_PROB] = transitions.log_prob
         if has_reference:
-            kl = _divergence(with_temperature(model, config.temperature), frozen, transitions)
-            # Not 0 · k1, which would be NaN where the reference excludes a token.
-            reward -= jnp.where(jnp.asarray(beta) > 0, beta * kl.k1, 0)
+            tempered = with_temperature(model, config.temperature)
+            ref_log_prob = _reference_log_prob(tempered, frozen, transitions)
+            kl = divergence(ref_log_prob, transitions)
+            if is_in_loss:
+                extras[REF_LOG_PROB] = ref_log_prob
+            else:
+                # Not 0 · k1, which would be NaN where the reference excludes a token.
+                reward -= jnp.where(jnp.asarray(beta) > 0, beta * kl.k1, 0)
             metrics["ref_kl"] = kl.k1.sum(axis=0).mean()
             metrics["ref_kl_k3"] = kl.k3.sum(axis=0).mean()
             metrics["ref_kl_coef"] = jnp.asarray(beta, reward.dtype)
@@ -101,7 +114,7 @@ def kl_shaped(
                     beta, metrics["ref_kl"], config.ref_kl_target, config.ref_kl_horizon, len(ended)
                 )
         metrics["shaped_return"] = reward.sum(axis=0).mean()
-        return Rewards(reward, state, metrics, extras={})
+        return Rewards(reward, state, metrics, extras)
 
     return Reward(init, step)
 
@@ -173,10 +186,16 @@ def _has_reference(config: Any, frozen: PyTree) -> bool:
     return False
 
 
-def _divergence(model: Model, frozen: PyTree, transitions: Transition) -> KLDivergence:
+def _reference_log_prob(
+    model: Model, frozen: PyTree, transitions: Transition
+) -> Float[Array, "T B"]:
     carry = model.initial_carry(transitions.mask.shape[1])
     reference, _ = model.unroll(frozen["reference"], carry, transitions.obs, transitions.reset)
-    log_ratio = reference.log_prob(transitions.action) - transitions.log_prob
-    log_ratio = jnp.where(transitions.mask, log_ratio, 0)
+    return reference.log_prob(transitions.action)
+
+
+def divergence(ref_log_prob: Float[Array, "T B"], transitions: Transition) -> KLDivergence:
+    """`KLDivergence` from log π_ref(a_t | s_t)."""
+    log_ratio = jnp.where(transitions.mask, ref_log_prob - transitions.log_prob, 0)
     ratio_minus_1 = jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO))
     return KLDivergence(k1=-log_ratio, k3=ratio_minus_1 - log_ratio)

@@ -14,10 +14,12 @@ from jaxtyping import Array
 import purejaxppo.losses as losses
 from purejaxppo.config import Config
 from purejaxppo.keys import scan_keys
-from purejaxppo.types import Batch, Distribution, Model, PRNGKey, PyTree, Update
+from purejaxppo.types import Batch, ConfigError, Distribution, Model, PRNGKey, PyTree, Update
 from purejaxppo.updates.minibatches import as_sequences, shuffled_minibatches
 
-OLD_POLICY = "old_policy"  # reserved name among the extras of a batch
+# Names among the extras of a batch.
+OLD_POLICY = "old_policy"
+REF_LOG_PROB = "ref_log_prob"  # of a reward function, for ``ref_kl_loss``
 
 
 class PPOState(NamedTuple):
@@ -49,7 +51,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
       ``kl_coef``. With ``adaptive_kl`` it changes after each iteration to keep the KL near
       ``kl_target`` (`adapt_kl_coef`).
 
-    The means are taken as ``loss_reduction`` says (`losses.REDUCTIONS`). L_VF is left out for
+    With ``ref_kl_loss``, ``ref_kl_coef`` times `losses.reference_kl` is subtracted from L. The
+    means are taken as ``loss_reduction`` says (`losses.REDUCTIONS`). L_VF is left out for
     estimators that compare the episodes of a group.
 
     With ``early_stop_kl``, the first minibatch with a larger estimated KL ends the updates of the
@@ -130,7 +133,8 @@ def make_update(config: Config, model: Model, optimizer: optax.GradientTransform
 def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """``(params, batch, kl_coef) -> (loss, metrics)`` of one minibatch.
 
-    With a KL penalty, the extra `OLD_POLICY` of the batch is π_old.
+    With a KL penalty, the extra `OLD_POLICY` of the batch is π_old. With ``ref_kl_loss``, the extra
+    `REF_LOG_PROB` is log π_ref(a|s), from the reward function; raises `ConfigError` without it.
     """
     mean = losses.REDUCTIONS[config.loss_reduction]
 
@@ -138,9 +142,8 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         params: PyTree, batch: Batch, kl_coef: Array | float
     ) -> tuple[Array, dict[str, Array]]:
         distribution, value = model.unroll(params, batch.carry, batch.obs, batch.reset)
-        log_ratio = losses.log_ratio(
-            distribution.log_prob(batch.action), batch.log_prob, batch.mask
-        )
+        log_prob = distribution.log_prob(batch.action)
+        log_ratio = losses.log_ratio(log_prob, batch.log_prob, batch.mask)
         ratio = losses.probability_ratio(log_ratio)
         advantage = batch.advantage
         if config.normalize_advantage:
@@ -155,6 +158,11 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         if config.objective in ("fixed_kl", "adaptive_kl"):
             old = batch.extras[OLD_POLICY]
             surrogate -= kl_coef * mean(old.kl(distribution), batch.mask)
+        if config.ref_kl_loss != "none":
+            _require_reference(config, batch)
+            surrogate -= config.ref_kl_coef * losses.reference_kl(
+                log_prob, batch.extras[REF_LOG_PROB], batch.mask, config.ref_kl_loss, mean
+            )
         objective = surrogate
         measured = {}
         if config.fits_value:
@@ -180,6 +188,14 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
         return losses.value_loss(value, batch.target, batch.valid, mean)
 
     return loss
+
+
+def _require_reference(config: Config, batch: Batch) -> None:
+    if REF_LOG_PROB not in batch.extras:
+        raise ConfigError(
+            f"ref_kl_loss = {config.ref_kl_loss!r} needs the log-probabilities of a reference "
+            "policy: train with the reward function kl_shaped"
+        )
 
 
 def where_except_schedules(condition: Array, new: PyTree, old: PyTree) -> PyTree:
