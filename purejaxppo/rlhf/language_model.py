@@ -36,11 +36,11 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
 
     def init(key: PRNGKey, obs: Int[Array, "B"]) -> PyTree:
         key_head, *keys = jax.random.split(key, len(decoders) + 1)
-        inputs = _inputs(obs[None], jnp.zeros_like(obs, bool)[None], initial_carry(len(obs)))
-        caches = {name: cache for name, cache in initial_carry(len(obs)).items() if name != "size"}
+        carry = initial_carry(len(obs))
+        tokens, position, mask = _inputs(obs[None], jnp.zeros_like(obs, bool)[None], carry)
         params: dict[str, Any] = {"policy": {}, "value": {}}
         for name, key_decoder in zip(decoders, keys, strict=True):
-            trunk = decoder.init(key_decoder, *inputs[:2], caches[name], inputs[2])
+            trunk = decoder.init(key_decoder, tokens, position, carry[name], mask)
             params[name] = {"decoder": trunk} if name == "value" else trunk
         if critic != "none":
             hidden = jnp.zeros((1, sizes.width), jnp.result_type(float))
@@ -56,45 +56,46 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
     def step(
         params: PyTree, carry: PyTree, obs: Int[Array, "B"], reset: Bool[Array, "B"]
     ) -> tuple[PyTree, Distribution, Array]:
-        distribution, value, new, position = forward(params, carry, obs[None], reset[None])
-        row = jnp.arange(len(obs))
-
-        def append(cache: Array, tokens: Array) -> Array:
-            return cache.at[row, position[:, 0]].set(tokens[:, 0], mode="drop")
-
-        caches = {name: carry[name] for name in decoders}
-        carry = jax.tree.map(append, caches, new) | {"size": position[:, 0] + 1}
+        position = jnp.where(reset, 0, carry["size"])
+        is_seen = jnp.arange(sizes.context)[None, None] <= position[:, None, None]
+        inputs = (obs[:, None], position[:, None], is_seen)
+        distribution, value, caches = forward(params, carry, *inputs, place=position)
         first = jax.tree.map(lambda x: x[0], (distribution, value))
-        return carry, *first
+        return caches | {"size": position + 1}, *first
 
     def unroll(
         params: PyTree, carry: PyTree, obs: Int[Array, "T B"], reset: Bool[Array, "T B"]
     ) -> tuple[Distribution, Array]:
-        distribution, value, _, _ = forward(params, carry, obs, reset)
+        distribution, value, _ = forward(params, carry, *_inputs(obs, reset, carry))
         return distribution, value
 
     def forward(
-        params: PyTree, carry: PyTree, obs: Int[Array, "S B"], reset: Bool[Array, "S B"]
-    ) -> tuple[Distribution, Array, PyTree, Array]:
-        """Policy and value [S, B] after each token, the new keys and values, and the positions."""
-        tokens, position, mask = _inputs(obs, reset, carry)
+        params: PyTree,
+        carry: PyTree,
+        tokens: Int[Array, "B S"],
+        position: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        place: Int[Array, "B"] | None = None,
+    ) -> tuple[Distribution, Array, PyTree]:
+        """Policy and value [S, B] after each token, and the caches of the decoders."""
         hidden = {}
-        new = {}
+        caches = {}
         for name in decoders:
             own = params[name]["decoder"] if name == "value" else params[name]
-            hidden[name], new[name] = decoder.apply(own, tokens, position, carry[name], mask)
+            arguments = (tokens, position, carry[name], mask, place)
+            hidden[name], caches[name] = decoder.apply(own, *arguments)
         for_policy = hidden[decoders[0]]
         for_policy = jnp.where(position[..., None] < sizes.context, for_policy, jnp.nan)
         # Time becomes the first axis before the logits, which are many times larger.
         rows = jnp.swapaxes(for_policy, 0, 1).reshape(-1, sizes.width)
         policy_params = params[decoders[0]]
         logits: Any = decoder.apply(policy_params, rows, method="logits")
-        logits = logits.reshape((*obs.shape, -1))
-        value = jnp.zeros(obs.shape, logits.dtype)
+        logits = logits.reshape((*tokens.T.shape, -1))
+        value = jnp.zeros(tokens.T.shape, logits.dtype)
         if critic != "none":
             outputs: Any = head.apply(params["value"]["head"], hidden[decoders[-1]])
             value = outputs[..., 0].T
-        return Categorical(logits), value, new, position
+        return Categorical(logits), value, caches
 
     return Model(init, initial_carry, step, unroll)
 

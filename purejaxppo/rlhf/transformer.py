@@ -52,7 +52,7 @@ class DecoderSizes:
 class Decoder(nn.Module):
     """RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings; no biases.
 
-    ``__call__`` returns the hidden states of tokens, and their keys and values for the cache.
+    ``__call__`` returns the hidden states of tokens, and the caches with their keys and values.
     ``logits`` multiplies hidden states with the embeddings.
     """
 
@@ -74,17 +74,20 @@ class Decoder(nn.Module):
         position: Int[Array, "B S"],
         cache: tuple[LayerCache, ...],
         mask: Bool[Array, "B S K"],
+        place: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B S W"], tuple[LayerCache, ...]]:
-        """The hidden states, and the keys and values [B, S, ...] of the tokens for each layer.
+        """The hidden states, and for each layer the K keys and values to which tokens can attend:
 
-        ``mask`` says to which keys a token attends: K = C + S, the cache and then the tokens.
+        those of the cache and then those of the tokens; with ``place``, those of the cache, where
+        the only token of each row has been written to that place (`extended`). ``mask`` says to
+        which of them a token attends.
         """
         x = self.embedding(tokens)
-        new = []
+        caches = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, keys_and_values = block(x, position, layer_cache, mask)
-            new.append(keys_and_values)
-        return self.norm(x), tuple(new)
+            x, layer_cache = block(x, position, layer_cache, mask, place)
+            caches.append(layer_cache)
+        return self.norm(x), tuple(caches)
 
     def logits(self, hidden: Float[Array, "*n W"]) -> Float[Array, "*n V"]:
         return self.embedding.attend(hidden)
@@ -102,6 +105,7 @@ class Block(nn.Module):
         position: Int[Array, "B S"],
         cache: LayerCache,
         mask: Bool[Array, "B S K"],
+        place: Int[Array, "B"] | None,
     ) -> tuple[Float[Array, "B S W"], LayerCache]:
         sizes = self.sizes
         dtype = jnp.result_type(float)
@@ -118,8 +122,8 @@ class Block(nn.Module):
         query = rotate(linear("query", sizes.num_heads, sizes.head_width)(h), position, sizes)
         key = rotate(linear("key", sizes.num_kv_heads, sizes.head_width)(h), position, sizes)
         value = linear("value", sizes.num_kv_heads, sizes.head_width)(h)
-        keys = jnp.concatenate([cache[0], key], axis=1)
-        values = jnp.concatenate([cache[1], value], axis=1)
+        keys = extended(cache[0], key, place)
+        values = extended(cache[1], value, place)
         attended = attention(query, keys, values, mask)
         x += nn.DenseGeneral(
             sizes.width,
@@ -135,7 +139,19 @@ class Block(nn.Module):
         x += nn.Dense(
             sizes.width, use_bias=False, name="down", kernel_init=init_out, param_dtype=dtype
         )(gated)
-        return x, (key, value)
+        return x, (keys, values)
+
+
+def extended(
+    cache: Float[Array, "B C G D"], new: Float[Array, "B S G D"], place: Int[Array, "B"] | None
+) -> Float[Array, "B K G D"]:
+    """The cache and then the new entries; with ``place``, the cache with S = 1 new entry there.
+
+    A place outside the cache changes nothing. Within a loop the cache is not copied.
+    """
+    if place is None:
+        return jnp.concatenate([cache, new], axis=1)
+    return cache.at[jnp.arange(len(cache)), place].set(new[:, 0], mode="drop")
 
 
 def attention(
@@ -163,13 +179,15 @@ def rotate(
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
     Pair i of the D / 2 pairs (x_i, x_{i + D/2}) is rotated by the angle position · base^(−2i/D), so
-    that the product of a query and a key depends on the difference of their positions.
+    that the product of a query and a key depends on the difference of their positions. Positions
+    are below C.
     """
     half = x.shape[-1] // 2
     frequency = sizes.rope_base ** (-jnp.arange(half, dtype=x.dtype) / half)
-    angle = (position[..., None].astype(x.dtype) * frequency[None, None])[:, :, None]
-    cos = jnp.cos(angle)
-    sin = jnp.sin(angle)
+    # Few positions occur in many tokens, so their functions are computed once.
+    angle = jnp.arange(sizes.context, dtype=x.dtype)[:, None] * frequency[None]
+    cos = jnp.cos(angle)[position, None]
+    sin = jnp.sin(angle)[position, None]
     first = x[..., :half]
     second = x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
