@@ -127,8 +127,8 @@ def numbers(run: dict[str, Any]) -> dict[str, float]:
     for judge, rates in measured["win_rates"].items():
         result |= {f"wins: {judge}, {name}": share for name, (share, _, _) in rates.items()}
     first = CASES[run["settings"]["task"]][0]
-    whole = _is_case(run["settings"], *first)
-    result["seconds" if whole else "seconds, without fine-tuning"] = run["seconds"]
+    includes_fine_tuning = _is_case(run["settings"], *first)  # the other cases copied it
+    result["seconds" if includes_fine_tuning else "seconds, without fine-tuning"] = run["seconds"]
     return result
 
 

@@ -22,12 +22,12 @@ from purejaxppo import Config, make_trainer
 from purejaxppo.envs.tokens import tokens
 from purejaxppo.envs.vector import vectorize
 from purejaxppo.rlhf.language_model import language_model, policy_decoder, with_critic
+from purejaxppo.rlhf.llama_layout import hugging_face_arrays
 from purejaxppo.rlhf.reward_network import reward_model
 from purejaxppo.rlhf.sampling import generate
 from purejaxppo.rlhf.shaping import kl_shaped
 from purejaxppo.rlhf.texts import Texts, completion_log_prob
 from purejaxppo.rlhf.transformer import DecoderSizes
-from purejaxppo.rlhf.weights import hugging_face_arrays
 from purejaxppo.rollout import make_rollout
 from purejaxppo.types import Discrete, Env, PyTree, Trainer
 from purejaxppo.version import __version__

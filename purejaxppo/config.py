@@ -275,8 +275,8 @@ class Config:
 
     ref_kl_coef: float = _leaf(
         0.1,
-        "beta: coefficient of the KL divergence from a reference policy in the reward of a "
-        "language model (initial value with ref_kl_target)",
+        "beta: coefficient of the KL divergence of a language model from a reference policy, in "
+        "the reward or the loss (initial value with ref_kl_target)",
         NOT_NEGATIVE,
         kw_only=True,
     )

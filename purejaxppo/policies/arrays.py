@@ -4,13 +4,14 @@
 arrays. Reading never executes code from the files.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,9 @@ def write_arrays(
     Dtypes that NumPy lacks, such as bfloat16, are stored as float32, and the description records
     them. The write is atomic. Raises `ConfigError` if the directory exists or cannot be written.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise ConfigError(f"{directory} exists already; choose another directory for the {name}")
     arrays = {leaf: np.asarray(x) for leaf, x in named_leaves(tree).items()}
     stored = {leaf: as_stored(x) for leaf, x in arrays.items()}
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
-    try:
+    with new_directory(directory, name) as temporary:
         np.savez(temporary / "params.npz", **stored)  # type: ignore[arg-type]
         checksum = hashlib.sha256((temporary / "params.npz").read_bytes()).hexdigest()
         description = description | {
@@ -47,12 +40,30 @@ def write_arrays(
             "params_sha256": checksum,
         }
         (temporary / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
+    return Path(directory)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike, name: str) -> Iterator[Path]:
+    """A temporary directory that becomes ``directory`` when the block ends without an error.
+
+    ``name`` says what is written. Raises `ConfigError` if the directory exists or cannot be made.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already; choose another directory for the {name}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {directory.parent}: {error.strerror}") from None
+    try:
+        yield temporary
         temporary.chmod(0o755)
         temporary.rename(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return directory
 
 
 def read_arrays(

@@ -10,14 +10,11 @@ ALGORITHMS = (*RL_ALGORITHMS, "dpo")
 
 # Each pipeline has this many integers for the keys of its stages.
 KEYS_PER_PIPELINE = 100
-LEAST_WRONG_KEY = 2**32 // KEYS_PER_PIPELINE
+NUM_KEYS = 2**32 // KEYS_PER_PIPELINE
 
 # Allowed numbers; all others are positive.
 CHECKS = {
-    "key": Check(
-        lambda x: 0 <= x < LEAST_WRONG_KEY,
-        f"an integer of at least 0 and below {LEAST_WRONG_KEY}",
-    ),
+    "key": Check(lambda x: 0 <= x < NUM_KEYS, f"an integer of at least 0 and below {NUM_KEYS}"),
     "eval_every": NOT_NEGATIVE_INT,
     "token_dropout": UNIT,
     "ref_kl_target": NONE_OR_POSITIVE,
@@ -27,8 +24,8 @@ CHECKS = {
 
 # Settings that have an effect with some algorithms only.
 OF_RL = (
-    *("num_iterations", "num_episodes", "ref_kl_coef", "ref_kl_target", "ref_kl_horizon"),
-    *("score_clip", "missing_end_penalty", "eval_every"),
+    *("num_iterations", "num_episodes", "eval_every"),
+    *("ref_kl_coef", "ref_kl_target", "ref_kl_horizon"),
 )
 USED_BY = {
     **dict.fromkeys(OF_RL, RL_ALGORITHMS),
@@ -37,11 +34,19 @@ USED_BY = {
     "dpo_beta": ("dpo",),
 }
 # Settings on which the stages before the last one do not depend.
-LAST_STAGE = frozenset({"algorithm", "lr", "best_of", *USED_BY})
+OF_SCORES = ("score_clip", "missing_end_penalty", "best_of")  # also for the best of n
+LAST_STAGE = frozenset({"algorithm", "lr", *OF_SCORES, *USED_BY})
 
-# Settings that a task fixes.
+# Settings that have no effect with a task.
 OF_TEXTS = ("vocab_size", "context", "max_new_tokens", "num_comparisons")
-FIXED = {"arithmetic": OF_TEXTS, "records": ("num_comparisons",)}
+OF_REWARD_MODEL = (
+    *("reward_epochs", "reward_batch_size", "reward_lr", "reward_weight_decay", "reward_lm_coef"),
+    "token_dropout",
+)
+UNUSED_BY_TASK = {
+    "arithmetic": (*OF_TEXTS, *OF_REWARD_MODEL),
+    "records": ("num_comparisons",),
+}
 
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "records": {"reward_epochs": 1},

@@ -7,11 +7,11 @@ from purejaxppo.config import Config, validate
 from purejaxppo.rlhf.setting_rules import (
     ALGORITHMS,
     CHECKS,
-    FIXED,
     LAST_STAGE,
     OF_TEXTS,
     TASK_DEFAULTS,
     TASKS,
+    UNUSED_BY_TASK,
     USED_BY,
 )
 from purejaxppo.rlhf.transformer import DecoderSizes
@@ -95,10 +95,9 @@ class PipelineSettings:
                     f"{name} is for {', '.join(USED_BY[name])} and has no effect with {algorithm}: "
                     "leave it out"
                 )
+            if name in UNUSED_BY_TASK.get(task, ()):
+                raise ConfigError(f"{name} has no effect with the {task} task: leave it out")
         defaults = TASK_DEFAULTS.get(task, {})
-        fixed = [name for name in changes if name in FIXED.get(task, ())]
-        if fixed:
-            raise ConfigError(f"the {task} task fixes {', '.join(fixed)}: leave it out")
         return cls(**{"task": task, "algorithm": algorithm, **defaults, **changes})
 
     def __post_init__(self) -> None:
@@ -134,7 +133,9 @@ class PipelineSettings:
         try:
             validate(config)
         except ConfigError as error:
-            raise ConfigError(str(error).replace("num_envs", "num_episodes")) from None
+            message = str(error).replace("num_envs", "num_episodes")
+            message = message.replace("total_episodes", "num_iterations · num_episodes")
+            raise ConfigError(message) from None
 
     def of_first_stages(self) -> dict[str, Any]:
         """The settings on which the stages before the last one depend."""

@@ -32,7 +32,7 @@ def require_judges(judges: Judges) -> None:
                 "from texts to an array of scores"
             )
         if name in TAKEN:
-            raise ConfigError(f"a judge has the name {name}, which is that of a measurement")
+            raise ConfigError(f"a judge has the name {name}, which the report uses: rename it")
 
 
 class Prompts(NamedTuple):

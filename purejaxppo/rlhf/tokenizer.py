@@ -43,7 +43,7 @@ class Tokenizer(NamedTuple):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, without start and end."""
         for text in texts:
-            require_unicode(f"the text {quoted(text)}", text)
+            require_unicode("a text", text)
         unique = list(dict.fromkeys(texts))  # texts of comparisons appear several times
         tokens = {}
         for text, encoding in zip(unique, self.bpe.encode_batch(unique), strict=True):
@@ -100,10 +100,9 @@ class Tokenizer(NamedTuple):
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if completions is None and len(start) == 1:
                 raise ConfigError(f"prompt {i} is empty: give it at least one character")
-            _require_fits(f"the prompt {quoted(prompts[i])}", start, context)
+            _require_fits("prompt", prompts[i], start, context)
             if not truncate and completions is not None:
-                shown = quoted(prompts[i] + completions[i])
-                _require_fits(f"the text {shown}", start + end, context)
+                _require_fits("text", prompts[i] + completions[i], start + end, context)
             tokens = (start + end)[:context]
             texts[i, : len(tokens)] = tokens
             length[i] = len(tokens)
@@ -127,11 +126,11 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= QUOTED else text[: QUOTED - 1] + "…")
 
 
-def _require_fits(name: str, tokens: list[int], context: int) -> None:
+def _require_fits(kind: str, text: str, tokens: list[int], context: int) -> None:
     if len(tokens) > context:
         raise ConfigError(
-            f"{name} has {len(tokens)} tokens with its start, and the context has {context}: "
-            "shorten it, or choose a longer context"
+            f"the {kind} {quoted(text)} has {len(tokens)} tokens with its start, and the context "
+            f"has {context}: shorten it, or choose a longer context"
         )
 
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo.types import ConfigError
+from purejaxppo.validation import POSITIVE, POSITIVE_INT, checked_int, checked_number
 
 # (keys, values) [B, K, num_kv_heads, head width] of one layer; the keys are rotated.
 LayerCache = tuple[Array, Array]
@@ -29,11 +30,13 @@ class DecoderSizes:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in dataclasses.fields(self)):
-            if name != "norm_eps" and not getattr(self, name) >= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: it must be at least 1")
-        if not self.norm_eps > 0:
-            raise ConfigError(f"norm_eps = {self.norm_eps!r}: it must be above 0")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("rope_base", "norm_eps"):
+                converted: float = checked_number(field.name, value, POSITIVE)
+            else:
+                converted = checked_int(field.name, value, POSITIVE_INT)
+            object.__setattr__(self, field.name, converted)
         if self.width % (2 * self.num_heads):
             raise ConfigError(
                 f"width = {self.width}: it must be a multiple of 2 · num_heads = "
@@ -76,11 +79,11 @@ class Decoder(nn.Module):
         mask: Bool[Array, "B S K"],
         place: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B S W"], tuple[LayerCache, ...]]:
-        """The hidden states, and for each layer the K keys and values to which tokens can attend:
+        """The hidden states, and the K keys and values of each layer.
 
-        those of the cache and then those of the tokens; with ``place``, those of the cache, where
-        the only token of each row has been written to that place (`extended`). ``mask`` says to
-        which of them a token attends.
+        Without ``place`` these are those of the cache followed by those of the tokens. With
+        ``place`` they are the cache, into which the one token of each row is written (`extended`).
+        ``mask`` says to which of them a token attends.
         """
         x = self.embedding(tokens)
         caches = []

@@ -1,13 +1,11 @@
 """Decoders in the formats of others: safetensors as Hugging Face's Llama has them, and GGUF.
 
-Both need the extra ``rlhf``. Embeddings must be tied, and all other parts those of `transformer`.
+Both need the extra ``rlhf``. Embeddings must be tied and positions not scaled; a file with arrays
+that a `transformer.Decoder` does not have is refused.
 """
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from purejaxppo.policies.arrays import new_directory
 from purejaxppo.rlhf.extra import import_extra
-from purejaxppo.rlhf.language_model import language_model, policy_decoder
+from purejaxppo.rlhf.language_model import policy_decoder
+from purejaxppo.rlhf.llama_layout import (
+    HUGGING_FACE,
+    LLAMA_CPP,
+    SIZE_NAMES,
+    decoder_shapes,
+    hugging_face_arrays,
+    read_decoder,
+    read_sizes,
+)
 from purejaxppo.rlhf.transformer import DecoderSizes
-from purejaxppo.trees import from_named, named_leaves
 from purejaxppo.types import ConfigError, PyTree
 
-Arrays = Mapping[str, NDArray[Any]]
-
-# Our names of the parameters, those of Hugging Face's Llama, and those of llama.cpp.
-OUTER_NAMES = (
-    ("embedding/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    ("norm/scale", "model.norm.weight", "output_norm.weight"),
-)
-LAYER_NAMES = (
-    ("attention_norm/scale", "input_layernorm.weight", "attn_norm.weight"),
-    ("query/kernel", "self_attn.q_proj.weight", "attn_q.weight"),
-    ("key/kernel", "self_attn.k_proj.weight", "attn_k.weight"),
-    ("value/kernel", "self_attn.v_proj.weight", "attn_v.weight"),
-    ("attention_out/kernel", "self_attn.o_proj.weight", "attn_output.weight"),
-    ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    ("gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight"),
-    ("up/kernel", "mlp.up_proj.weight", "ffn_up.weight"),
-    ("down/kernel", "mlp.down_proj.weight", "ffn_down.weight"),
-)
-# Sizes, their names in Hugging Face's config.json, and in the metadata of GGUF after ``llama.``.
-SIZE_NAMES = (
-    ("width", "hidden_size", "embedding_length"),
-    ("num_layers", "num_hidden_layers", "block_count"),
-    ("num_heads", "num_attention_heads", "attention.head_count"),
-    ("num_kv_heads", "num_key_value_heads", "attention.head_count_kv"),
-    ("mlp_width", "intermediate_size", "feed_forward_length"),
-    ("rope_base", "rope_theta", "rope.freq_base"),
-    ("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-)
-# What Hugging Face's config.json must say, where it says it.
+# Entries of Hugging Face's config.json: the value they must have, and that of a missing one.
 REQUIRED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "mlp_bias": False,
+    "model_type": ("llama", None),
+    "hidden_act": ("silu", "silu"),
+    "tie_word_embeddings": (True, False),
+    "attention_bias": (False, False),
+    "mlp_bias": (False, False),
 }
 
 
@@ -64,39 +43,23 @@ def save_safetensors(directory: str | os.PathLike, sizes: DecoderSizes, params: 
     """Write the decoder that predicts tokens, for ``LlamaForCausalLM.from_pretrained(directory)``.
 
     The directory is new and holds ``config.json`` and ``model.safetensors``; it is written
-    atomically. Raises `ConfigError` if it exists.
+    atomically. Raises `ConfigError` if it exists, and for parameters of other sizes.
     """
     numpy_format = import_extra("safetensors.numpy")
-    directory = Path(directory)
-    if directory.exists():
-        raise ConfigError(f"{directory} exists already: choose another directory for the weights")
-    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **REQUIRED}
+    if "policy" not in params:
+        raise ConfigError("the parameters are not those of a language_model")
+    decoder = policy_decoder(params)
+    if jax.tree.map(jnp.shape, decoder) != jax.tree.map(jnp.shape, decoder_shapes(sizes)):
+        raise ConfigError(f"the parameters do not have the sizes {sizes}")
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+    config |= {name: value for name, (value, _) in REQUIRED.items()}
     config |= {theirs: getattr(sizes, ours) for ours, theirs, _ in SIZE_NAMES}
-    config |= {"vocab_size": sizes.vocab_size, "max_position_embeddings": sizes.context}
-    arrays = hugging_face_arrays(policy_decoder(params))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    config["vocab_size"] = sizes.vocab_size
+    with new_directory(directory, "weights") as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        arrays = hugging_face_arrays(decoder)
         numpy_format.save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
-        temporary.chmod(0o755)
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return directory
-
-
-def hugging_face_arrays(decoder: PyTree) -> dict[str, NDArray[Any]]:
-    """The parameters of a `transformer.Decoder` under the names that Hugging Face's Llama has.
-
-    Matrices are [outputs, inputs] there, the transpose of ours.
-    """
-    named = named_leaves(decoder["params"])
-    num_layers = sum(name.endswith("query/kernel") for name in named)
-    return {
-        theirs: _as_matrix(ours, np.asarray(named[ours])) for ours, theirs, _ in _names(num_layers)
-    }
+    return Path(directory)
 
 
 def load_safetensors(
@@ -111,23 +74,34 @@ def load_safetensors(
     """
     numpy_format = import_extra("safetensors.numpy")
     directory = Path(directory)
+    path = directory / "model.safetensors"
+    for file in (directory / "config.json", path):
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no {file}: weights in several files and in other formats cannot be read"
+            )
     try:
-        config = json.loads((directory / "config.json").read_text())
-        arrays = numpy_format.load_file(directory / "model.safetensors")
-    except OSError as error:
-        raise ConfigError(f"cannot read the weights in {directory}: {error.strerror}") from None
-    except Exception:  # of JSON and of safetensors
-        raise ConfigError(f"the weights in {directory} are damaged: they cannot be read") from None
-    for name, value in REQUIRED.items():
-        if config.get(name, value) != value:
-            raise ConfigError(f"{name} is {config[name]!r} in {directory}: it must be {value!r}")
-    if config.get("rope_scaling"):
+        config = dict(json.loads((directory / "config.json").read_text()))
+        arrays = numpy_format.load_file(path)
+    except Exception:  # of the files, of JSON and of safetensors
+        raise ConfigError(f"the weights in {directory} cannot be read, or are damaged") from None
+    for name, (value, default) in REQUIRED.items():
+        if config.get(name, default) != value:
+            found = config.get(name, default)
+            raise ConfigError(f"{name} is {found!r} in {directory}: it must be {value!r}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"the model in {directory} scales its positions, which is not supported")
-    config = {"rope_theta": DecoderSizes.rope_base} | config
-    described = {ours: config.get(theirs) for ours, theirs, _ in SIZE_NAMES}
-    described["context"] = config.get("max_position_embeddings")
-    renamed = {ours: theirs for ours, theirs, _ in _names(described["num_layers"] or 0)}
-    return _decoder(directory, described, arrays, renamed, context)
+    described = {"rope_theta": DecoderSizes.rope_base} | config | rope
+    described.setdefault("num_key_value_heads", described.get("num_attention_heads"))
+    vocab_size = config.get("vocab_size")
+    sizes = read_sizes(directory, described, HUGGING_FACE, vocab_size, context)
+    if config.get("head_dim") not in (None, sizes.head_width):
+        raise ConfigError(f"head_dim is {config['head_dim']} in {path}: it must be width / heads")
+    head = arrays.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(head, arrays.get("model.embed_tokens.weight")):
+        raise ConfigError(f"{path} has an lm_head: only tied embeddings are supported")
+    return read_decoder(path, sizes, HUGGING_FACE, arrays)
 
 
 def load_gguf(path: str | os.PathLike, context: int | None = None) -> tuple[DecoderSizes, PyTree]:
@@ -143,84 +117,40 @@ def load_gguf(path: str | os.PathLike, context: int | None = None) -> tuple[Deco
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # the package raises several kinds
         raise ConfigError(f"{path} is no GGUF file, or is damaged") from None
-    architecture = _metadata(reader, "general.architecture")
-    if architecture != "llama":
-        raise ConfigError(f"{path} has the architecture {architecture!r}: it must be 'llama'")
-    described = {ours: _metadata(reader, f"llama.{theirs}") for ours, _, theirs in SIZE_NAMES}
-    described["context"] = _metadata(reader, "llama.context_length")
-    arrays = {x.name: gguf.dequantize(x.data, x.tensor_type) for x in reader.tensors}
-    for suffix, heads in (("attn_q.weight", "num_heads"), ("attn_k.weight", "num_kv_heads")):
-        for name in arrays:
-            if name.endswith(suffix) and described[heads]:
-                arrays[name] = _as_halves(arrays[name], described[heads])
-    renamed = {ours: theirs for ours, _, theirs in _names(described["num_layers"] or 0)}
-    return _decoder(path, described, arrays, renamed, context)
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(("general.", "llama."))  # not the tokenizer
+    }
+    for name, value in (("general.architecture", "llama"), ("llama.rope.scaling.type", "none")):
+        if metadata.get(name, value) != value:
+            raise ConfigError(f"{name} is {metadata[name]!r} in {path}: it must be {value!r}")
+    metadata.setdefault("llama.rope.freq_base", DecoderSizes.rope_base)
+    heads = metadata.get("llama.attention.head_count")
+    metadata.setdefault("llama.attention.head_count_kv", heads)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    embedding = tensors.get("token_embd.weight")
+    vocab_size = None if embedding is None else int(embedding.shape[1])
+    sizes = read_sizes(path, metadata, LLAMA_CPP, vocab_size, context)
 
-
-def _decoder(
-    path: Any,
-    described: Mapping[str, Any],
-    arrays: Arrays,
-    names: Mapping[str, str],
-    context: int | None,
-) -> tuple[DecoderSizes, PyTree]:
-    """The decoder with these sizes and arrays, whose ``names`` map ours to those of the file."""
-    missing = [name for name, size in described.items() if size is None]
-    missing += [name for name in names.values() if name not in arrays]
-    if missing:
-        raise ConfigError(f"{path} has no {missing[0]}")
-    for head in ("lm_head.weight", "output.weight"):
-        if head in arrays:
-            raise ConfigError(f"{path} has the matrix {head}: only tied embeddings are supported")
-    sizes = DecoderSizes(
-        vocab_size=len(arrays[names["embedding/embedding"]]),
-        **(dict(described) | ({} if context is None else {"context": context})),
-    )
-    model = language_model(sizes, "none")
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(1, jnp.int32)))
-    named = {}
-    for ours, x in named_leaves(like["policy"]["params"]).items():
-        matrix = arrays[names[ours]]
-        if matrix.size != x.size or (matrix.ndim == 2 and matrix.shape[1] != _inputs(ours, x)):
+    def array(name: str) -> NDArray[Any]:
+        tensor = tensors[name]
+        try:
+            x = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except Exception:
+            kind = tensor.tensor_type.name
             raise ConfigError(
-                f"{names[ours]} in {path} has the shape {matrix.shape}, which does not fit {sizes}"
-            )
-        matrix = matrix if ours == "embedding/embedding" else matrix.T
-        named[ours] = jnp.asarray(matrix.reshape(x.shape), x.dtype)
-    decoder = {"params": from_named(named, like["policy"]["params"])}
-    return sizes, {"policy": decoder, "value": {}}
-
-
-def _names(num_layers: int) -> list[tuple[str, str, str]]:
-    """Our name of every parameter, that of Hugging Face, and that of llama.cpp."""
-    return [*OUTER_NAMES] + [
-        (f"blocks_{i}/{ours}", f"model.layers.{i}.{hugging_face}", f"blk.{i}.{llama_cpp}")
-        for i in range(num_layers)
-        for ours, hugging_face, llama_cpp in LAYER_NAMES
-    ]
-
-
-def _inputs(name: str, x: Any) -> int:
-    """The number of inputs of a matrix: all axes but the last of ``attention_out``, else one."""
-    if name == "embedding/embedding":
-        return x.shape[1]
-    return x.size // x.shape[-1] if "attention_out" in name else x.shape[0]
-
-
-def _as_matrix(name: str, x: NDArray[Any]) -> NDArray[Any]:
-    """The parameter as [outputs, inputs]; embeddings and scales are the same as ours."""
-    if x.ndim == 1 or name == "embedding/embedding":
+                f"{name} in {path} has the type {kind}, which cannot be read"
+            ) from None
+        for suffix, num_heads in (("q.weight", sizes.num_heads), ("k.weight", sizes.num_kv_heads)):
+            if name.endswith(f"attn_{suffix}") and len(x) == num_heads * sizes.head_width:
+                x = _as_halves(x, num_heads)
         return x
-    return np.ascontiguousarray(x.reshape(_inputs(name, x), -1).T)
+
+    return read_decoder(path, sizes, LLAMA_CPP, tensors, array)
 
 
 def _as_halves(rows: NDArray[Any], num_heads: int) -> NDArray[Any]:
     """Rows 0, 2, 4, … of each head and then its rows 1, 3, 5, …"""
     pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _metadata(reader: Any, name: str) -> Any:
-    """A value in the metadata of a GGUF file; None if it is missing."""
-    field = reader.get_field(name)
-    return None if field is None else field.contents()

@@ -160,8 +160,12 @@ def make_loss(config: Config, model: Model) -> Callable[..., tuple[Array, dict[s
             surrogate -= kl_coef * mean(old.kl(distribution), batch.mask)
         if config.ref_kl_loss != "none":
             _require_reference(config, batch)
+            # Not 0 · KL, which would be NaN where the reference excludes an action.
+            ref_log_prob = jnp.where(
+                jnp.asarray(config.ref_kl_coef) > 0, batch.extras[REF_LOG_PROB], batch.log_prob
+            )
             surrogate -= config.ref_kl_coef * losses.reference_kl(
-                log_prob, batch.extras[REF_LOG_PROB], batch.mask, config.ref_kl_loss, mean
+                log_prob, ref_log_prob, batch.mask, config.ref_kl_loss, mean
             )
         objective = surrogate
         measured = {}

@@ -173,7 +173,7 @@ def test_without_learning_the_ratio_stays_1_in_all_epochs(precision, bound, requ
             "width = 20: it must be a multiple of 2 · num_heads",
         ),
         (lambda: DecoderSizes(7, 3, num_kv_heads=3), "num_kv_heads = 3 does not divide"),
-        (lambda: DecoderSizes(0, 3), "vocab_size = 0: it must be at least 1"),
+        (lambda: DecoderSizes(0, 3), "vocab_size = 0: it must be an integer of at least 1"),
         (
             lambda: language_model(SIZES, "two"),
             "critic = 'two': it must be one of own",

@@ -92,12 +92,12 @@ def test_training_ends_at_the_optimum_of_its_objective(estimator):
 
 def test_estimates_leave_out_what_is_not_in_the_mask():
     log_prob = jnp.log(jnp.asarray([0.5, 0.2, jnp.nan]))
-    ref_log_prob = jnp.log(jnp.asarray([0.25, 0.4, 0.1]))
+    ref_log_prob = jnp.log(jnp.asarray([0.25, 0.1, 0.1]))
     mask = jnp.asarray([True, True, False])
     k1 = losses.reference_kl(log_prob, ref_log_prob, mask, "k1")
     k3 = losses.reference_kl(log_prob, ref_log_prob, mask, "k3")
-    assert k1 == pytest.approx((np.log(2) - np.log(2)) / 2, abs=1e-6)
-    assert k3 == pytest.approx((0.5 - 1 + np.log(2) + 2 - 1 - np.log(2)) / 2)
+    assert k1 == pytest.approx(np.log(2))
+    assert k3 == pytest.approx(0.5 - 1 + np.log(2))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,16 @@ def test_what_does_not_fit_is_one_sentence(changes, reward, message):
         jax.eval_shape(make_train(config, ENV, MODEL, reward), jax.random.key(0), None, frozen)
 
     assert sentence_of(run) == message
+
+
+def test_the_coefficient_0_needs_no_finite_divergence():
+    reference = REFERENCE["policy"].copy()
+    reference[NODE, 0] = -np.inf  # a token that the reference excludes
+    frozen = {"reference": REFERENCE | {"policy": reference}, "score": jnp.asarray(SCORES)}
+    config = CONFIG.replace(ref_kl_loss="k3", ref_kl_coef=0.0, total_episodes=1024)
+    result = jax.jit(make_train(config, ENV, MODEL, REWARD))(jax.random.key(0), None, frozen)
+    assert np.isfinite(result.metrics.policy_loss).all()
+    assert np.isfinite(result.state.params["policy"]).all()
 
 
 def test_without_a_reference_the_coefficient_0_is_needed():

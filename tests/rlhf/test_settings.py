@@ -1,6 +1,7 @@
 """`PipelineSettings` and the options of the command line."""
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from sentences import sentence_of
 
 from purejaxppo.cli import commands
 from purejaxppo.rlhf import settings, supervised_settings
-from purejaxppo.rlhf.setting_rules import KEYS_PER_PIPELINE, USED_BY
+from purejaxppo.rlhf.pipeline_stages import stage_key
 from purejaxppo.rlhf.settings import PipelineSettings
 
 
@@ -59,7 +60,7 @@ from purejaxppo.rlhf.settings import PipelineSettings
         ),
         (
             ["--task", "arithmetic", "--vocab-size", "300"],
-            "the arithmetic task fixes vocab_size: leave it out",
+            "vocab_size has no effect with the arithmetic task: leave it out",
         ),
         (
             ["--task", "reviews", "--algorithm", "dpo", "--frontier"],
@@ -117,8 +118,17 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, message, capsy
             "leave it out",
         ),
         (
+            lambda: PipelineSettings.of("arithmetic", reward_lr=0.5),
+            "reward_lr has no effect with the arithmetic task: leave it out",
+        ),
+        (
+            lambda: PipelineSettings(num_iterations=10**6),
+            "num_iterations · num_episodes = 128000000: "
+            "whole episodes are counted up to 2**31 steps",
+        ),
+        (
             lambda: PipelineSettings.of("records", num_comparisons=100),
-            "the records task fixes num_comparisons: leave it out",
+            "num_comparisons has no effect with the records task: leave it out",
         ),
     ],
 )
@@ -145,18 +155,38 @@ def test_numbers_of_other_libraries_become_plain_ones():
     assert type(supervised.lr) is float
 
 
-def test_the_largest_key_has_a_key_for_every_stage():
-    largest = PipelineSettings(key=2**32 // KEYS_PER_PIPELINE - 1)
-    assert (largest.key + 1) * KEYS_PER_PIPELINE <= 2**32
+def test_every_stage_of_every_key_has_a_key_of_its_own():
+    of_key = [PipelineSettings(key=key) for key in (0, 1, 42_949_670, 42_949_671)]
+    keys = [stage_key(given, stage) for given in of_key for stage in range(5)]
+    assert len(set(keys)) == 20
+    assert max(keys) < 2**32  # the largest integer of a random key
 
 
-def test_settings_without_effect_are_those_that_another_algorithm_uses():
-    """Each name is a setting, and every algorithm gets all settings that it does use."""
-    names = {field.name for field in dataclasses.fields(PipelineSettings)}
-    assert names.issuperset(USED_BY)
-    for name, algorithms in USED_BY.items():
-        default = getattr(PipelineSettings(), name)
-        value = 6.0 if default is None else default
-        for algorithm in algorithms:
-            given = PipelineSettings.of("records", algorithm, **{name: value})
-            assert getattr(given, name) == value
+@pytest.mark.parametrize(
+    ("algorithm", "unused"),
+    [
+        ("ppo", {"group_size", "dpo_beta"}),
+        ("trpo", {"group_size", "dpo_beta"}),
+        ("reinforce", {"group_size", "dpo_beta", "num_epochs", "num_minibatches"}),
+        ("grpo", {"dpo_beta"}),
+        ("rloo", {"dpo_beta"}),
+        (
+            "dpo",
+            {"group_size", "num_epochs", "num_minibatches", "num_iterations", "num_episodes"}
+            | {"ref_kl_coef", "ref_kl_target", "ref_kl_horizon", "eval_every"},
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(algorithm, unused):
+    """All others are accepted, but for those that another task has."""
+    for field in dataclasses.fields(PipelineSettings):
+        if field.name in ("task", "algorithm", "num_comparisons"):
+            continue
+        value = 6.0 if field.default is None else field.default
+        change = {field.name: value}
+        if field.name in unused:
+            message = sentence_of(partial(PipelineSettings.of, "records", algorithm, **change))
+            assert message.startswith(f"{field.name} is for ")
+        else:
+            given = PipelineSettings.of("records", algorithm, **change)
+            assert getattr(given, field.name) == value

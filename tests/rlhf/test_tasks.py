@@ -29,7 +29,7 @@ SHOWN = ["The film was", "I think"]
         *(
             (
                 lambda name=name: records_task(text_settings(), *records(), judges={name: JUDGE}),
-                f"a judge has the name {name}, which is that of a measurement",
+                f"a judge has the name {name}, which the report uses: rename it",
             )
             for name in ("kl", "iteration", "timesteps", "reward model")
         ),

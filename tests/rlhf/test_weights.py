@@ -1,5 +1,6 @@
 """Weights of others: the names and layouts of Hugging Face's Llama and of llama.cpp."""
 
+import dataclasses
 import json
 
 import chex
@@ -105,8 +106,8 @@ def test_saved_weights_are_a_llama_and_come_back(tmp_path):
     assert shorter.context == 4
 
 
-def write_gguf(path, sizes, arrays, architecture="llama", context=8):
-    """A file as llama.cpp converts Hugging Face's Llama, in float16 where that is exact."""
+def write_gguf(path, sizes, arrays, architecture="llama", context=8, quantized=(), scaling=None):
+    """A file as llama.cpp converts Hugging Face's Llama; ``quantized`` arrays have 8 bits."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(context)
     writer.add_embedding_length(sizes.width)
@@ -122,7 +123,14 @@ def write_gguf(path, sizes, arrays, architecture="llama", context=8):
             if part in name:
                 halves = x.reshape(heads, 2, x.shape[0] // heads // 2, x.shape[1])
                 x = halves.swapaxes(1, 2).reshape(x.shape)
-        writer.add_tensor(map_name(name, try_suffixes=(".weight",)), x)
+        theirs = map_name(name, try_suffixes=(".weight",)) or name
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if name in quantized:
+            writer.add_tensor(theirs, gguf.quantize(x, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(theirs, x)
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -140,6 +148,40 @@ def test_a_gguf_file_has_its_query_and_key_rows_in_another_order(tmp_path):
     chex.assert_trees_all_equal(loaded, params)
 
 
+def test_a_gguf_file_can_be_quantized(tmp_path):
+    sizes = dataclasses.replace(SIZES, width=32, mlp_width=64)
+    params = random_params(sizes)
+    directory = save_safetensors(tmp_path / "llama", sizes, params)
+    arrays = load_file(directory / "model.safetensors")
+    matrices = [name for name, x in arrays.items() if x.ndim == 2]
+    write_gguf(tmp_path / "llama.gguf", sizes, arrays, quantized=matrices)
+    _, loaded = load_gguf(tmp_path / "llama.gguf", context=8)
+    largest = max(np.abs(x).max() for x in arrays.values())
+    difference = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), loaded, params)
+    assert 0 < max(jax.tree.leaves(difference)) < largest / 127
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrays", "sentence"),
+    [
+        ({"scaling": gguf.RopeScalingType.LINEAR}, {}, "llama.rope.scaling.type is 'linear' in"),
+        ({}, {"rope_freqs.weight": np.ones(2, np.float32)}, "has the array rope_freqs.weight"),
+        (
+            {},
+            {"model.norm.weight": np.ones(16, np.int32)},
+            "has the type I32, which cannot",
+        ),
+        ({}, {"model.norm.weight": np.ones(5, np.float32)}, "has the shape (5,)"),
+    ],
+)
+def test_another_gguf_file_is_refused(tmp_path, changes, arrays, sentence):
+    directory = save_safetensors(tmp_path / "llama", SIZES, random_params())
+    stored = load_file(directory / "model.safetensors") | arrays
+    write_gguf(tmp_path / "other.gguf", SIZES, stored, **changes)
+    message = sentence_of(lambda: load_gguf(tmp_path / "other.gguf"))
+    assert sentence in message and "other.gguf" in message
+
+
 def changed(tmp_path, config=None, arrays=None):
     """A stored model of which the config and some arrays are replaced; None removes one."""
     directory = save_safetensors(tmp_path / "llama", SIZES, random_params())
@@ -155,13 +197,20 @@ def changed(tmp_path, config=None, arrays=None):
     ("change", "sentence"),
     [
         ({"config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu' in"),
-        ({"config": {"rope_scaling": {"factor": 2.0}}}, "scales its positions"),
+        ({"config": {"rope_scaling": {"type": "linear"}}}, "scales its positions"),
+        ({"config": {"rope_parameters": {"rope_type": "llama3"}}}, "scales its positions"),
+        ({"config": {"num_hidden_layers": 0}}, "num_layers = 0: it must be an integer of at least"),
+        ({"config": {"head_dim": 8}}, "head_dim is 8 in"),
+        (
+            {"arrays": {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)}},
+            "has the array model.layers.0.self_attn.q_proj.bias, which this decoder does not have",
+        ),
         ({"config": {"intermediate_size": 20}}, "down_proj.weight in"),
-        ({"config": {"num_hidden_layers": None}}, "has no num_layers"),
-        ({"arrays": {"model.norm.weight": None}}, "has no model.norm.weight"),
+        ({"config": {"num_hidden_layers": None}}, "has no num_hidden_layers"),
+        ({"arrays": {"model.norm.weight": None}}, "has no array model.norm.weight"),
         (
             {"arrays": {"lm_head.weight": np.zeros((11, 16), np.float32)}},
-            "has the matrix lm_head.weight: only tied embeddings are supported",
+            "has an lm_head: only tied embeddings are supported",
         ),
     ],
 )
@@ -171,20 +220,53 @@ def test_another_model_is_refused(tmp_path, change, sentence):
     assert sentence in message and "llama" in message
 
 
+def test_the_rotation_is_read_as_old_and_new_files_have_it(tmp_path):
+    directory = changed(tmp_path)
+    settings = json.loads((directory / "config.json").read_text())
+    del settings["rope_theta"], settings["num_key_value_heads"]
+    variants = [
+        (settings | {"rope_theta": 5.0}, 5.0),
+        (settings | {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, 5.0),
+        (settings | {"rope_scaling": {"rope_type": "default"}}, 10_000.0),
+    ]
+    arrays = load_file(directory / "model.safetensors")
+    for i in range(2):  # without num_key_value_heads there are as many as heads
+        for part in "kv":
+            name = f"model.layers.{i}.self_attn.{part}_proj.weight"
+            arrays[name] = np.concatenate([arrays[name], arrays[name]])
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    save_file(arrays, directory / "model.safetensors")
+    for config, rope_base in variants:
+        (directory / "config.json").write_text(json.dumps(config))
+        sizes, _ = load_safetensors(directory)
+        assert (sizes.rope_base, sizes.num_kv_heads) == (rope_base, 4)
+
+
+def test_parameters_of_other_sizes_are_not_saved(tmp_path):
+    other = dataclasses.replace(SIZES, mlp_width=20)
+    message = sentence_of(lambda: save_safetensors(tmp_path / "a", other, random_params()))
+    assert message.startswith("the parameters do not have the sizes DecoderSizes(")
+    message = sentence_of(lambda: save_safetensors(tmp_path / "a", SIZES, {"decoder": {}}))
+    assert message == "the parameters are not those of a language_model"
+    assert not (tmp_path / "a").exists()
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    missing = sentence_of(lambda: load_safetensors(tmp_path / "nowhere"))
-    assert (
-        missing == f"cannot read the weights in {tmp_path / 'nowhere'}: No such file or directory"
-    )
+    message = sentence_of(lambda: load_safetensors(tmp_path / "nowhere"))
+    assert message.startswith(f"there is no {tmp_path / 'nowhere' / 'config.json'}: weights in")
     directory = changed(tmp_path)
     assert "exists already" in sentence_of(
         lambda: save_safetensors(directory, SIZES, random_params())
     )
     (directory / "model.safetensors").write_bytes(b"0" * 100)
-    assert "are damaged" in sentence_of(lambda: load_safetensors(directory))
+    assert "or are damaged" in sentence_of(lambda: load_safetensors(directory))
+    (directory / "config.json").write_text("[1]")
+    assert "or are damaged" in sentence_of(lambda: load_safetensors(directory))
+    (directory / "model.safetensors").unlink()  # as with weights in several files
+    assert "there is no" in sentence_of(lambda: load_safetensors(directory))
     assert "cannot read" in sentence_of(lambda: load_gguf(tmp_path / "nowhere.gguf"))
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + b"0" * 100)
     assert "is no GGUF file" in sentence_of(lambda: load_gguf(tmp_path / "damaged.gguf"))
     write_gguf(tmp_path / "other.gguf", SIZES, {}, architecture="gpt2")
     message = sentence_of(lambda: load_gguf(tmp_path / "other.gguf"))
-    assert "the architecture 'gpt2': it must be 'llama'" in message
+    assert "general.architecture is 'gpt2' in" in message
