@@ -2,6 +2,9 @@
 
 import gc
 import os
+import shutil
+import tempfile
+from functools import partial
 
 import hypothesis
 import jax
@@ -23,12 +26,22 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Compiles the fast tests quickly, and all others as users do.
+    """Compiles the fast tests quickly, and all others as users do, but each program only once.
 
-    ``exact`` tests that run together with slow ones are compiled as users do, too.
+    ``exact`` tests that run together with slow ones are compiled as users do, too. Slow tests
+    compile the same programs several times, in several processes, as in every resume; a directory
+    that is deleted in the end keeps what was compiled.
     """
-    if "not learning" in config.option.markexpr and not os.environ.get("XLA_FLAGS"):
-        os.environ["XLA_FLAGS"] = FAST_FLAGS
+    if "not learning" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS") or FAST_FLAGS
+    elif "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the environment
+        directory = tempfile.mkdtemp(prefix="purejaxppo-tests-")
+        config.add_cleanup(partial(shutil.rmtree, directory, ignore_errors=True))
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": directory,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        }
+        jax.config.update("jax_compilation_cache_dir", directory)  # without workers
 
 
 def pytest_collection_finish():
