@@ -120,7 +120,7 @@ def context_of(model: Model) -> int | float:
     if not isinstance(carry, dict) or "size" not in carry:
         return math.inf
     caches = [leaf for name, leaf in carry.items() if name != "size"]
-    return jax.tree.leaves(caches)[0].shape[1]
+    return jax.tree.leaves(caches)[0].shape[2]
 
 
 def require_prompts(prompts: Array, lengths: Array, eos: int, vocab_size: int) -> None:

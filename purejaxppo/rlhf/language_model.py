@@ -48,7 +48,7 @@ def language_model(sizes: DecoderSizes, critic: str = "own") -> Model:
         return params
 
     def initial_carry(batch_size: int) -> PyTree:
-        shape = (batch_size, sizes.context, sizes.num_kv_heads, sizes.head_width)
+        shape = (batch_size, sizes.num_kv_heads, sizes.context, sizes.head_width)
         layer = (jnp.zeros(shape, jnp.result_type(float)),) * 2
         carry: dict[str, Any] = {name: (layer,) * sizes.num_layers for name in decoders}
         return carry | {"size": jnp.zeros(batch_size, jnp.int32)}
@@ -141,7 +141,7 @@ def _inputs(
     start = jax.lax.cummax(jnp.where(is_first, index, -1), axis=1)
     position = jnp.where(start >= 0, index - start, size[:, None] + index)
     caches = [leaf for name, leaf in carry.items() if name != "size"]
-    context = jax.tree.leaves(caches)[0].shape[1]
+    context = jax.tree.leaves(caches)[0].shape[2]
     in_cache = (start < 0)[:, :, None] & (jnp.arange(context)[None] < size[:, None])[:, None]
     is_causal = index[..., None] >= index[:, None]
     in_episode = is_causal & (start[:, :, None] == start[:, None])

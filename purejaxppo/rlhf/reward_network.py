@@ -129,6 +129,6 @@ def _decoder_inputs(sizes: DecoderSizes, tokens: Int[Array, "n L"]) -> tuple[Any
     n, width = tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
     position = jnp.broadcast_to(index[None], (n, width))
-    nothing = jnp.zeros((n, 0, sizes.num_kv_heads, sizes.head_width), jnp.result_type(float))
+    nothing = jnp.zeros((n, sizes.num_kv_heads, 0, sizes.head_width), jnp.result_type(float))
     is_causal = jnp.broadcast_to(index[None, :, None] >= index[None, None], (n, width, width))
     return tokens, position, ((nothing, nothing),) * sizes.num_layers, is_causal

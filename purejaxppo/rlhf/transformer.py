@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from purejaxppo.types import ConfigError
 from purejaxppo.validation import POSITIVE, POSITIVE_INT, checked_int, checked_number
 
-# (keys, values) [B, K, num_kv_heads, head width] of one layer; the keys are rotated.
+# (keys, values) [B, num_kv_heads, K, head width] of one layer; the keys are rotated.
 LayerCache = tuple[Array, Array]
 
 
@@ -125,8 +125,8 @@ class Block(nn.Module):
         query = rotate(linear("query", sizes.num_heads, sizes.head_width)(h), position, sizes)
         key = rotate(linear("key", sizes.num_kv_heads, sizes.head_width)(h), position, sizes)
         value = linear("value", sizes.num_kv_heads, sizes.head_width)(h)
-        keys = extended(cache[0], key, place)
-        values = extended(cache[1], value, place)
+        keys = extended(cache[0], jnp.swapaxes(key, 1, 2), place)
+        values = extended(cache[1], jnp.swapaxes(value, 1, 2), place)
         attended = attention(query, keys, values, mask)
         x += nn.DenseGeneral(
             sizes.width,
@@ -146,34 +146,41 @@ class Block(nn.Module):
 
 
 def extended(
-    cache: Float[Array, "B C G D"], new: Float[Array, "B S G D"], place: Int[Array, "B"] | None
-) -> Float[Array, "B K G D"]:
+    cache: Float[Array, "B G C D"], new: Float[Array, "B G S D"], place: Int[Array, "B"] | None
+) -> Float[Array, "B G K D"]:
     """The cache and then the new entries; with ``place``, the cache with S = 1 new entry there.
 
     A place outside the cache changes nothing. Within a loop the cache is not copied.
     """
     if place is None:
-        return jnp.concatenate([cache, new], axis=1)
-    return cache.at[jnp.arange(len(cache)), place].set(new[:, 0], mode="drop")
+        return jnp.concatenate([cache, new], axis=2)
+    return cache.at[jnp.arange(len(cache)), :, place].set(new[:, :, 0], mode="drop")
 
 
 def attention(
     query: Float[Array, "B S H D"],
-    keys: Float[Array, "B K G D"],
-    values: Float[Array, "B K G D"],
+    keys: Float[Array, "B G K D"],
+    values: Float[Array, "B G K D"],
     mask: Bool[Array, "B S K"],
 ) -> Float[Array, "B S H D"]:
     """softmax(q kᵀ / √D) v over the keys in the mask; H / G heads share each of G keys and values.
 
     (`jax.nn.dot_product_attention` has its softmax in float32 even for float64.)
     """
-    shape = query.shape
-    grouped = query.reshape((*shape[:2], keys.shape[2], -1, shape[3]))  # [B, S, G, H / G, D]
-    scores = jnp.einsum("bsghd,bkgd->bghsk", grouped, keys) / shape[3] ** 0.5
+    batch, num_steps, num_heads, width = query.shape
+    num_shared = keys.shape[1]  # G
+    shape = (batch, num_shared, num_heads // num_shared, num_steps)
+    # Heads and steps become the n = H / G · S rows of one matrix. On a CPU, products with more axes
+    # take twice as long for a single step.
+    rows = query.reshape((batch, num_steps, num_shared, -1, width)).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape((batch, num_shared, -1, width))
+    scores = jnp.einsum("bgnd,bgkd->bgnk", rows, keys).reshape((*shape, -1)) / width**0.5
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores).astype(values.dtype)
-    return jnp.einsum("bghsk,bkgd->bsghd", weights, values).reshape(shape)
+    weights = weights.reshape((batch, num_shared, -1, weights.shape[-1]))
+    attended = jnp.einsum("bgnk,bgkd->bgnd", weights, values).reshape((*shape, width))
+    return attended.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def rotate(
