@@ -45,7 +45,7 @@ class PipelineSettings:
     max_new_tokens: int = 24
 
     # Stage 1, supervised fine-tuning, and stage 2, the reward model.
-    sft_epochs: int = 6
+    sft_epochs: int = 4
     sft_batch_size: int = 32  # rows of packed texts
     sft_lr: float = 3e-3
     sft_weight_decay: float = 0.0
@@ -64,10 +64,10 @@ class PipelineSettings:
     lr: float = 1.5e-4
     num_epochs: int = 2
     num_minibatches: int = 4
-    ref_kl_coef: float = 0.26
+    ref_kl_coef: float = 0.15
     ref_kl_target: float | None = None  # nats per text
     ref_kl_horizon: float = 1000.0  # texts; Ziegler et al. took 10,000 in longer runs
-    score_clip: float = 5.0
+    score_clip: float = 1.5
     missing_end_penalty: float = 1.0
     dpo_beta: float = 0.1
 
