@@ -140,14 +140,18 @@ def clipped_value_loss(
     return 0.5 * mean(jnp.maximum(error**2, clipped_error**2), valid)
 
 
-def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
-    """E[r − 1 − log r], a non-negative estimate of KL(π_old ‖ π), in nats.
+def k3(log_d: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """d − 1 − log d ≥ 0, with d at most e²⁰ as in `probability_ratio`.
 
-    This is the estimator k3 of Schulman 2020, 'Approximating KL divergence'. For log r > 20, r is
-    bounded as in `probability_ratio`.
+    Its mean over actions of q is KL(q ‖ p), in nats, for d = p / q (Schulman 2020, 'Approximating
+    KL divergence').
     """
-    log_ratio = jnp.where(mask, log_ratio, 0)
-    return masked_mean(jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO)) - log_ratio, mask)
+    return jnp.expm1(jnp.minimum(log_d, MAX_LOG_RATIO)) - log_d
+
+
+def approximate_kl(log_ratio: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Scalar:
+    """E[r − 1 − log r], a non-negative estimate of KL(π_old ‖ π), in nats (`k3`)."""
+    return masked_mean(k3(jnp.where(mask, log_ratio, 0)), mask)
 
 
 def reference_kl(
@@ -160,7 +164,7 @@ def reference_kl(
     """An estimate of KL(π ‖ π_ref) from actions of π, in nats, as a term of a loss:
 
         k1    E[log π(a|s) − log π_ref(a|s)]
-        k3    E[d − 1 − log d], d = π_ref(a|s) / π(a|s) (Schulman 2020), with d at most e²⁰
+        k3    E[d − 1 − log d], d = π_ref(a|s) / π(a|s) (`k3`)
 
     Both have the right mean, but actions were drawn before the gradient is taken, so neither has
     the gradient of that mean. In the first step on a batch, k1 has the expected gradient 0 and
@@ -171,7 +175,7 @@ def reference_kl(
     log_d = jnp.where(mask, ref_log_prob - log_prob, 0)
     if estimator == "k1":
         return mean(-log_d, mask)
-    return mean(jnp.expm1(jnp.minimum(log_d, MAX_LOG_RATIO)) - log_d, mask)
+    return mean(k3(log_d), mask)
 
 
 def clip_fraction(

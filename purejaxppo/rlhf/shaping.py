@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from purejaxppo.losses import MAX_LOG_RATIO
+from purejaxppo.losses import k3
 from purejaxppo.networks.temperature import with_temperature
 from purejaxppo.rlhf.decoding import context_of
 from purejaxppo.rlhf.texts import Score, Texts, scores_of
@@ -100,7 +100,7 @@ def kl_shaped(
         if has_reference:
             tempered = with_temperature(model, config.temperature)
             ref_log_prob = _reference_log_prob(tempered, frozen, transitions)
-            kl = divergence(ref_log_prob, transitions)
+            kl = _divergence(ref_log_prob, transitions)
             if is_in_loss:
                 extras[REF_LOG_PROB] = ref_log_prob
             else:
@@ -194,8 +194,7 @@ def _reference_log_prob(
     return reference.log_prob(transitions.action)
 
 
-def divergence(ref_log_prob: Float[Array, "T B"], transitions: Transition) -> KLDivergence:
+def _divergence(ref_log_prob: Float[Array, "T B"], transitions: Transition) -> KLDivergence:
     """`KLDivergence` from log π_ref(a_t | s_t)."""
     log_ratio = jnp.where(transitions.mask, ref_log_prob - transitions.log_prob, 0)
-    ratio_minus_1 = jnp.expm1(jnp.minimum(log_ratio, MAX_LOG_RATIO))
-    return KLDivergence(k1=-log_ratio, k3=ratio_minus_1 - log_ratio)
+    return KLDivergence(k1=-log_ratio, k3=k3(log_ratio))

@@ -93,7 +93,8 @@ def load_safetensors(
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"the model in {directory} scales its positions, which is not supported")
     described = {"rope_theta": DecoderSizes.rope_base} | config | rope
-    described.setdefault("num_key_value_heads", described.get("num_attention_heads"))
+    if described.get("num_key_value_heads") is None:
+        described["num_key_value_heads"] = described.get("num_attention_heads")
     vocab_size = config.get("vocab_size")
     sizes = read_sizes(directory, described, HUGGING_FACE, vocab_size, context)
     if config.get("head_dim") not in (None, sizes.head_width):

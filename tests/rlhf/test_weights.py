@@ -223,7 +223,8 @@ def test_another_model_is_refused(tmp_path, change, sentence):
 def test_the_rotation_is_read_as_old_and_new_files_have_it(tmp_path):
     directory = changed(tmp_path)
     settings = json.loads((directory / "config.json").read_text())
-    del settings["rope_theta"], settings["num_key_value_heads"]
+    del settings["rope_theta"]
+    settings["num_key_value_heads"] = None
     variants = [
         (settings | {"rope_theta": 5.0}, 5.0),
         (settings | {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, 5.0),
